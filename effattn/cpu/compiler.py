@@ -1,0 +1,149 @@
+"""Triton's view of this backend: options and stages (TTIR -> C -> shared library).
+
+Triton imports this module while it imports itself, so it must stay light: nothing here imports torch,
+and the reader, the emitter and the toolchain load when the first kernel is compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from triton._C.libtriton import ir, passes
+from triton.backends.compiler import BaseBackend, GPUTarget
+
+#: name of the backend in targets and cache keys
+BACKEND = "effattn_cpu"
+
+
+def _min_dot_size(lhs: Any, rhs: Any) -> tuple[int, int, int]:
+    # No tensor cores, no minimum: any tile that the front end accepts can be multiplied.
+    return (1, 1, 1)
+
+
+@dataclass(frozen=True)
+class CPUOptions:
+    """What Triton's front end reads, and what launches pass. Names follow Triton's GPU backends.
+
+    num_warps, num_stages, num_ctas and maxnreg are accepted and change nothing: a program runs on one
+    thread of the host.
+    """
+
+    num_warps: int = 4
+    num_ctas: int = 1
+    num_stages: int = 3
+    warp_size: int = 1
+    maxnreg: int | None = None
+    cluster_dims: tuple[int, ...] = (1, 1, 1)
+    debug: bool = False
+    sanitize_overflow: bool = False
+    backend_name: str = BACKEND
+    arch: str = "host"
+    # fp8e4b15 is left out: its definition is a property of one GPU generation's emulation.
+    supported_fp8_dtypes: tuple[str, ...] = ("fp8e4nv", "fp8e4b8", "fp8e5", "fp8e5b16")
+    deprecated_fp8_dot_operand_dtypes: tuple[str, ...] = ()
+    default_dot_input_precision: str = "ieee"
+    allowed_dot_input_precisions: tuple[str, ...] = ("ieee", "tf32", "tf32x3", "bf16x3", "bf16x6")
+    max_num_imprecise_acc_default: int = 0
+    extern_libs: tuple[Any, ...] = ()
+    launch_cooperative_grid: bool = False
+    launch_pdl: bool = False
+    enable_fp_fusion: bool = False
+    ir_override: str | None = None
+    instrumentation_mode: str = ""
+    fpsan_homomorphic_casts: bool = False
+
+    def hash(self) -> str:
+        key = "_".join(f"{name}-{val}" for name, val in sorted(self.__dict__.items()))
+        return hashlib.sha256(key.encode()).hexdigest()
+
+
+@functools.lru_cache
+def _source_hash() -> str:
+    """Hash of this package's sources: a changed emitter must not reuse libraries of the old one."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*")):
+        if path.suffix in (".py", ".c", ".h"):
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class CPUBackend(BaseBackend):
+    """TTIR -> C -> shared library, for the machine that compiles."""
+
+    binary_ext = "so"
+
+    @staticmethod
+    def supports_target(target: GPUTarget) -> bool:
+        return target.backend == BACKEND
+
+    def hash(self) -> str:
+        from effattn.cpu import toolchain
+
+        return f"{_source_hash()}-{toolchain.compiler().identity}"
+
+    def parse_options(self, options: dict[str, Any]) -> CPUOptions:
+        known = {k: v for k, v in options.items() if k in CPUOptions.__dataclass_fields__ and v is not None}
+        # Libraries of device bitcode mean nothing here; extern symbols are answered by name.
+        known.pop("extern_libs", None)
+        return CPUOptions(**known)
+
+    def get_codegen_implementation(self, options: CPUOptions) -> dict[str, Any]:
+        return {"min_dot_size": lambda lhs, rhs: _min_dot_size(lhs, rhs)}
+
+    def get_module_map(self) -> dict[str, ModuleType]:
+        from triton.language.extra.cuda import libdevice
+
+        return {"triton.language.extra.libdevice": libdevice}
+
+    def load_dialects(self, ctx: Any) -> None:
+        pass
+
+    def pack_metadata(self, metadata: Any) -> Any:
+        return metadata
+
+    def add_stages(self, stages: dict[str, Any], options: CPUOptions, language: Any = None) -> None:
+        stages["ttir"] = lambda src, metadata: make_ttir(src)
+        stages["c"] = lambda src, metadata: make_c(src, metadata)
+        stages["so"] = lambda src, metadata: make_so(src, metadata)
+
+
+def run_passes(pm: Any, mod: Any, name: str) -> None:
+    """Run a pass manager; the binding takes a name in newer versions."""
+    try:
+        pm.run(mod, name)
+    except TypeError:
+        pm.run(mod)
+
+
+def make_ttir(mod: Any) -> Any:
+    """Triton's own target-independent passes, with descriptors and block pointers lowered to pointers."""
+    pm = ir.pass_manager(mod.context)
+    passes.common.add_inliner(pm)
+    rewrite_block_pointers = getattr(passes.ttir, "add_rewrite_tensor_pointer", None)
+    if rewrite_block_pointers is not None:
+        rewrite_block_pointers(pm)
+    passes.ttir.add_rewrite_tensor_descriptor_to_pointer(pm)
+    passes.common.add_canonicalizer(pm)
+    passes.ttir.add_combine(pm)
+    passes.common.add_cse(pm)
+    passes.common.add_symbol_dce(pm)
+    run_passes(pm, mod, "make_ttir")
+    return mod
+
+
+def make_c(mod: Any, metadata: dict[str, Any]) -> str:
+    from effattn.cpu import lower
+
+    return lower.to_c(mod, metadata)
+
+
+def make_so(source: str, metadata: dict[str, Any]) -> bytes:
+    from effattn.cpu import toolchain
+
+    return toolchain.build_kernel(source, name=metadata["name"])
