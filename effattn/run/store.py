@@ -1,0 +1,270 @@
+"""Run folders: what a gate leaves behind for machines and for later.
+
+    verdicts.jsonl     one verdict a line
+    provenance.json    what ran, where, with which versions, and when
+    summary.md         the table and the failures, for a pull request
+    cases/ID.json      the recipe of each failed case, and of its shrunk form
+
+A run is written into a sibling folder and renamed at the end, so that a run folder is complete or not there.
+Everything in it is data: JSON and Markdown, nothing is ever unpickled or executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from effattn.errors import RequestError
+
+if TYPE_CHECKING:
+    from effattn.case import Case
+    from effattn.judge import Verdict
+
+#: Where runs go when no folder is named.
+DEFAULT_FOLDER = Path("effattn-runs")
+#: The version of the files below; readers refuse a newer one.
+SCHEMA = 1
+#: What provenance.json says of itself; a folder is a run folder if its provenance says so.
+KIND = "effattn run"
+
+VERDICTS = "verdicts.jsonl"
+PROVENANCE = "provenance.json"
+SUMMARY = "summary.md"
+CASES = "cases"
+
+
+class RunWriter:
+    """Writes one run folder; use as a context manager and call `commit` at the end.
+
+    Without `commit`, or after an exception, everything that was written is removed again.
+
+    Args:
+        folder: where the run will be.
+        overwrite: replace a run folder that is there. Any other folder that is not empty is always refused.
+
+    Raises:
+        RequestError: the folder cannot be written, or holds something already.
+    """
+
+    def __init__(self, folder: Path, *, overwrite: bool = False) -> None:
+        self.folder = folder
+        self._overwrite = overwrite
+        self._check_free()
+        self._temporary = folder.absolute().parent / f".{folder.name}.{os.getpid()}.tmp"
+        self._made_parents: list[Path] = []
+        self._verdicts: TextIO | None = None
+        try:
+            self._make_parents()
+            self._temporary.mkdir()
+            self._verdicts = (self._temporary / VERDICTS).open("w", encoding="utf-8")
+        except OSError as error:
+            self._remove()
+            raise RequestError(
+                f"cannot write the run folder {str(folder)!r}: {error.strerror or error}. "
+                "Name a folder that can be written with --out"
+            ) from error
+
+    def add(self, verdict: Verdict) -> None:
+        """Append one verdict."""
+        assert self._verdicts is not None, "the run is already committed"
+        with self._writing():
+            self._verdicts.write(to_json(verdict.to_dict()) + "\n")
+
+    def add_case(self, case: Case) -> Path:
+        """Write the recipe of one case; the path that it will have, relative to the run folder."""
+        relative = Path(CASES) / f"{case.id}.json"
+        with self._writing():
+            (self._temporary / CASES).mkdir(exist_ok=True)
+            (self._temporary / relative).write_text(case.to_json() + "\n", encoding="utf-8")
+        return relative
+
+    def add_text(self, name: str, text: str) -> None:
+        """Write a file of text."""
+        with self._writing():
+            (self._temporary / name).write_text(text, encoding="utf-8")
+
+    def commit(self, provenance: Mapping[str, Any]) -> Path:
+        """Put the run in its place. Returns the folder.
+
+        Raises:
+            RequestError: the disk is full, or another run took the place meanwhile.
+        """
+        assert self._verdicts is not None, "the run is already committed"
+        described = {"kind": KIND, "schema": SCHEMA, **provenance}
+        with self._writing():
+            self._verdicts.close()
+            self._verdicts = None
+            (self._temporary / PROVENANCE).write_text(
+                to_json(described, indent=2) + "\n", encoding="utf-8"
+            )
+            self._check_free()
+            set_aside = None
+            if self.folder.is_dir() and any(self.folder.iterdir()):
+                set_aside = self._temporary.with_suffix(".old")
+                self.folder.rename(set_aside)
+            self._temporary.rename(self.folder)
+            if set_aside is not None:
+                shutil.rmtree(set_aside)
+        return self.folder
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove()
+
+    def _check_free(self) -> None:
+        folder = self.folder
+        if not folder.name:
+            raise RequestError(f"{str(folder)!r} names no new folder; expected a folder of its own for the run")
+        if folder.exists() and not folder.is_dir():
+            raise RequestError(f"{str(folder)!r} is a file; expected a folder for the run")
+        if folder.is_dir() and any(folder.iterdir()):
+            if not is_run(folder):
+                raise RequestError(
+                    f"the folder {str(folder)!r} holds something other than an effattn run, which is never "
+                    "overwritten; name an empty or a new folder with --out"
+                )
+            if not self._overwrite:
+                raise RequestError(
+                    f"the folder {str(folder)!r} holds a run already; name another one with --out, or replace "
+                    "it with --overwrite"
+                )
+
+    def _make_parents(self) -> None:
+        missing = [parent for parent in self._temporary.parents if not parent.exists()]
+        for parent in reversed(missing):
+            parent.mkdir()
+            self._made_parents.append(parent)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RequestError(
+                f"cannot write the run folder {str(self.folder)!r}: {error.strerror or error}; "
+                "nothing was kept of it"
+            ) from error
+
+    def _remove(self) -> None:
+        """Remove what is not in its place yet; nothing to do after `commit`."""
+        if self._verdicts is not None:
+            with contextlib.suppress(OSError):
+                self._verdicts.close()
+            self._verdicts = None
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        for parent in reversed(self._made_parents):
+            # Fails on purpose where the run, or somebody else's file, is in it.
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def is_run(folder: Path) -> bool:
+    """True where the folder is a run folder."""
+    try:
+        described = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(described, dict) and described.get("kind") == KIND
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """The provenance of a run. Raises `RequestError` where the folder is none, or of a newer schema."""
+    if not is_run(folder):
+        raise RequestError(f"{str(folder)!r} is not a run folder: expected one that `effattn gate` wrote")
+    provenance: dict[str, Any] = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    schema = provenance.get("schema")
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise RequestError(
+            f"the run {str(folder)!r} has schema {schema!r}, this effattn reads up to {SCHEMA}; update effattn"
+        )
+    return provenance
+
+
+def read_verdicts(folder: Path) -> Iterator[Verdict]:
+    """The verdicts of a run in their order. Raises `RequestError` naming the line that is damaged."""
+    from effattn.judge import Verdict
+
+    read_provenance(folder)
+    try:
+        lines = (folder / VERDICTS).open(encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"the run {str(folder)!r} has no readable {VERDICTS}: {error.strerror}") from error
+    with lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield Verdict.from_dict(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise RequestError(f"{folder / VERDICTS}, line {number} is damaged: {error}") from error
+
+
+def find_case(name: str, folder: Path) -> Case:
+    """The case of a run whose id begins with `name`, among the judged and the shrunk ones.
+
+    Raises:
+        RequestError: no case, or more than one, has such an id.
+    """
+    from effattn.case import Case
+
+    found = {verdict.case.id: verdict.case for verdict in read_verdicts(folder) if verdict.case.id.startswith(name)}
+    for path in sorted((folder / CASES).glob("*.json")):
+        if path.stem.startswith(name) and path.stem not in found:
+            found[path.stem] = Case.from_json(path.read_text(encoding="utf-8"))
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        raise RequestError(
+            f"{len(found)} cases of the run {str(folder)!r} have an id that begins with {name!r}: "
+            f"{', '.join(sorted(found)[:5])}; give more of the id"
+        )
+    raise RequestError(f"no case of the run {str(folder)!r} has the id {name!r}; see its {VERDICTS} and {CASES}/")
+
+
+def newest_run(folder: Path = DEFAULT_FOLDER) -> Path:
+    """The newest run in a folder of runs. Raises `RequestError` where there is none."""
+    runs = [entry for entry in folder.iterdir() if is_run(entry)] if folder.is_dir() else []
+    if not runs:
+        raise RequestError(
+            f"there is no run in {str(folder)!r} to look the case up in; name a run folder with --run"
+        )
+    return max(runs, key=lambda run: (str(read_provenance(run).get("started", "")), run.name))
+
+
+def default_folder(*, method: str, started: str) -> Path:
+    """Where a run goes when no folder is named: `effattn-runs/TIME-METHOD`, with a number if that is taken."""
+    time = started.replace(":", "").replace("-", "").split(".")[0].split("+")[0]
+    name = f"{time}-{file_name(method)}"
+    folder = DEFAULT_FOLDER / name
+    number = 2
+    while folder.exists():
+        folder = DEFAULT_FOLDER / f"{name}-{number}"
+        number += 1
+    return folder
+
+
+def ignore_in_git(folder: Path) -> None:
+    """Keep a folder of runs out of the repository that it stands in, as pytest and ruff do with their caches."""
+    with contextlib.suppress(OSError):
+        if not (folder / ".gitignore").exists():
+            (folder / ".gitignore").write_text("*\n", encoding="utf-8")
+
+
+def file_name(text: str) -> str:
+    """Any text as a part of a file name: letters, digits, dot, dash and underscore, at most 60 of them."""
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in text)
+    return kept.lstrip(".")[-60:] or "_"
+
+
+def to_json(value: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """Strict JSON: infinity and NaN must have become text before."""
+    separators = None if indent else (",", ":")
+    return json.dumps(value, allow_nan=False, indent=indent, separators=separators, ensure_ascii=False)

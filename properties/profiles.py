@@ -1,0 +1,321 @@
+"""Profiles: the fixed lists of cases that `effattn gate` judges.
+
+A profile is drawn once from its name, by a generator of our own over the same menus as the Hypothesis
+strategies. So the list is the same on every machine and with every version of Hypothesis, a recorded run can
+be repeated, and the shapes are the same in every dtype, which makes the rows of a report comparable.
+
+Each case is drawn for one regime, all regimes in turn, and every other field is drawn freely: so each mistake
+meets the cases made for it, and most of the other cases too.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from effattn.errors import RequestError
+from effattn.properties import menus, regimes
+
+if TYPE_CHECKING:
+    from effattn.case import Case
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """How many cases, and from which sizes."""
+
+    name: str
+    #: Cases drawn for each regime.
+    repeats: int
+    lengths: tuple[int, ...]
+    #: Lengths for the regimes that need several KV tiles.
+    long_lengths: tuple[int, ...]
+    #: (head_dim, v_dim); a compiled kernel has its head dimensions padded to powers of two, so the number of
+    #: different padded pairs decides how much is compiled.
+    dims: tuple[tuple[int, int | None], ...]
+    #: (head_dim, v_dim) with v_dim different from head_dim.
+    unequal_dims: tuple[tuple[int, int | None], ...]
+    groups: tuple[tuple[int, int], ...]
+    batches: tuple[int, ...]
+    #: Upper limit of batch * heads * q_len * kv_len, so that one case stays a matter of milliseconds.
+    most_scores: int
+
+
+SMOKE = Profile(
+    name="smoke",
+    repeats=2,
+    lengths=(1, 15, 16, 17, 31, 33, 63, 64, 65, 97, 127, 128, 129, 131, 193),
+    long_lengths=(129, 131, 151, 193, 211, 257, 271),
+    dims=((64, None), (64, None), (33, None), (40, None), (17, None), (32, None), (16, None), (7, None), (80, None)),
+    unequal_dims=((64, 32), (48, 17), (56, 24)),
+    groups=menus.GROUPS,
+    batches=(1, 1, 2),
+    most_scores=400_000,
+)  # fmt: skip
+
+CI = Profile(
+    name="ci",
+    repeats=8,
+    lengths=menus.LENGTHS[2:],
+    long_lengths=menus.SEVERAL_PARTIAL_TILES,
+    dims=(
+        *((d, None) for d in menus.HEAD_DIMS),
+        *((d, None) for d in menus.LARGE_HEAD_DIMS),
+        (64, None), (64, None), (80, None), (96, None), (128, None),
+    ),
+    unequal_dims=((64, 32), (48, 17), (56, 24), (32, 64), (17, 100), (128, 64), (1, 3), (192, 128)),
+    groups=menus.GROUPS,
+    batches=menus.BATCHES,
+    most_scores=1_000_000,
+)  # fmt: skip
+
+PROFILES: dict[str, Profile] = {profile.name: profile for profile in (SMOKE, CI)}
+
+
+def get(name: str) -> Profile:
+    """The profile of that name. Raises `RequestError` for an unknown one."""
+    try:
+        return PROFILES[name]
+    except KeyError:
+        raise RequestError(
+            f"unknown profile {name!r}; expected one of {', '.join(PROFILES)}"
+            + (" (nightly is reserved for a later version)" if name == "nightly" else "")
+        ) from None
+
+
+def cases(name: str, *, dtype: str) -> list[Case]:
+    """The cases of a profile in one dtype, always the same list. Raises `RequestError` for an unknown profile."""
+    profile = get(name)
+    draw = _Draw(f"effattn profile {profile.name}")
+    drawn: list[Case] = []
+    for _ in range(profile.repeats):
+        drawn.extend(_draw_one(draw, profile, regime, len(drawn) + i, dtype) for i, regime in enumerate(_stratified()))
+    return drawn
+
+
+def with_values(drawn: Sequence[Case], value_names: Sequence[str]) -> list[Case]:
+    """The same shapes with each of the named value distributions, without repetition, in the order of names."""
+    seen: dict[str, Case] = {}
+    for value_name in value_names:
+        for case in drawn:
+            changed = replace(case, values=value_name)
+            seen.setdefault(changed.id, changed)
+    return list(seen.values())
+
+
+class _Draw:
+    """A seeded source of choices.
+
+    It uses only `random.random()`, the one method whose values Python promises to keep for a given seed.
+    """
+
+    def __init__(self, seed: str) -> None:
+        self._random = random.Random(seed)
+
+    def pick(self, menu: Sequence[T]) -> T:
+        return menu[int(self._random.random() * len(menu))]
+
+    def chance(self, probability: float) -> bool:
+        return self._random.random() < probability
+
+
+Fields = dict[str, Any]
+_Change = Callable[[_Draw, Profile, Fields], Fields]
+
+
+def _draw_one(draw: _Draw, profile: Profile, regime: regimes.Regime, seed: int, dtype: str) -> Case:
+    from effattn.case import Case
+
+    fields = _anything(draw, profile, seed) | {"dtype": dtype}
+    fields |= _change_for(regime.name)(draw, profile, fields)
+    case = Case(**_small_enough(fields, profile))
+    if not regime.holds(case):
+        raise AssertionError(f"drawn for the regime {regime.name!r}, which it is not in: {case!r}")
+    return case
+
+
+def _anything(draw: _Draw, profile: Profile, seed: int) -> Fields:
+    kv_heads, group = draw.pick(profile.groups)
+    head_dim, v_dim = draw.pick(profile.dims)
+    causal = draw.pick(("none", "none", "bottom-right", "bottom-right", "top-left"))
+    q_len = draw.pick(profile.lengths)
+    return {
+        "batch": draw.pick(profile.batches),
+        "heads": kv_heads * group,
+        "kv_heads": kv_heads,
+        "q_len": q_len,
+        "kv_len": q_len if causal != "none" and draw.chance(0.3) else draw.pick(profile.lengths),
+        "head_dim": head_dim,
+        "v_dim": v_dim,
+        "causal": causal,
+        "scale": draw.pick(menus.SCALES) if draw.chance(0.15) else None,
+        "layout": draw.pick(menus.LAYOUTS) if draw.chance(0.4) else menus.CONTIGUOUS,
+        "values": draw.pick(("uniform", "outliers")) if draw.chance(0.25) else "normal",
+        "seed": seed,
+    }
+
+
+def _small_enough(fields: Fields, profile: Profile) -> Fields:
+    """The same fields with fewer batches and groups while the case is above the profile's limit."""
+    fields = dict(fields)
+    per_head = fields["q_len"] * fields["kv_len"]
+    if fields["batch"] > 2 and fields["batch"] * fields["heads"] * per_head > profile.most_scores:
+        fields["batch"] = 2
+    while fields["batch"] * fields["heads"] * per_head > profile.most_scores:
+        group = fields["heads"] // fields["kv_heads"]
+        if fields["kv_heads"] > 2:
+            fields |= {"kv_heads": 2, "heads": 2 * group}
+        elif group > 2 and group != 7:
+            fields |= {"heads": 2 * fields["kv_heads"]}
+        else:
+            break
+    return fields
+
+
+def _stratified() -> Iterator[regimes.Regime]:
+    """The regimes that a profile draws for."""
+    yield from regimes.all_regimes()
+
+
+def _change_for(name: str) -> _Change:
+    """What has to change in a freely drawn case for it to lie in the regime."""
+    if name.startswith("values "):
+        return _values(name.removeprefix("values "))
+    return _CHANGES[name]
+
+
+def _fixed(**fields: Any) -> _Change:
+    return lambda draw, profile, drawn: dict(fields)
+
+
+def _values(value_name: str) -> _Change:
+    # Values show what they are for where there are keys enough to be summed.
+    return lambda draw, profile, drawn: {
+        "values": value_name,
+        "kv_len": draw.pick([n for n in profile.lengths if n > 16]),
+        "q_len": draw.pick([n for n in profile.lengths if n > 8]),
+    }
+
+
+def _several_tiles(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
+    return {"kv_len": draw.pick(profile.long_lengths)}
+
+
+def _unmasked_several_tiles(**fields: Any) -> _Change:
+    """Several KV tiles that all rows, or all but a few, see to the end."""
+    return lambda draw, profile, drawn: {
+        "kv_len": draw.pick(profile.long_lengths),
+        "causal": draw.pick(("none", "bottom-right")),
+        **fields,
+    }
+
+
+def _negative_logits(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
+    return {
+        "values": "negative-logits",
+        "causal": draw.pick(("none", "none", "bottom-right")),
+        "kv_len": draw.pick([n for n in profile.lengths if n > 1 and n % 16]),
+    }
+
+
+def _square(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
+    n = draw.pick([n for n in profile.lengths if n > 16])
+    return {"causal": draw.pick(("bottom-right", "top-left")), "q_len": n, "kv_len": n}
+
+
+def _causal(alignment: str, *, more_keys: bool) -> _Change:
+    def change(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
+        short = draw.pick([n for n in profile.lengths if 2 < n < 128])
+        long = draw.pick([n for n in (*profile.lengths, *profile.long_lengths) if n > short])
+        q_len, kv_len = (short, long) if more_keys else (long, short)
+        return {"causal": alignment, "q_len": q_len, "kv_len": kv_len}
+
+    return change
+
+
+def _groups(*, kv_heads: Callable[[int], bool], group: Callable[[int], bool], **fields: Any) -> _Change:
+    def change(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
+        heads_kv, size = draw.pick([(h, g) for h, g in profile.groups if kv_heads(h) and group(g)])
+        # Heads that read the same keys hide a wrong head index.
+        return {"kv_heads": heads_kv, "heads": heads_kv * size, "layout": menus.CONTIGUOUS, **fields}
+
+    return change
+
+
+def _dims(holds: Callable[[int], bool]) -> _Change:
+    def change(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
+        head_dim, v_dim = draw.pick([(d, v) for d, v in profile.dims if holds(d)])
+        return {"head_dim": head_dim, "v_dim": v_dim}
+
+    return change
+
+
+def _unequal_dims(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
+    head_dim, v_dim = draw.pick(profile.unequal_dims)
+    return {"head_dim": head_dim, "v_dim": v_dim}
+
+
+def _user_scale(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
+    # Wide enough that the scale decides which keys win, and none of the menu is the default.
+    return {
+        "scale": draw.pick(menus.SCALES),
+        "head_dim": draw.pick([d for d, v in profile.dims if 16 < d <= 128 and d != 64]),
+        "v_dim": None,
+        "kv_len": draw.pick([n for n in profile.lengths if n > 8]),
+    }
+
+
+def _layout(holds: Callable[[str], bool], **fields: Any) -> _Change:
+    return lambda draw, profile, drawn: {
+        "layout": draw.pick([layout for layout in menus.LAYOUTS if holds(layout)]),
+        "q_len": max(drawn["q_len"], 17),
+        "kv_len": max(drawn["kv_len"], 17),
+        **fields,
+    }
+
+
+def _with(suffix: str, **fields: Any) -> _Change:
+    return _layout(lambda layout: suffix in layout.split("+")[1:], **fields)
+
+
+_CHANGES: dict[str, _Change] = {
+    "no keys": _fixed(kv_len=0),
+    "no queries": _fixed(q_len=0),
+    "one key": _fixed(kv_len=1),
+    "last tile not full": _several_tiles,
+    "whole tiles": lambda draw, profile, drawn: {
+        "kv_len": draw.pick([n for n in menus.WHOLE_TILES if n <= max(profile.lengths)])
+    },
+    "decode": _unmasked_several_tiles(q_len=1),
+    "causal, square": _square,
+    "causal bottom-right, more keys": _causal("bottom-right", more_keys=True),
+    "causal bottom-right, empty rows": _causal("bottom-right", more_keys=False),
+    "causal top-left, more keys": _causal("top-left", more_keys=True),
+    "causal top-left, more queries": _causal("top-left", more_keys=False),
+    "grouped queries": _groups(kv_heads=lambda h: h > 1, group=lambda g: g > 1),
+    "group of seven": _groups(kv_heads=lambda h: True, group=lambda g: g == 7),
+    "one KV head for all": _groups(kv_heads=lambda h: h == 1, group=lambda g: g > 1),
+    "batch and heads": _groups(kv_heads=lambda h: h > 1, group=lambda g: True, batch=2),
+    "head_dim not a power of two": _dims(lambda d: d & (d - 1) != 0),
+    "head_dim odd": _dims(lambda d: d % 2 == 1 and d > 1),
+    "v_dim differs": _unequal_dims,
+    "user scale": _user_scale,
+    "permuted axes": _layout(lambda layout: layout.split("+")[0] != menus.CONTIGUOUS, batch=2),
+    "padded rows": _with("pad"),
+    "storage offset": _with("offset"),
+    "last axis strided": _with("step"),
+    "batch expanded": _with("expand-b", batch=2),
+    "heads expanded": _with("expand-h", heads=4, kv_heads=2),
+    "keys expanded": _with("expand-s"),
+    "rescale over several tiles": _unmasked_several_tiles(values="growing-max"),
+    "negative logits, last tile not full": _negative_logits,
+    "large logits": lambda draw, profile, drawn: {
+        "values": "large-logits",
+        "kv_len": draw.pick([n for n in profile.lengths if n > 16]),
+    },
+    "repeated maximum over several tiles": _unmasked_several_tiles(values="repeated-max"),
+}

@@ -1,0 +1,116 @@
+"""Hypothesis strategies that draw cases: recipes of about 150 bytes, never arrays.
+
+A recipe is drawn in a fraction of a millisecond, shrinks field by field, and is printed as what it is. The
+strategies draw from the same menus as the profiles do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hypothesis import strategies as st
+
+from effattn.errors import RequestError
+from effattn.properties import menus
+
+if TYPE_CHECKING:
+    from effattn.case import Case
+
+#: Upper limit of batch * heads * q_len * kv_len of a drawn case.
+MOST_SCORES = 500_000
+
+
+def lengths(*, most: int = 300, least: int = 0) -> st.SearchStrategy[int]:
+    """Sequence lengths from `least` to `most`: mostly at the edges of tiles, sometimes anything."""
+    if not 0 <= least <= most:
+        raise RequestError(f"lengths(least={least}, most={most}): expected 0 <= least <= most")
+    edges = [n for n in menus.LENGTHS if least <= n <= most]
+    anything = st.integers(least, most)
+    return st.one_of(st.sampled_from(edges), st.sampled_from(edges), anything) if edges else anything
+
+
+def head_dims(*, most: int = 256) -> st.SearchStrategy[int]:
+    """Head dimensions from 1 to `most`, mostly at most 128."""
+    if not 1 <= most <= 256:
+        raise RequestError(f"head_dims(most={most}): expected 1 <= most <= 256")
+    menu = [d for d in menus.HEAD_DIMS if d <= most]
+    choices: list[st.SearchStrategy[int]] = [st.sampled_from(menu)] * 6
+    choices.append(st.integers(1, min(most, 128)))
+    if most > 128:
+        choices.append(st.sampled_from([d for d in menus.LARGE_HEAD_DIMS if d <= most]))
+    return st.one_of(choices)
+
+
+def layouts() -> st.SearchStrategy[str]:
+    """Layouts of every kind: the order of the axes, then any of the ways to be not contiguous."""
+    order = st.one_of(st.just(menus.CONTIGUOUS), st.permutations("bhsd").map("".join))
+    suffixes = st.lists(st.sampled_from(menus.LAYOUT_SUFFIXES), unique=True, max_size=3).map(sorted)
+    expanded = st.one_of(st.just(()), st.sampled_from(menus.EXPANDED_SUFFIXES).map(lambda suffix: (suffix,)))
+    built = st.builds(lambda o, s, e: o + "".join(s) + "".join(e), order, suffixes, expanded)
+    return st.one_of(st.just(menus.CONTIGUOUS), built)
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    *,
+    dtype: str | None = None,
+    causal: Sequence[str] = menus.CAUSAL,
+    values: Sequence[str] | None = None,
+    most_length: int = 300,
+    most_head_dim: int = 256,
+    most_scores: int = MOST_SCORES,
+) -> Case:
+    """Cases of any kind.
+
+    Args:
+        dtype: "fp16", "bf16" or "fp32"; None draws one of them.
+        causal: the masks to draw from.
+        values: the value distributions to draw from; None stands for all generated ones.
+        most_length: the longest q_len and kv_len.
+        most_head_dim: the largest head_dim and v_dim.
+        most_scores: the largest batch * heads * q_len * kv_len; larger draws lose batches and heads first.
+
+    Raises:
+        RequestError: an argument that no case can satisfy.
+    """
+    from effattn.case import CAUSAL, DTYPES, Case
+
+    for given, known in (((dtype,) if dtype else (), DTYPES), (causal, CAUSAL)):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise RequestError(f"cases(): unknown {', '.join(unknown)}; expected some of {', '.join(known)}")
+    if not causal:
+        raise RequestError("cases(causal=()): expected at least one mask to draw from")
+    if values is not None and not values:
+        raise RequestError("cases(values=()): expected at least one value distribution to draw from")
+    if most_scores < most_length**2:
+        raise RequestError(
+            f"cases(most_scores={most_scores}, most_length={most_length}): one head of the longest lengths has "
+            f"{most_length**2} scores; expected most_scores to be at least that"
+        )
+
+    kv_heads, group = draw(st.sampled_from(menus.GROUPS))
+    mask = draw(st.sampled_from(tuple(causal)))
+    q_len = draw(lengths(most=most_length))
+    kv_len = draw(st.one_of(lengths(most=most_length), st.just(q_len)))
+    head_dim = draw(head_dims(most=most_head_dim))
+    batch = draw(st.sampled_from(menus.BATCHES))
+    fields: dict[str, Any] = {
+        "q_len": q_len,
+        "kv_len": kv_len,
+        "head_dim": head_dim,
+        "v_dim": draw(st.one_of(st.none(), st.none(), st.none(), head_dims(most=most_head_dim))),
+        "dtype": draw(st.sampled_from(DTYPES)) if dtype is None else dtype,
+        "causal": mask,
+        "scale": draw(st.one_of(st.none(), st.none(), st.none(), st.sampled_from(menus.SCALES))),
+        "layout": draw(layouts()),
+        "values": draw(st.sampled_from(menus.value_names() if values is None else tuple(values))),
+        "seed": draw(st.integers(0, 2**16 - 1)),
+    }
+    per_head = max(1, q_len * kv_len)
+    batch = max(1, min(batch, most_scores // (kv_heads * group * per_head)))
+    group = max(1, min(group, most_scores // (batch * kv_heads * per_head)))
+    kv_heads = max(1, min(kv_heads, most_scores // (batch * group * per_head)))
+    return Case(batch=batch, heads=kv_heads * group, kv_heads=kv_heads, **fields)
