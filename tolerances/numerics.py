@@ -1,0 +1,166 @@
+"""What a method declares about its own arithmetic, as data.
+
+The envelope derives bound and noise from this record alone; nothing is fitted to a kernel. A kernel that does
+something else than it declares is judged by its declaration, which is the point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from effattn.errors import RequestError
+from effattn.tolerances import formats
+from effattn.tolerances.formats import Format
+
+#: how the two softmax factors may be arranged
+NORMALISE = ("after", "before")
+#: what the normaliser sums
+SUM_OF = ("unrounded", "rounded")
+#: orders of summation inside a dot product
+ORDERS = ("any", "sequential")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """How one method computes softmax(scale Q K^T) V.
+
+    Scores s = scale * q.k are accumulated in `acc` and kept in `score`; weights p = exp(s - m) are computed in
+    `acc` with a relative error of at most `exp_ulps` units in the last place, rounded to `p`, multiplied by V and
+    accumulated in `acc`; the normaliser l is summed in `acc`.
+
+    Raises RequestError where a format or word is unknown or where the fields contradict each other.
+    """
+
+    #: shown where an allowance is explained
+    name: str
+    #: format of Q, K and V
+    input: str
+    #: format of the output
+    output: str
+    #: format that scores are kept in between the first product and the exponential
+    score: str = "fp32"
+    #: format of both accumulators and of all arithmetic on scores and weights
+    acc: str = "fp32"
+    #: format that operands of a product are rounded to before multiplying (tf32 for fp32 inputs on tensor cores)
+    operand: str | None = None
+    #: format that the weights are rounded to for the second product
+    p: str = "fp32"
+    #: format of the log-sum-exp
+    lse: str = "fp32"
+    #: largest error of exp or exp2 in units in the last place of `acc` (PTX: ex2.approx.f32 within 2)
+    exp_ulps: float = 2.0
+    #: "after": (sum p v) / l as flash kernels do; "before": sum round(p / l) v
+    normalise: str = "after"
+    #: whether l sums p before or after its rounding to `p`
+    sum_of: str = "unrounded"
+    #: order of the terms in a dot product
+    order: str = "any"
+    #: weights below the smallest normal number of `acc` may become 0 (ftz)
+    flush: bool = True
+    #: most times that one product may be rescaled to a new maximum is the number of keys over this
+    smallest_block: int = 1
+
+    def __post_init__(self) -> None:
+        for field in ("input", "output", "score", "acc", "p", "lse"):
+            formats.get(getattr(self, field))
+        if self.operand is not None:
+            formats.get(self.operand)
+        for field, words in (("normalise", NORMALISE), ("sum_of", SUM_OF), ("order", ORDERS)):
+            if getattr(self, field) not in words:
+                raise RequestError(
+                    f"numerics {self.name!r}: {field} is {getattr(self, field)!r}; expected {' or '.join(words)}"
+                )
+        if not 0.5 <= self.exp_ulps < 2.0**20:
+            raise RequestError(
+                f"numerics {self.name!r}: exp_ulps is {self.exp_ulps!r}; expected the largest error of exp in units "
+                "in the last place, at least 0.5 (correct rounding)"
+            )
+        if self.smallest_block < 1:
+            raise RequestError(
+                f"numerics {self.name!r}: smallest_block is {self.smallest_block!r}; expected 1 or more keys"
+            )
+        acc = formats.get(self.acc).precision
+        for field in ("score", "p", "output"):
+            given = formats.get(getattr(self, field))
+            if given.precision > acc:
+                raise RequestError(
+                    f"numerics {self.name!r}: {field} is {given.name}, wider than the accumulator {self.acc} that it "
+                    f"comes from; declare {field}={self.acc!r} or a wider acc"
+                )
+        if self.operand is not None and formats.get(self.operand).precision > formats.get(self.input).precision:
+            raise RequestError(
+                f"numerics {self.name!r}: operands of {self.operand} are wider than the input {self.input}; "
+                "leave operand out"
+            )
+
+    def format(self, field: str) -> Format:
+        """The format that a field names."""
+        return formats.get(getattr(self, field))
+
+    @property
+    def operand_format(self) -> Format | None:
+        """The format that inputs are rounded to before multiplying, or None where they are used as they are."""
+        return None if self.operand in (None, self.input) else formats.get(self.operand)
+
+    @property
+    def exact_products(self) -> bool:
+        """Whether a product of two inputs is a number of `acc`, so that it is never rounded (underflow apart)."""
+        multiplied = formats.get(self.operand or self.input)
+        return 2 * multiplied.precision <= self.format("acc").precision
+
+    @property
+    def rounds_p(self) -> bool:
+        """Whether the weights lose bits before the second product."""
+        return self.format("p").precision < self.format("acc").precision
+
+    def replace(self, **changes: Any) -> Numerics:
+        """A copy with some fields changed, validated again. Raises RequestError for an unknown field."""
+        known = [f.name for f in fields(self)]
+        for name in changes:
+            if name not in known:
+                close = get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise RequestError(f"numerics has no field {name!r}: expected one of {', '.join(known)}{hint}")
+        return replace(self, **changes)
+
+
+def _presets(kind: str, **fields_: Any) -> dict[str, Numerics]:
+    out = {}
+    for dtype in ("fp16", "bf16", "fp32"):
+        given = {k: (dtype if v == "input" else v) for k, v in fields_.items()}
+        out[dtype] = Numerics(name=f"{kind} {dtype}", input=dtype, output=dtype, **given)
+    return out
+
+
+#: Flash kernels: scores, weights, l and the output in fp32 until the end, P rounded to the inputs' dtype for the
+#: second product only, l the sum of the unrounded weights.
+FLASH: dict[str, Numerics] = _presets("flash", p="input")
+
+#: torch's scaled_dot_product_attention on CPU, fused path: measured to round as FLASH does in all three dtypes.
+TORCH_FLASH: dict[str, Numerics] = _presets("torch-flash", p="input")
+
+#: torch's math path: fp16 and bf16 are computed in fp32 (torch 2.5 and later), weights normalised before they
+#: multiply V, one rounding at the end.
+TORCH_MATH: dict[str, Numerics] = _presets("torch-math", p="fp32", normalise="before")
+
+#: name -> dtype -> numerics
+PRESETS: dict[str, dict[str, Numerics]] = {"flash": FLASH, "torch-flash": TORCH_FLASH, "torch-math": TORCH_MATH}
+
+
+def for_dtype(dtype: str, preset: str = "flash") -> Numerics:
+    """A preset by the dtype of the inputs; the flash preset where nothing else is declared.
+
+    Raises RequestError for an unknown preset, or a dtype that it has no entry for.
+    """
+    if preset not in PRESETS:
+        close = get_close_matches(str(preset), PRESETS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise RequestError(f"unknown numerics {preset!r}: expected one of {', '.join(PRESETS)}{hint}")
+    try:
+        return PRESETS[preset][dtype]
+    except KeyError:
+        raise RequestError(
+            f"no numerics for dtype {dtype!r}: {preset} is declared for {', '.join(PRESETS[preset])}"
+        ) from None
