@@ -87,7 +87,10 @@ def normal_quantile(u: Floats) -> Floats:
     if outside.size:
         side = q[outside]
         tail = np.sqrt(-_log(np.where(side < 0.0, u[outside], 1.0 - u[outside])))
-        size = np.where(tail <= 5.0, _ratio(tail - 1.6, _MIDDLE), _ratio(tail - 5.0, _FAR))
+        size = _ratio(tail - 1.6, _MIDDLE)
+        far = np.flatnonzero(tail > 5.0)
+        if far.size:
+            size[far] = _ratio(tail[far] - 5.0, _FAR)
         result[outside] = np.where(side < 0.0, -size, size)
     return result
 

@@ -1,0 +1,199 @@
+"""Attention tile by tile: which tiles of queries and keys there are, and which pairs in them count.
+
+Whatever needs one look at every (query, key) pair goes through here: the exact output, and any bound that
+is a sum over the keys. Memory stays O(N d), since one tile of scores exists at a time.
+
+A row block has the queries of some (batch, kv head) pairs. The query heads that share a kv head are stacked
+to rows, so keys and values are used as they are, not copied for each head. All numbers come in float64.
+
+    for rows in row_blocks(q, k, v, causal="bottom-right"):
+        for tile in rows.tiles():
+            scores = rows.q @ tile.k.mT                          # (pairs, rows, cols)
+            if tile.hidden is not None:
+                scores.masked_fill_(tile.hidden, -math.inf)
+            ...
+        rows.write(out, result)
+
+Rows that see no key are in no block; `rows_without_keys` says which they are. Every other row sees key 0 in
+its first tile: both causal masks show a prefix of the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from effattn.errors import RequestError
+
+#: the masks, see `effattn.case`
+CAUSAL = ("none", "bottom-right", "top-left")
+
+#: scores in a tile: 2 MiB of float64, so that a tile and its exponentials stay in a core's cache
+_TILE_SCORES = 1 << 18
+
+#: keys in a tile
+_TILE_KEYS = 512
+
+
+class Block(NamedTuple):
+    """The largest tile: queries of one head, and keys. How many heads go together follows from it."""
+
+    rows: int
+    cols: int
+
+
+def diagonal(q_len: int, kv_len: int, causal: str) -> int | None:
+    """Query i sees the keys j <= i + diagonal; None where it sees all of them."""
+    if causal == "none":
+        return None
+    return kv_len - q_len if causal == "bottom-right" else 0
+
+
+def rows_without_keys(q_len: int, kv_len: int, causal: str) -> int:
+    """How many rows see no key. They are the first ones, or all."""
+    if kv_len == 0:
+        return q_len
+    shift = diagonal(q_len, kv_len, causal)
+    return 0 if shift is None else min(q_len, max(0, -shift))
+
+
+class Tile(NamedTuple):
+    """Some keys, and the values that go with them."""
+
+    #: (pairs, cols, head_dim) float64
+    k: torch.Tensor
+    #: (pairs, cols, v_dim) float64
+    v: torch.Tensor
+    #: (rows, cols), True where the row doesn't see the key; None where every row sees every key
+    hidden: torch.Tensor | None
+    #: the keys' positions
+    keys: slice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """A block of rows: the same stretch of queries for every query head of some (batch, kv head) pairs.
+
+    Row r of pair p is query head `r // n` of the pair's kv head, query `queries.start + r % n`, where n is
+    the number of queries.
+    """
+
+    #: (pairs, rows, head_dim) float64
+    q: torch.Tensor
+    queries: slice
+    _k: torch.Tensor
+    _v: torch.Tensor
+    _batch: slice
+    _kv_heads: slice
+    _group: int
+    _shift: int | None
+    _cols: int
+
+    @property
+    def _heads(self) -> slice:
+        return slice(self._kv_heads.start * self._group, self._kv_heads.stop * self._group)
+
+    def tiles(self) -> Iterator[Tile]:
+        """The tiles of keys that at least one of the rows sees, from key 0 upwards."""
+        kv_len = self._k.shape[2]
+        first, last = self.queries.start, self.queries.stop - 1
+        seen = kv_len if self._shift is None else min(kv_len, last + self._shift + 1)
+        for start in range(0, seen, self._cols):
+            keys = slice(start, min(start + self._cols, seen))
+            hidden = None
+            if self._shift is not None and keys.stop - 1 > first + self._shift:
+                device = self.q.device
+                i = torch.arange(first + self._shift, last + self._shift + 1, device=device)
+                j = torch.arange(keys.start, keys.stop, device=device)
+                hidden = j > i[:, None]
+                if self._group > 1:
+                    hidden = hidden.repeat(self._group, 1)
+            yield Tile(self._pairs(self._k, keys), self._pairs(self._v, keys), hidden, keys)
+
+    def _pairs(self, x: torch.Tensor, keys: slice) -> torch.Tensor:
+        x = x[self._batch, self._kv_heads, keys].to(torch.float64)
+        return x.reshape(-1, x.shape[2], x.shape[3])
+
+    def read(self, source: torch.Tensor) -> torch.Tensor:
+        """This block's part of (batch, heads, q_len) or (batch, heads, q_len, n), as (pairs, rows[, n])."""
+        part = source[self._batch, self._heads, self.queries]
+        return part.reshape(*self.q.shape[:2], *source.shape[3:])
+
+    def write(self, target: torch.Tensor, values: torch.Tensor) -> None:
+        """Puts (pairs, rows[, n]) into this block's part of (batch, heads, q_len[, n])."""
+        part = target[self._batch, self._heads, self.queries]
+        part.copy_(values.reshape(part.shape))
+
+
+def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: str) -> None:
+    """RequestError unless q (b, h, m, d), k (b, g, n, d) and v (b, g, n, e) go together, h a multiple of g."""
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
+    expected = "expected q (batch, heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim), v (batch, kv_heads, kv_len, v_dim)"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise RequestError(f"{shapes}: {expected}.")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise RequestError(f"{shapes}: {expected}; sizes of one name must agree.")
+    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        raise RequestError(f"{shapes}: {expected}; heads must be a multiple of kv_heads.")
+    if not q.device == k.device == v.device:
+        raise RequestError(f"q on {q.device}, k on {k.device}, v on {v.device}: expected all on one device.")
+    if causal not in CAUSAL:
+        raise RequestError(f"causal {causal!r}: expected one of {', '.join(CAUSAL)}.")
+
+
+def row_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: str,
+    block: tuple[int, int] | None = None,
+) -> Iterator[Rows]:
+    """The rows that see a key, in blocks.
+
+    q (batch, heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim), v (batch, kv_heads, kv_len,
+    v_dim), any dtype and strides, one device. `block` is the largest number of queries and of keys in a tile;
+    None chooses one by the cache, and takes small problems in a single tile. RequestError for shapes that
+    don't go together.
+    """
+    check(q, k, v, causal)
+    batch, heads, q_len, _ = q.shape
+    kv_heads, kv_len = k.shape[1], k.shape[2]
+    group = heads // kv_heads
+    empty = rows_without_keys(q_len, kv_len, causal)
+    if q_len == empty or batch == 0:
+        return
+    if block is None:
+        cols = min(kv_len, _TILE_KEYS)
+        rows = min(q_len - empty, max(1, _TILE_SCORES // (group * cols)))
+    else:
+        rows, cols = min(block[0], q_len - empty), min(block[1], kv_len)
+        if rows < 1 or cols < 1:
+            raise RequestError(f"block {tuple(block)!r}: expected at least one query and one key in a tile.")
+    pairs = max(1, _TILE_SCORES // (group * rows * cols))
+    # Whole batch entries where they fit, else some heads of one at a time.
+    head_step = min(kv_heads, pairs)
+    batch_step = max(1, pairs // kv_heads) if head_step == kv_heads else 1
+    shift = diagonal(q_len, kv_len, causal)
+    for b in range(0, batch, batch_step):
+        in_batch = slice(b, min(b + batch_step, batch))
+        for h in range(0, kv_heads, head_step):
+            in_heads = slice(h, min(h + head_step, kv_heads))
+            for i in range(empty, q_len, rows):
+                queries = slice(i, min(i + rows, q_len))
+                part = q[in_batch, in_heads.start * group : in_heads.stop * group, queries].to(torch.float64)
+                stacked = part.reshape(-1, group * part.shape[2], part.shape[3])
+                yield Rows(
+                    q=stacked,
+                    queries=queries,
+                    _k=k,
+                    _v=v,
+                    _batch=in_batch,
+                    _kv_heads=in_heads,
+                    _group=group,
+                    _shift=shift,
+                    _cols=cols,
+                )

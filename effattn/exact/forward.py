@@ -1,0 +1,137 @@
+"""Exact attention: softmax(scale * q k^T + mask) v in float64, the reference that everything is held against.
+
+Online softmax over tiles (M. Milakov, N. Gimelshein, arXiv 1805.02867; T. Dao et al., arXiv 2205.14135), so
+memory is O(N d). No code is shared with what is judged.
+
+For infinities and NaN in the inputs, the result is that of the formula, with these rules:
+
+1. A hidden pair doesn't exist: what lies in k and v at a hidden key has no influence at all, NaN included.
+2. A visible weight is positive, however far below float64's smallest number, unless its logit is -inf. So
+   an infinite value at a visible key makes the output infinite; infinities of both signs make it NaN.
+3. A logit of -inf has weight 0, and 0 times an infinite value is NaN, as in IEEE arithmetic.
+4. A NaN logit, or one of +inf, makes the row NaN. With logits of +inf and no NaN the log-sum-exp is +inf.
+5. A row whose visible logits are all -inf is 0/0: output NaN, log-sum-exp -inf. A row that sees no key has
+   output 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from effattn.exact.blocks import Rows, row_blocks, rows_without_keys
+
+
+class Exact(NamedTuple):
+    """What attention gives, in float64."""
+
+    #: (batch, heads, q_len, v_dim); 0 in rows that see no key
+    out: torch.Tensor
+    #: (batch, heads, q_len), natural logarithm of the sum of exp(logit); -inf in rows that see no key
+    lse: torch.Tensor
+
+
+@torch.no_grad()
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: str = "none",
+    scale: float | None = None,
+    block: tuple[int, int] | None = None,
+) -> Exact:
+    """Exact attention in float64 with O(N d) memory, on the device of the inputs.
+
+    q (batch, heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim), v (batch, kv_heads, kv_len,
+    v_dim); any floating dtype, any strides, heads a multiple of kv_heads. `causal` is "none", "bottom-right"
+    or "top-left" (see `effattn.case`), `scale` None means head_dim ** -0.5. `block` is the largest number of
+    queries and of keys in a tile; results with different blocks differ by float64's rounding only.
+    RequestError for shapes that don't go together.
+    """
+    batch, heads, q_len = q.shape[:3]
+    out = torch.empty((batch, heads, q_len, v.shape[-1]), dtype=torch.float64, device=q.device)
+    lse = torch.empty((batch, heads, q_len), dtype=torch.float64, device=q.device)
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1])
+    for rows in row_blocks(q, k, v, causal=causal, block=block):
+        o, s = _finite(rows, scale)
+        if not torch.isfinite(o.sum()):
+            # Something isn't finite, perhaps only behind the mask. Sums of so many finite numbers don't
+            # overflow unless the numbers are beyond what the three dtypes hold; then this is just slower.
+            o, s = _any(rows, scale)
+        rows.write(out, o)
+        rows.write(lse, s)
+    empty = rows_without_keys(q_len, k.shape[2], causal)
+    out[:, :, :empty] = 0.0
+    lse[:, :, :empty] = -math.inf
+    return Exact(out, lse)
+
+
+def _finite(rows: Rows, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of a block of rows whose inputs are finite; if some aren't, out isn't."""
+    q = rows.q * scale
+    top = total = acc = None
+    for tile in rows.tiles():
+        p = torch.bmm(q, tile.k.mT)
+        if tile.hidden is not None:
+            p.masked_fill_(tile.hidden, -math.inf)
+        highest = p.amax(dim=-1, keepdim=True)
+        if top is None:
+            top = highest
+            p.sub_(top).exp_()
+            total = p.sum(dim=-1, keepdim=True)
+            acc = torch.bmm(p, tile.v)
+            continue
+        highest = torch.maximum(top, highest)
+        p.sub_(highest).exp_()
+        shrink = (top - highest).exp_()
+        top = highest
+        total.mul_(shrink).add_(p.sum(dim=-1, keepdim=True))
+        acc.mul_(shrink).baddbmm_(p, tile.v)
+    assert top is not None, "every row of a block sees key 0"
+    return acc.div_(total), total.log_().add_(top).squeeze(-1)
+
+
+def _any(rows: Rows, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of a block of rows by the rules at the head of this module."""
+    q = rows.q * scale
+    shape = (*q.shape[:2], 1)
+    top = q.new_full(shape, -math.inf)
+    total = q.new_zeros(shape)
+    acc = plus = minus = undefined = None
+    for tile in rows.tiles():
+        scores = torch.bmm(q, tile.k.mT)
+        visible = torch.ones_like(scores, dtype=torch.bool)
+        if tile.hidden is not None:
+            visible &= ~tile.hidden
+        scores = torch.where(visible, scores, -math.inf)
+        highest = torch.maximum(top, scores.amax(dim=-1, keepdim=True))
+        # All logits so far may be -inf, and -inf - -inf isn't 0.
+        base = torch.where(highest == -math.inf, 0.0, highest)
+        p = (scores - base).exp_()
+        shrink = (top - base).exp_()
+        top = highest
+        total = total * shrink + p.sum(dim=-1, keepdim=True)
+        value = torch.where(tile.v.isfinite(), tile.v, 0.0)
+        sums = torch.bmm(p, value)
+        acc = sums if acc is None else acc * shrink + sums
+        # Which of the values that aren't finite does a row use? Counts of them, so as to use bmm.
+        weighs = (visible & (scores != -math.inf)).to(torch.float64)
+        weightless = (visible & (scores == -math.inf)).to(torch.float64)
+        more = torch.bmm(weighs, (tile.v == math.inf).to(torch.float64))
+        less = torch.bmm(weighs, (tile.v == -math.inf).to(torch.float64))
+        bad = torch.bmm(weighs, tile.v.isnan().to(torch.float64))
+        bad += torch.bmm(weightless, (~tile.v.isfinite()).to(torch.float64))
+        plus = more if plus is None else plus + more
+        minus = less if minus is None else minus + less
+        undefined = bad if undefined is None else undefined + bad
+    assert acc is not None, "every row of a block sees key 0"
+    out = acc / total
+    out = torch.where(plus > 0, out + math.inf, out)
+    out = torch.where(minus > 0, out - math.inf, out)
+    out = torch.where(undefined > 0, math.nan, out)
+    lse = torch.where(top == math.inf, math.inf, top + total.log())
+    return out, lse.squeeze(-1)
