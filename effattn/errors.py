@@ -13,3 +13,15 @@ class RequestError(EffattnError, ValueError):
 
 class NotSupported(EffattnError):
     """Raised by a method that does not offer what a case asks for: counted and shown, never a failure."""
+
+
+class ArgumentError(EffattnError, ValueError):
+    """A kernel was given an argument of a wrong shape or value."""
+
+
+class ArgumentTypeError(EffattnError, TypeError):
+    """A kernel was given an argument of a wrong type, dtype or device."""
+
+
+class WrongReturn(EffattnError):
+    """A method returned something that holds no output tensor, so there is nothing to judge."""
