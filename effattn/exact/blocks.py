@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -36,13 +37,6 @@ _TILE_SCORES = 1 << 18
 
 #: keys in a tile
 _TILE_KEYS = 512
-
-
-class Block(NamedTuple):
-    """The largest tile: queries of one head, and keys. How many heads go together follows from it."""
-
-    rows: int
-    cols: int
 
 
 def diagonal(q_len: int, kv_len: int, causal: str) -> int | None:
@@ -60,6 +54,13 @@ def rows_without_keys(q_len: int, kv_len: int, causal: str) -> int:
     return 0 if shift is None else min(q_len, max(0, -shift))
 
 
+@lru_cache(maxsize=16)
+def _staircase(rows: int, cols: int, offset: int, group: int, device: torch.device) -> torch.Tensor:
+    """The mask j > i + offset, for each of `group` stacked heads. All tiles on a diagonal have the same."""
+    hidden = torch.ones((rows, cols), dtype=torch.bool, device=device).triu_(offset + 1)
+    return hidden.repeat(group, 1) if group > 1 else hidden
+
+
 class Tile(NamedTuple):
     """Some keys, and the values that go with them."""
 
@@ -67,7 +68,8 @@ class Tile(NamedTuple):
     k: torch.Tensor
     #: (pairs, cols, v_dim) float64
     v: torch.Tensor
-    #: (rows, cols), True where the row doesn't see the key; None where every row sees every key
+    #: (rows, cols), True where the row doesn't see the key; None where every row sees every key. Shared
+    #: with other tiles, so it must not be written to.
     hidden: torch.Tensor | None
     #: the keys' positions
     keys: slice
@@ -105,43 +107,52 @@ class Rows:
             keys = slice(start, min(start + self._cols, seen))
             hidden = None
             if self._shift is not None and keys.stop - 1 > first + self._shift:
-                device = self.q.device
-                i = torch.arange(first + self._shift, last + self._shift + 1, device=device)
-                j = torch.arange(keys.start, keys.stop, device=device)
-                hidden = j > i[:, None]
-                if self._group > 1:
-                    hidden = hidden.repeat(self._group, 1)
+                offset = first + self._shift - keys.start
+                hidden = _staircase(last + 1 - first, keys.stop - keys.start, offset, self._group, self.q.device)
             yield Tile(self._pairs(self._k, keys), self._pairs(self._v, keys), hidden, keys)
 
     def _pairs(self, x: torch.Tensor, keys: slice) -> torch.Tensor:
-        x = x[self._batch, self._kv_heads, keys].to(torch.float64)
+        x = _cut(x, self._batch, self._kv_heads, keys).to(torch.float64)
         return x.reshape(-1, x.shape[2], x.shape[3])
 
     def read(self, source: torch.Tensor) -> torch.Tensor:
         """This block's part of (batch, heads, q_len) or (batch, heads, q_len, n), as (pairs, rows[, n])."""
-        part = source[self._batch, self._heads, self.queries]
+        part = _cut(source, self._batch, self._heads, self.queries)
         return part.reshape(*self.q.shape[:2], *source.shape[3:])
 
     def write(self, target: torch.Tensor, values: torch.Tensor) -> None:
         """Puts (pairs, rows[, n]) into this block's part of (batch, heads, q_len[, n])."""
-        part = target[self._batch, self._heads, self.queries]
+        part = _cut(target, self._batch, self._heads, self.queries)
         part.copy_(values.reshape(part.shape))
 
 
-def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: str) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: str) -> None:
     """RequestError unless q (b, h, m, d), k (b, g, n, d) and v (b, g, n, e) go together, h a multiple of g."""
-    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
-    expected = "expected q (batch, heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim), v (batch, kv_heads, kv_len, v_dim)"
     if not q.ndim == k.ndim == v.ndim == 4:
-        raise RequestError(f"{shapes}: {expected}.")
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise RequestError(f"{shapes}: {expected}; sizes of one name must agree.")
-    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
-        raise RequestError(f"{shapes}: {expected}; heads must be a multiple of kv_heads.")
-    if not q.device == k.device == v.device:
+        problem = "all three need four axes"
+    elif k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        problem = "sizes of one name must agree"
+    elif k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        problem = "heads must be a multiple of kv_heads"
+    elif not q.device == k.device == v.device:
         raise RequestError(f"q on {q.device}, k on {k.device}, v on {v.device}: expected all on one device.")
-    if causal not in CAUSAL:
+    elif causal not in CAUSAL:
         raise RequestError(f"causal {causal!r}: expected one of {', '.join(CAUSAL)}.")
+    else:
+        return
+    given = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
+    raise RequestError(
+        f"{given}: expected q (batch, heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim) and"
+        f" v (batch, kv_heads, kv_len, v_dim); {problem}."
+    )
+
+
+def _cut(x: torch.Tensor, *parts: slice) -> torch.Tensor:
+    """x[parts], without the price of a view along axes that are taken whole."""
+    for axis, part in enumerate(parts):
+        if part.stop - part.start < x.shape[axis]:
+            x = x.narrow(axis, part.start, part.stop - part.start)
+    return x
 
 
 def row_blocks(
@@ -156,10 +167,18 @@ def row_blocks(
 
     q (batch, heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim), v (batch, kv_heads, kv_len,
     v_dim), any dtype and strides, one device. `block` is the largest number of queries and of keys in a tile;
-    None chooses one by the cache, and takes small problems in a single tile. RequestError for shapes that
-    don't go together.
+    None chooses one by the cache, and takes small problems in a single tile. RequestError, at once, for
+    shapes that don't go together.
     """
-    check(q, k, v, causal)
+    _check(q, k, v, causal)
+    if block is not None and min(block) < 1:
+        raise RequestError(f"block {tuple(block)!r}: expected at least one query and one key in a tile.")
+    return _row_blocks(q, k, v, causal, block)
+
+
+def _row_blocks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: str, block: tuple[int, int] | None
+) -> Iterator[Rows]:
     batch, heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
     group = heads // kv_heads
@@ -171,8 +190,6 @@ def row_blocks(
         rows = min(q_len - empty, max(1, _TILE_SCORES // (group * cols)))
     else:
         rows, cols = min(block[0], q_len - empty), min(block[1], kv_len)
-        if rows < 1 or cols < 1:
-            raise RequestError(f"block {tuple(block)!r}: expected at least one query and one key in a tile.")
     pairs = max(1, _TILE_SCORES // (group * rows * cols))
     # Whole batch entries where they fit, else some heads of one at a time.
     head_step = min(kv_heads, pairs)
@@ -184,7 +201,8 @@ def row_blocks(
             in_heads = slice(h, min(h + head_step, kv_heads))
             for i in range(empty, q_len, rows):
                 queries = slice(i, min(i + rows, q_len))
-                part = q[in_batch, in_heads.start * group : in_heads.stop * group, queries].to(torch.float64)
+                heads_of = slice(in_heads.start * group, in_heads.stop * group)
+                part = _cut(q, in_batch, heads_of, queries).to(torch.float64)
                 stacked = part.reshape(-1, group * part.shape[2], part.shape[3])
                 yield Rows(
                     q=stacked,

@@ -51,20 +51,28 @@ def attention(
     queries and of keys in a tile; results with different blocks differ by float64's rounding only.
     RequestError for shapes that don't go together.
     """
-    batch, heads, q_len = q.shape[:3]
-    out = torch.empty((batch, heads, q_len, v.shape[-1]), dtype=torch.float64, device=q.device)
-    lse = torch.empty((batch, heads, q_len), dtype=torch.float64, device=q.device)
+    blocks = row_blocks(q, k, v, causal=causal, block=block)
     if scale is None:
-        scale = 1.0 / math.sqrt(q.shape[-1])
-    for rows in row_blocks(q, k, v, causal=causal, block=block):
+        scale = 1.0 / math.sqrt(q.shape[3])
+    shape = q.shape[:3]
+    out = lse = None
+    for rows in blocks:
         o, s = _finite(rows, scale)
-        if not torch.isfinite(o.sum()):
-            # Something isn't finite, perhaps only behind the mask. Sums of so many finite numbers don't
-            # overflow unless the numbers are beyond what the three dtypes hold; then this is just slower.
+        if not math.isfinite(float(o.sum())):
+            # Something isn't finite, perhaps only behind the mask. Should a sum of finite numbers ever
+            # overflow, this is just slower.
             o, s = _any(rows, scale)
+        if s.numel() == math.prod(shape):
+            return Exact(o.view(*shape, -1), s.view(shape))
+        if out is None or lse is None:
+            out = q.new_empty((*shape, v.shape[-1]), dtype=torch.float64)
+            lse = q.new_empty(shape, dtype=torch.float64)
         rows.write(out, o)
         rows.write(lse, s)
-    empty = rows_without_keys(q_len, k.shape[2], causal)
+    if out is None or lse is None:
+        out = q.new_empty((*shape, v.shape[-1]), dtype=torch.float64)
+        lse = q.new_empty(shape, dtype=torch.float64)
+    empty = rows_without_keys(q.shape[2], k.shape[2], causal)
     out[:, :, :empty] = 0.0
     lse[:, :, :empty] = -math.inf
     return Exact(out, lse)
