@@ -11,7 +11,7 @@ meets the cases made for it, and most of the other cases too.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -91,10 +91,8 @@ def cases(name: str, *, dtype: str) -> list[Case]:
     """The cases of a profile in one dtype, always the same list. Raises `RequestError` for an unknown profile."""
     profile = get(name)
     draw = _Draw(f"effattn profile {profile.name}")
-    drawn: list[Case] = []
-    for _ in range(profile.repeats):
-        drawn.extend(_draw_one(draw, profile, regime, len(drawn) + i, dtype) for i, regime in enumerate(_stratified()))
-    return drawn
+    in_turn = [regime for _ in range(profile.repeats) for regime in regimes.all_regimes()]
+    return [_draw_one(draw, profile, regime, seed, dtype) for seed, regime in enumerate(in_turn)]
 
 
 def with_values(drawn: Sequence[Case], value_names: Sequence[str]) -> list[Case]:
@@ -174,11 +172,6 @@ def _small_enough(fields: Fields, profile: Profile) -> Fields:
         else:
             break
     return fields
-
-
-def _stratified() -> Iterator[regimes.Regime]:
-    """The regimes that a profile draws for."""
-    yield from regimes.all_regimes()
 
 
 def _change_for(name: str) -> _Change:

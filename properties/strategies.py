@@ -93,8 +93,8 @@ def cases(
 
     kv_heads, group = draw(st.sampled_from(menus.GROUPS))
     mask = draw(st.sampled_from(tuple(causal)))
-    q_len = draw(lengths(most=most_length))
-    kv_len = draw(st.one_of(lengths(most=most_length), st.just(q_len)))
+    q_len = draw(st.one_of(lengths(most=most_length), lengths(most=most_length), st.just(min(1, most_length))))
+    kv_len = draw(st.one_of(lengths(most=most_length), lengths(most=most_length), st.just(q_len)))
     head_dim = draw(head_dims(most=most_head_dim))
     batch = draw(st.sampled_from(menus.BATCHES))
     fields: dict[str, Any] = {

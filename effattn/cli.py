@@ -1,0 +1,305 @@
+"""The command line. Exit codes: 0 pass, 1 the method failed, 2 the request or the environment is wrong.
+
+Nothing is imported before it is needed: `effattn --help` starts in a tenth of a second, torch alone takes
+ten times that. What is effattn's own fault is not caught: it ends with a traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from effattn.errors import RequestError
+
+if TYPE_CHECKING:
+    from effattn.case import Case
+    from effattn.gate import Progress
+    from effattn.judge import Verdict
+
+PASSED, FAILED, WRONG_REQUEST, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+
+#: Other names of the dtypes, so that the message can say which one is meant.
+_DTYPE_ALIASES = {
+    "float16": "fp16", "half": "fp16", "f16": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32", "float": "fp32", "f32": "fp32", "single": "fp32",
+}  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code; the console script exits with it."""
+    import os
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = cli.main(args=given, prog_name="effattn", standalone_mode=False, obj=given)
+        sys.stdout.flush()
+    except RequestError as error:
+        _complain(str(error))
+        return WRONG_REQUEST
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx is not None else "effattn"
+        _complain(f"{error.format_message()} See `{where} --help`.")
+        return WRONG_REQUEST
+    except click.ClickException as error:
+        _complain(error.format_message())
+        return WRONG_REQUEST
+    except (click.Abort, KeyboardInterrupt):
+        # 1 would say that the method failed.
+        _complain("interrupted; nothing was written")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe, such as `head`, has gone. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return BROKEN_PIPE
+    return code if isinstance(code, int) else PASSED
+
+
+def _complain(message: str) -> None:
+    from effattn.report.text import plain
+
+    click.echo(f"effattn: {plain(message)}", err=True)
+
+
+def _print_version(context: click.Context, _parameter: click.Parameter, given: bool) -> None:
+    if given and not context.resilient_parsing:
+        import effattn
+
+        click.echo(f"effattn {effattn.__version__}")
+        context.exit()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False, invoke_without_command=True)
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Show the version.")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Is an attention kernel still right, and by how much did its accuracy move?
+
+    METHOD is a name that `effattn methods` lists, or a function of yours: path/to/file.py:function or
+    package.module:function.
+
+    Exit codes: 0 pass, 1 the method failed, 2 the request or the environment is wrong or nothing was judged.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@cli.command()
+@click.argument("method")
+@click.option("--dtype", "dtypes", multiple=True, metavar="DTYPE", help="fp16, bf16 or fp32; repeat it or list them with commas. All three if not given.")
+@click.option("--profile", default="smoke", show_default=True, metavar="PROFILE", help="Which cases: smoke (seconds) or ci (minutes).")
+@click.option("--values", "value_names", multiple=True, metavar="NAME", help="Value distributions in place of the profile's own, see `effattn values`; repeat it or list them with commas. real:smollm2 takes Q, K and V of a real model.")
+@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu or cuda.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the run: verdicts.jsonl, summary.md, provenance.json, failed cases. A new folder in effattn-runs/ if not given.")
+@click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
+@click.option("--by-values", is_flag=True, help="Show one more row for each value distribution.")
+def gate(
+    method: str,
+    dtypes: tuple[str, ...],
+    profile: str,
+    value_names: tuple[str, ...],
+    device: str,
+    out: Path | None,
+    overwrite: bool,
+    by_values: bool,
+) -> int:
+    """Judge METHOD on generated cases: pass or fail, with evidence."""
+    from effattn import gate as gates
+    from effattn import methods
+    from effattn.properties import profiles
+    from effattn.report import markdown, terminal
+    from effattn.run import provenance, store
+
+    wanted = _dtypes(dtypes)
+    profiles.get(profile)
+    started = provenance.now()
+    if overwrite and out is None:
+        raise RequestError("--overwrite replaces the run that --out names; give --out too")
+    folder = out if out is not None else store.default_folder(method=method, started=started)
+    _check_device(device)
+    request = gates.Request(
+        method=methods.get(method),
+        dtypes=wanted,
+        profile=profile,
+        values=tuple(dict.fromkeys(_split(value_names))),
+        device=device,
+    )
+    cases = gates.collect(request)
+    origin = {
+        "command": provenance.command_line(click.get_current_context().obj),
+        "started": started,
+        **provenance.collect(device=device),
+    }
+    with store.RunWriter(folder, overwrite=overwrite) as writer:
+        with _progress(len(cases)) as progress:
+            result = gates.run_gate(request, cases, record=writer.add, progress=progress)
+        for failure in result.failures:
+            for failed in failure.verdicts:
+                writer.add_case(failed.case)
+            writer.add_case(failure.shrunk.verdict.case)
+        origin |= {
+            "ended": provenance.now(),
+            "method": {"name": request.method.name, "spec": request.method.spec},
+            "dtypes": list(request.dtypes),
+            "profile": profile,
+            "values": list(request.values),
+            "device": device,
+            "cases": len(cases),
+            "exit_code": result.exit_code,
+        }
+        writer.add_text(store.SUMMARY, markdown.summary(result, origin))
+        if out is None:
+            store.ignore_in_git(store.DEFAULT_FOLDER)
+        writer.commit(origin)
+
+    console = terminal.console()
+    terminal.print_result(console, result, by_values=by_values)
+    console.print(f"Written to {folder}/", markup=False, soft_wrap=True)
+    return result.exit_code
+
+
+@cli.command()
+@click.argument("case")
+@click.argument("method")
+@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu or cuda.")
+@click.option("--run", "run_folder", type=click.Path(path_type=Path), metavar="DIR", help="The run folder to look an id up in; the newest in effattn-runs/ if not given.")
+def replay(case: str, method: str, device: str, run_folder: Path | None) -> int:
+    """Judge one CASE again, with everything shown.
+
+    CASE is a file with a case as JSON, the JSON itself, or the id of a case in a run folder.
+    """
+    from effattn import methods
+    from effattn.judge import judge
+    from effattn.report import summary, terminal
+
+    found = _case(case, run_folder)
+    _check_device(device)
+    verdict = judge(found, methods.get(method), device=device)
+    terminal.print_details(terminal.console(), verdict)
+    if summary.failed(verdict.outcome):
+        return FAILED
+    return PASSED if str(verdict.outcome) == summary.PASS else WRONG_REQUEST
+
+
+@cli.command("methods")
+def list_methods() -> int:
+    """List the methods that come with effattn."""
+    from effattn import methods
+
+    _print_pairs([(name, methods.describe(name)) for name in methods.names()])
+    click.echo("\nA function of yours: path/to/file.py:function or package.module:function")
+    return PASSED
+
+
+@cli.command("values")
+def list_values() -> int:
+    """List the value distributions, each with what it is there for."""
+    from effattn import values
+
+    _print_pairs([(name, values.get(name).summary) for name in values.names()])
+    click.echo("\nQ, K and V of a real model: real:smollm2 (all layers) or real:smollm2/LAYER")
+    return PASSED
+
+
+@cli.command()
+def doctor() -> int:
+    """Show what this machine can run, and what is missing."""
+    from effattn import doctor as doctors
+    from effattn.report import terminal
+
+    checks = doctors.examine()
+    doctors.show(terminal.console(), checks)
+    return PASSED if all(check.ok for check in checks if check.needed) else WRONG_REQUEST
+
+
+def _case(given: str, run_folder: Path | None) -> Case:
+    from effattn.case import Case
+    from effattn.run import store
+
+    text = given.strip()
+    if text.startswith("{"):
+        return Case.from_json(text)
+    if run_folder is None and (text.endswith(".json") or "/" in text or Path(text).exists()):
+        return Case.load(text)
+    if not text or not all(c in "0123456789abcdef" for c in text) or len(text) < 4:
+        raise RequestError(
+            f"{given!r} is no case; expected a file with a case as JSON, the JSON itself, or at least four digits "
+            "of the id of a case in a run folder"
+        )
+    return store.find_case(text, run_folder if run_folder is not None else store.newest_run())
+
+
+def _dtypes(given: Sequence[str]) -> tuple[str, ...]:
+    from effattn.case import DTYPES
+
+    names = _split(given)
+    for name in names:
+        if name not in DTYPES:
+            meant = _DTYPE_ALIASES.get(name.lower()) or (name.lower() if name.lower() in DTYPES else None)
+            raise RequestError(_unknown("dtype", name, DTYPES, meant))
+    if given and not names:
+        raise RequestError(f"--dtype {given[0]!r} names no dtype; expected some of {', '.join(DTYPES)}")
+    return tuple(dict.fromkeys(names)) or DTYPES
+
+
+def _split(given: Sequence[str]) -> list[str]:
+    return [name.strip() for text in given for name in text.split(",") if name.strip()]
+
+
+def _unknown(what: str, name: str, known: Sequence[str], meant: str | None = None) -> str:
+    close = [meant] if meant else difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"unknown {what} {name!r}; expected one of {', '.join(known)}{hint}"
+
+
+def _check_device(device: str) -> None:
+    if device not in ("cpu", "cuda"):
+        raise RequestError(_unknown("device", device, ("cpu", "cuda")))
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise RequestError(
+                "--device cuda: torch finds no usable GPU here; leave --device out, or see `effattn doctor`"
+            )
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Progress | None]:
+    """A progress bar on stderr where that is a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from effattn.report import terminal
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=terminal.console(stderr=True), transient=True) as bar:
+        task = bar.add_task("judging", total=total)
+
+        def advance(_verdict: Verdict, remaining: int) -> None:
+            bar.update(task, completed=total - remaining, description="judging" if remaining else "shrinking failures")
+
+        yield advance
+
+
+def _print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    """Names in one column, what they are in another that is wrapped."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from effattn.report import terminal
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, words in pairs:
+        table.add_row(Text(name, style="bold"), Text(words))
+    terminal.console().print(table)

@@ -1,0 +1,208 @@
+"""The gate: draws a profile's cases, judges them all, shrinks what failed, and says what came out.
+
+Read `run_gate` first. Nothing here prints; the command line shows what it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from effattn.errors import RequestError
+from effattn.report import summary
+
+if TYPE_CHECKING:
+    from effattn.case import Case
+    from effattn.judge import Verdict
+    from effattn.methods.base import Method
+    from effattn.run.shrink import Shrunk
+
+#: Called after each verdict with it and the number of verdicts still to come.
+Progress = Callable[["Verdict", int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to judge, all of it checked before the first case runs."""
+
+    method: Method
+    dtypes: tuple[str, ...]
+    profile: str
+    #: Value distributions in place of the profile's own; empty for those.
+    values: tuple[str, ...] = ()
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """All failed cases of one dtype that have the same outcome."""
+
+    dtype: str
+    outcome: str
+    verdicts: tuple[Verdict, ...]
+    #: The worst of them.
+    worst: Verdict
+    #: What became of the smallest of them.
+    shrunk: Shrunk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came out."""
+
+    request: Request
+    verdicts: tuple[Verdict, ...]
+    failures: tuple[Failure, ...]
+    #: Asked-for dtypes and distributions of which no case was judged, in words.
+    nothing_judged: tuple[str, ...]
+
+    @property
+    def rows(self) -> list[summary.Row]:
+        """One row for each dtype."""
+        return summary.rows(self.verdicts, by=lambda v: (v.case.dtype,))
+
+    @property
+    def rows_by_values(self) -> list[summary.Row]:
+        """One row for each dtype and value distribution."""
+        return summary.rows(
+            sorted(self.verdicts, key=lambda v: (self.request.dtypes.index(v.case.dtype), v.case.values)),
+            by=lambda v: (v.case.dtype, v.case.values),
+        )
+
+    @property
+    def exit_code(self) -> int:
+        """0 pass, 1 the method failed, 2 nothing was judged of something that was asked for."""
+        if self.failures:
+            return 1
+        return 2 if self.nothing_judged else 0
+
+    @property
+    def sentence(self) -> str:
+        """The result in a sentence."""
+        judged = sum(1 for v in self.verdicts if str(v.outcome) not in summary.SET_ASIDE)
+        name = self.request.method.name
+        if self.failures:
+            wrong = sum(len(failure.verdicts) for failure in self.failures)
+            return f"{name} failed {wrong} of {judged} judged cases."
+        if self.nothing_judged:
+            return f"Nothing was judged of {' and '.join(self.nothing_judged)}: that is not a pass."
+        return f"{name} passed all {judged} judged cases."
+
+
+def collect(request: Request) -> list[Case]:
+    """The cases of a request, dtype by dtype.
+
+    Raises:
+        RequestError: unknown profile or distribution; the model of a `real:` distribution is not installed.
+    """
+    from effattn import values
+    from effattn.properties import profiles
+
+    generated = [name for name in request.values if not name.startswith("real:")]
+    real = [name for name in request.values if name.startswith("real:")]
+    for name in generated:
+        values.get(name)
+    collected: list[Case] = []
+    for dtype in request.dtypes:
+        drawn = profiles.cases(request.profile, dtype=dtype)
+        if not request.values:
+            collected.extend(drawn)
+        collected.extend(profiles.with_values(drawn, generated))
+        collected.extend(_real_cases(real, dtype=dtype, profile=request.profile))
+    return collected
+
+
+def _real_cases(names: Sequence[str], *, dtype: str, profile: str) -> list[Case]:
+    if not names:
+        return []
+    from effattn import real
+
+    return [case for name in names for case in real.cases(name, dtype=dtype, profile=profile)]
+
+
+def run_gate(
+    request: Request,
+    cases: Sequence[Case],
+    *,
+    progress: Progress | None = None,
+    record: Callable[[Verdict], None] | None = None,
+) -> Result:
+    """Judge the cases and shrink one failure of each kind.
+
+    Args:
+        request: what to judge.
+        cases: the cases, from `collect`.
+        progress: called after each verdict.
+        record: called with each verdict, before `progress`, to store it.
+
+    Raises:
+        RequestError: the environment cannot run the method at all, for example for want of a C compiler.
+    """
+    from effattn.run import executor
+
+    if not cases:
+        raise RequestError("there is no case to judge; name at least one dtype")
+    verdicts: list[Verdict] = []
+    for verdict in executor.run(cases, request.method, device=request.device):
+        verdicts.append(verdict)
+        if record is not None:
+            record(verdict)
+        if progress is not None:
+            progress(verdict, len(cases) - len(verdicts))
+    return Result(
+        request=request,
+        verdicts=tuple(verdicts),
+        failures=tuple(_failures(verdicts, request)),
+        nothing_judged=tuple(_nothing_judged(verdicts, request)),
+    )
+
+
+def _failures(verdicts: Sequence[Verdict], request: Request) -> list[Failure]:
+    from effattn.judge import judge
+    from effattn.run.shrink import shrink
+
+    groups: dict[tuple[str, str], list[Verdict]] = {}
+    for verdict in verdicts:
+        if summary.failed(verdict.outcome):
+            groups.setdefault((verdict.case.dtype, str(verdict.outcome)), []).append(verdict)
+    return [
+        Failure(
+            dtype=dtype,
+            outcome=outcome,
+            verdicts=tuple(members),
+            worst=max(members, key=severity),
+            # The smallest failing case is the best start: every step from there leads to a smaller one.
+            shrunk=shrink(min(members, key=_size), lambda case: judge(case, request.method, device=request.device)),
+        )
+        for (dtype, outcome), members in groups.items()
+    ]
+
+
+def severity(verdict: Verdict) -> tuple[float, float]:
+    """Worse verdicts have a larger one: by error/bound, then by how unlikely the findings are."""
+    fractions = [q.fraction for q in verdict.quantities if q.fraction is not None]
+    # NaN is worse than any number.
+    worst = max((float("inf") if f != f else f for f in fractions), default=0.0)
+    least = min((finding.p_value for finding in verdict.findings), default=1.0)
+    if str(verdict.outcome) == "biased":
+        return (-least, worst)
+    return (worst, -least)
+
+
+def _size(verdict: Verdict) -> int:
+    case = verdict.case
+    per_head = case.q_len * case.kv_len + (case.q_len + case.kv_len) * case.head_dim
+    return case.batch * case.heads * per_head
+
+
+def _nothing_judged(verdicts: Sequence[Verdict], request: Request) -> list[str]:
+    judged = [v.case for v in verdicts if str(v.outcome) not in summary.SET_ASIDE]
+    missing = [dtype for dtype in request.dtypes if all(case.dtype != dtype for case in judged)]
+    if len(missing) < len(request.dtypes):
+        missing += [
+            name
+            for name in request.values
+            if not any(case.values == name or case.values.startswith(name + "/") for case in judged)
+        ]
+    return missing

@@ -1,0 +1,91 @@
+"""The gate's result as Markdown, for a pull request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from effattn.report import terminal, text
+
+if TYPE_CHECKING:
+    from effattn.gate import Failure, Result
+    from effattn.judge import Verdict
+    from effattn.report.summary import Row
+
+#: Failures that are shown; the rest is counted. Keeps a summary far below the 60 kB that a comment may have.
+MOST_FAILURES = 12
+#: Characters of a message that are shown.
+MOST_MESSAGE = 1500
+
+COLUMNS = (*terminal.VERDICT_COLUMNS[:-1], *terminal.ACCURACY_COLUMNS, terminal.VERDICT_COLUMNS[-1])
+
+
+def summary(result: Result, provenance: Mapping[str, Any]) -> str:
+    """The whole summary of a run."""
+    request = result.request
+    lines = [
+        f"# effattn gate: {text.markdown(request.method.name)}",
+        "",
+        f"**{text.markdown(result.sentence)}**",
+        "",
+        *table(result.rows, ("dtype",)),
+        "",
+    ]
+    for failure in result.failures[:MOST_FAILURES]:
+        lines += [*_failure(failure), ""]
+    if len(result.failures) > MOST_FAILURES:
+        lines += [f"{len(result.failures) - MOST_FAILURES} more kinds of failure are in the run folder.", ""]
+    lines += [
+        "## By value distribution",
+        "",
+        *table(result.rows_by_values, ("dtype", "values")),
+        "",
+        "## Where this comes from",
+        "",
+        *_provenance(provenance),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def table(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
+    """A Markdown table of the rows."""
+    lines = [
+        "| " + " | ".join((*labels, *COLUMNS)) + " |",
+        "|" + " --- |" * len(labels) + " ---: |" * len(COLUMNS),
+    ]
+    for row in rows:
+        cells = [text.markdown(label) for label in row.label]
+        cells += [text.markdown(terminal.cell(row, column)) for column in COLUMNS]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _failure(failure: Failure) -> list[str]:
+    lines = [f"## {failure.dtype}: {failure.outcome}, {len(failure.verdicts)} of the cases", ""]
+    lines += _verdict(failure.worst, title="Worst")
+    if failure.shrunk.verdict.case != failure.worst.case:
+        lines += ["", *_verdict(failure.shrunk.verdict, title="Smallest found")]
+    return lines
+
+
+def _verdict(verdict: Verdict, *, title: str) -> list[str]:
+    message = verdict.message
+    if len(message) > MOST_MESSAGE:
+        message = message[:MOST_MESSAGE] + " ..."
+    return [
+        f"{title}: {text.markdown(verdict.case.describe())}",
+        "",
+        *(f"> {text.markdown(line)}  " for line in message.splitlines()),
+        "",
+        text.code(verdict.replay),
+    ]
+
+
+def _provenance(provenance: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, value in provenance.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key} {inner}" for key, inner in value.items())
+        lines.append(f"- {text.markdown(name)}: {text.code(str(value))}")
+    return lines

@@ -1,0 +1,115 @@
+"""Adds verdicts up: one row for each dtype, or for each value of another field.
+
+What is added up, and how, so that a reader can tell what a number means:
+
+- error/bound: the largest over all elements of out and LSE of all judged cases;
+- z rms: over all elements of out of all judged cases; z max: the largest in magnitude, with its sign;
+- bit-equal: share of all elements of out that equal the correctly rounded exact value bit for bit;
+- ulp p50, p99: of out, the median over the cases of the case's own quantile; ulp max: over all elements.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from effattn.judge import Outcome, Verdict
+
+#: Outcomes that say that the method is wrong, by their text; the rest are a pass or set aside.
+SET_ASIDE = ("not supported", "not judged")
+PASS = "pass"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The sum of some verdicts. A number is None where no judged case has it."""
+
+    #: What the verdicts have in common, for example ("fp16",) or ("fp16", "normal").
+    label: tuple[str, ...]
+    #: Verdicts of any outcome.
+    cases: int
+    #: Verdicts that passed or failed.
+    judged: int
+    passed: int
+    #: outcome -> how many, the failing ones only.
+    failed: dict[str, int]
+    not_supported: int
+    not_judged: int
+    fraction: float | None
+    z_rms: float | None
+    z_max: float | None
+    bit_equal: float | None
+    ulp_p50: float | None
+    ulp_p99: float | None
+    ulp_max: float | None
+    #: Time in seconds of everything: tensors, method, exact attention, envelope.
+    seconds: float
+    #: Time in seconds of the method alone.
+    method_seconds: float
+
+
+def failed(outcome: Outcome | str) -> bool:
+    """True where the outcome is the method's failure."""
+    return str(outcome) != PASS and str(outcome) not in SET_ASIDE
+
+
+def rows(verdicts: Iterable[Verdict], *, by: Callable[[Verdict], tuple[str, ...]]) -> list[Row]:
+    """One row for each label, in the order in which the labels first come."""
+    groups: dict[tuple[str, ...], list[Verdict]] = {}
+    for verdict in verdicts:
+        groups.setdefault(by(verdict), []).append(verdict)
+    return [row(label, members) for label, members in groups.items()]
+
+
+def row(label: tuple[str, ...], verdicts: Sequence[Verdict]) -> Row:
+    """The sum of the verdicts."""
+    outcomes = Counter(str(verdict.outcome) for verdict in verdicts)
+    wrong = {outcome: n for outcome, n in outcomes.items() if failed(outcome)}
+    judged = [v for v in verdicts if str(v.outcome) not in SET_ASIDE]
+    quantities = [quantity for verdict in judged for quantity in verdict.quantities if quantity.count]
+    outs = [quantity for quantity in quantities if quantity.name == "out"]
+    squares = [(q.count, q.z_rms) for q in outs if _is_number(q.z_rms)]
+    return Row(
+        label=label,
+        cases=len(verdicts),
+        judged=len(judged),
+        passed=outcomes[PASS],
+        failed=wrong,
+        not_supported=outcomes["not supported"],
+        not_judged=outcomes["not judged"],
+        fraction=_largest([q.fraction for q in quantities]),
+        z_rms=math.sqrt(sum(n * z * z for n, z in squares) / sum(n for n, _ in squares)) if squares else None,
+        z_max=_largest([q.z_max for q in outs], key=abs),
+        bit_equal=_mean([(q.count, q.bit_equal) for q in outs]),
+        ulp_p50=_median([q.ulp_p50 for q in outs]),
+        ulp_p99=_median([q.ulp_p99 for q in outs]),
+        ulp_max=_largest([q.ulp_max for q in outs]),
+        seconds=sum(sum(v.seconds.values()) for v in verdicts),
+        method_seconds=sum(v.seconds.get("method", 0.0) for v in verdicts),
+    )
+
+
+def _is_number(x: float | None) -> bool:
+    return x is not None and math.isfinite(x)
+
+
+def _largest(values: Sequence[float | None], *, key: Callable[[float], float] = float) -> float | None:
+    known = [x for x in values if x is not None]
+    if any(math.isnan(x) for x in known):
+        return math.nan
+    return max(known, key=key, default=None)
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [x for x in values if x is not None and not math.isnan(x)]
+    return statistics.median(known) if known else None
+
+
+def _mean(weighted: Sequence[tuple[int, float | None]]) -> float | None:
+    known = [(n, x) for n, x in weighted if x is not None and not math.isnan(x)]
+    return sum(n * x for n, x in known) / sum(n for n, _ in known) if known else None

@@ -1,0 +1,187 @@
+"""The gate's result for people, on a terminal or in a file.
+
+Nothing here uses rich's markup on text that comes from users: names and messages are `Text`, cleaned first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from effattn.report import text
+
+if TYPE_CHECKING:
+    from effattn.gate import Failure, Result
+    from effattn.judge import Verdict
+    from effattn.report.summary import Row
+
+#: The width of output that is not a terminal: the whole table on a line.
+PIPED_WIDTH = 120
+
+VERDICT_COLUMNS = ("judged", "passed", "failed", "not supported", "not judged", "time")
+ACCURACY_COLUMNS = ("error/bound", "z rms", "z max", "bit-equal", "ulp p50/p99/max")
+
+
+def console(*, stderr: bool = False, width: int | None = None) -> Console:
+    """The console for all output: as wide as the terminal, or `PIPED_WIDTH` and plain where it is none."""
+    probe = Console(stderr=stderr)
+    if width is None and not probe.is_terminal:
+        width = PIPED_WIDTH
+    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
+
+
+def print_result(out: Console, result: Result, *, by_values: bool = False) -> None:
+    """The tables, the failures, and the result in a sentence."""
+    print_rows(out, result.rows, ("dtype",))
+    if by_values:
+        print_rows(out, result.rows_by_values, ("dtype", "values"))
+    print_set_aside(out, result.verdicts)
+    for failure in result.failures:
+        print_failure(out, failure)
+    style = {0: "bold green", 1: "bold red", 2: "bold yellow"}[result.exit_code]
+    out.print(Text(text.one_line(result.sentence), style=style))
+
+
+def print_rows(out: Console, rows: Sequence[Row], labels: Sequence[str]) -> None:
+    """The rows as one table, or as two below each other where the terminal is narrow."""
+    whole = _table(labels, (*VERDICT_COLUMNS[:-1], *ACCURACY_COLUMNS, VERDICT_COLUMNS[-1]), rows)
+    if out.measure(whole).minimum <= out.width:
+        out.print(whole)
+        return
+    for columns in (VERDICT_COLUMNS, ACCURACY_COLUMNS):
+        out.print(_table(labels, columns, rows))
+
+
+def print_set_aside(out: Console, verdicts: Sequence[Verdict]) -> None:
+    """Why cases were not supported or not judged, each reason once with its number."""
+    reasons: dict[tuple[str, str], int] = {}
+    for verdict in verdicts:
+        if str(verdict.outcome) in ("not supported", "not judged"):
+            key = (str(verdict.outcome), text.one_line(verdict.message))
+            reasons[key] = reasons.get(key, 0) + 1
+    shown = sorted(reasons.items(), key=lambda item: -item[1])
+    for (outcome, reason), n in shown[:8]:
+        out.print(Text.assemble((f"{outcome}, {n}: ", "yellow"), reason))
+    if len(shown) > 8:
+        out.print(Text(f"and {len(shown) - 8} more reasons, see the verdicts in the run folder", style="yellow"))
+    if shown:
+        out.print()
+
+
+def print_failure(out: Console, failure: Failure) -> None:
+    """The worst and the smallest of the cases that failed in one way, with the lines that repeat them."""
+    n = len(failure.verdicts)
+    cases = "case" if n == 1 else "cases"
+    out.print(Text(f"{failure.dtype}: {failure.outcome} in {n} {cases}", style="bold red"))
+    print_verdict(out, failure.worst, title="worst")
+    if failure.shrunk.verdict.case != failure.worst.case:
+        print_verdict(out, failure.shrunk.verdict, title="smallest found")
+    out.print()
+
+
+def print_verdict(out: Console, verdict: Verdict, *, title: str) -> None:
+    """One verdict in a few lines; the replay line stands alone so that it can be copied."""
+    out.print(Text.assemble(f"  {title}: ", (text.one_line(verdict.case.describe()), "bold")))
+    for line in text.plain(verdict.message).splitlines():
+        out.print(Text(f"    {line}"))
+    # Not wrapped, whatever the width: a wrapped line would be copied with breaks in it.
+    out.print(Text(f"    {text.one_line(verdict.replay)}", style="cyan"), soft_wrap=True)
+
+
+def print_details(out: Console, verdict: Verdict, *, folder: Path | None = None) -> None:
+    """Everything about one verdict: quantities, findings, times."""
+    out.print(Text.assemble("case     ", (text.one_line(verdict.case.describe()), "bold")))
+    out.print(Text(f"         {verdict.case.to_json()}"), soft_wrap=True)
+    out.print(Text(f"method   {text.one_line(verdict.method)}"))
+    passed = str(verdict.outcome) == "pass"
+    out.print(Text.assemble("outcome  ", (str(verdict.outcome), "bold green" if passed else "bold red")))
+    for line in text.plain(verdict.message).splitlines():
+        out.print(Text(f"         {line}"))
+    if verdict.quantities:
+        table = _plain_table("", *(q.name for q in verdict.quantities))
+        for label, cell in _QUANTITY_ROWS:
+            table.add_row(label, *(cell(q) for q in verdict.quantities))
+        out.print(table)
+    for finding in verdict.findings:
+        out.print(
+            Text(
+                f"finding  {finding.name}: statistic {text.number(finding.statistic)}, "
+                f"p-value {finding.p_value:.1e}, alarm below {finding.threshold:.1e}"
+            )
+        )
+    if verdict.seconds:
+        out.print(Text("time     " + ", ".join(f"{name} {text.seconds(s)}" for name, s in verdict.seconds.items())))
+    if folder is not None:
+        out.print(Text(f"from     {folder}"))
+    out.print(Text(f"again    {text.one_line(verdict.replay)}", style="cyan"), soft_wrap=True)
+
+
+_QUANTITY_ROWS = (
+    ("elements", lambda q: str(q.count)),
+    ("largest error/bound", lambda q: text.number(q.fraction, digits=3)),
+    ("  at", lambda q: str(tuple(q.worst)) if q.worst is not None else text.MISSING),
+    ("  got", lambda q: _exactly(q.got)),
+    ("  exact", lambda q: _exactly(q.exact)),
+    ("  allowed error", lambda q: text.number(q.allowed)),
+    ("bit-equal", lambda q: text.share(q.bit_equal)),
+    ("ulp p50", lambda q: text.number(q.ulp_p50)),
+    ("ulp p99", lambda q: text.number(q.ulp_p99)),
+    ("ulp max", lambda q: text.number(q.ulp_max)),
+    ("z rms", lambda q: text.number(q.z_rms)),
+    ("z mean", lambda q: text.number(q.z_mean, digits=3)),
+    ("z max", lambda q: text.number(q.z_max)),
+)
+
+
+def _exactly(x: float | None) -> str:
+    return text.MISSING if x is None else repr(x)
+
+
+def _plain_table(*columns: str) -> Table:
+    # Cells are not wrapped: a number that is cut or broken is worse than a line that is too long.
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return table
+
+
+def _table(labels: Sequence[str], columns: Sequence[str], rows: Sequence[Row]) -> Table:
+    table = _plain_table(*labels, *columns)
+    for row in rows:
+        style = "red" if row.failed else "yellow" if row.judged == 0 else None
+        table.add_row(*(text.one_line(label) for label in row.label), *(cell(row, name) for name in columns), style=style)
+    return table
+
+
+def cell(row: Row, column: str) -> str:
+    """The text of one cell; the same in the terminal's table and in Markdown's."""
+    match column:
+        case "judged":
+            return str(row.judged)
+        case "passed":
+            return str(row.passed)
+        case "failed":
+            return text.counts(row.failed)
+        case "not supported":
+            return str(row.not_supported)
+        case "not judged":
+            return str(row.not_judged)
+        case "time":
+            return text.seconds(row.seconds)
+        case "error/bound":
+            return text.number(row.fraction)
+        case "z rms":
+            return text.number(row.z_rms)
+        case "z max":
+            return text.number(row.z_max)
+        case "bit-equal":
+            return text.share(row.bit_equal)
+        case "ulp p50/p99/max":
+            return " / ".join(text.number(x, digits=1) for x in (row.ulp_p50, row.ulp_p99, row.ulp_max))
+    raise ValueError(f"unknown column {column!r}")

@@ -1,0 +1,78 @@
+"""Numbers and names as text, the same in every report.
+
+Names and messages come from users' files: `plain` makes them harmless on a terminal, `markdown` in Markdown.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import unicodedata
+from collections.abc import Mapping
+
+MISSING = "-"
+#: ASCII punctuation that means something in Markdown, in a table or in a link.
+_MARKDOWN = frozenset("\\`*_{}[]()<>#+-!|~@:&$^")
+
+
+def number(x: float | None, *, digits: int = 2) -> str:
+    """About three figures: 0.41, 12.3, 4.1e+06; inf and nan as words."""
+    if x is None:
+        return MISSING
+    if math.isnan(x) or math.isinf(x):
+        return str(x)
+    magnitude = abs(x)
+    if x == 0 or 10**-digits <= magnitude < 100:
+        return f"{x:.{digits}f}"
+    if 100 <= magnitude < 100_000:
+        return f"{x:.0f}"
+    return f"{x:.1e}"
+
+
+def share(x: float | None) -> str:
+    """A share between 0 and 1 in percent, never rounded up to 100 %."""
+    if x is None:
+        return MISSING
+    percent = math.floor(x * 1000) / 10
+    return f"{percent:.1f} %"
+
+
+def seconds(x: float) -> str:
+    """A time: 0.4 ms, 12 ms, 3.4 s."""
+    if x < 0.01:
+        return f"{x * 1e3:.1f} ms"
+    if x < 1:
+        return f"{x * 1e3:.0f} ms"
+    return f"{x:.1f} s"
+
+
+def counts(failed: Mapping[str, int]) -> str:
+    """Failing outcomes with their numbers: 3 inaccurate, 1 non-finite."""
+    return ", ".join(f"{n} {outcome}" for outcome, n in failed.items()) if failed else "0"
+
+
+def plain(text: str) -> str:
+    """The text without control characters (escape sequences of terminals, changes of direction)."""
+    return "".join(c if c == "\n" or not unicodedata.category(c).startswith("C") else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def one_line(text: str) -> str:
+    """The text on one line, without control characters."""
+    return plain(" ".join(text.split()))
+
+
+def markdown(text: str) -> str:
+    """The text as Markdown that shows it as it is: no markup, no HTML, no table cell ended early."""
+    return "".join("\\" + c if c in _MARKDOWN and c not in "<>&" else html.escape(c) for c in one_line(text))
+
+
+def code(text: str) -> str:
+    """The text as a Markdown code span, whatever backticks are in it."""
+    line = one_line(text)
+    longest = run = 0
+    for c in line:
+        run = run + 1 if c == "`" else 0
+        longest = max(longest, run)
+    fence = "`" * (longest + 1)
+    pad = " " if line.startswith("`") or line.endswith("`") or not line.strip() else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
