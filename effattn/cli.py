@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain("interrupted; nothing was written")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of a pipe, such as `head`, has gone. Python would complain once more when it flushes at exit.
+        # The reader of a pipe, such as `head`, has gone. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return BROKEN_PIPE
     return code if isinstance(code, int) else PASSED
@@ -75,8 +75,19 @@ def _print_version(context: click.Context, _parameter: click.Parameter, given: b
         context.exit()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False, invoke_without_command=True)
-@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Show the version.")
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=False,
+    invoke_without_command=True,
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_version,
+    help="Show the version.",
+)
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Is an attention kernel still right, and by how much did its accuracy move?
@@ -92,11 +103,36 @@ def cli(context: click.Context) -> None:
 
 @cli.command()
 @click.argument("method")
-@click.option("--dtype", "dtypes", multiple=True, metavar="DTYPE", help="fp16, bf16 or fp32; repeat it or list them with commas. All three if not given.")
-@click.option("--profile", default="smoke", show_default=True, metavar="PROFILE", help="Which cases: smoke (seconds) or ci (minutes).")
-@click.option("--values", "value_names", multiple=True, metavar="NAME", help="Value distributions in place of the profile's own, see `effattn values`; repeat it or list them with commas. real:smollm2 takes Q, K and V of a real model.")
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    metavar="DTYPE",
+    help="fp16, bf16 or fp32; repeat it or list them with commas. All three if not given.",
+)
+@click.option(
+    "--profile",
+    default="smoke",
+    show_default=True,
+    metavar="PROFILE",
+    help="Which cases: smoke (seconds) or ci (minutes).",
+)
+@click.option(
+    "--values",
+    "value_names",
+    multiple=True,
+    metavar="NAME",
+    help="Value distributions in place of the profile's own, see `effattn values`; repeat it or list them with "
+    "commas. real:smollm2 takes Q, K and V of a real model.",
+)
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu or cuda.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the run: verdicts.jsonl, summary.md, provenance.json, failed cases. A new folder in effattn-runs/ if not given.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder for the run: verdicts.jsonl, summary.md, provenance.json, failed cases. "
+    "A new folder in effattn-runs/ if not given.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
 @click.option("--by-values", is_flag=True, help="Show one more row for each value distribution.")
 def gate(
@@ -168,7 +204,13 @@ def gate(
 @click.argument("case")
 @click.argument("method")
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu or cuda.")
-@click.option("--run", "run_folder", type=click.Path(path_type=Path), metavar="DIR", help="The run folder to look an id up in; the newest in effattn-runs/ if not given.")
+@click.option(
+    "--run",
+    "run_folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The run folder to look an id up in; the newest in effattn-runs/ if not given.",
+)
 def replay(case: str, method: str, device: str, run_folder: Path | None) -> int:
     """Judge one CASE again, with everything shown.
 
@@ -229,8 +271,8 @@ def _case(given: str, run_folder: Path | None) -> Case:
         return Case.load(text)
     if not text or not all(c in "0123456789abcdef" for c in text) or len(text) < 4:
         raise RequestError(
-            f"{given!r} is no case; expected a file with a case as JSON, the JSON itself, or at least four digits "
-            "of the id of a case in a run folder"
+            f"{given!r} is no case; expected a file with a case as JSON, the JSON itself, or at least four "
+            "digits of the id of a case in a run folder"
         )
     return store.find_case(text, run_folder if run_folder is not None else store.newest_run())
 
@@ -285,7 +327,11 @@ def _progress(total: int) -> Iterator[Progress | None]:
         task = bar.add_task("judging", total=total)
 
         def advance(_verdict: Verdict, remaining: int) -> None:
-            bar.update(task, completed=total - remaining, description="judging" if remaining else "shrinking failures")
+            bar.update(
+                task,
+                completed=total - remaining,
+                description="judging" if remaining else "shrinking failures",
+            )
 
         yield advance
 

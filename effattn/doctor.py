@@ -87,7 +87,9 @@ def _packages() -> Iterator[Check]:
 
 
 def _compiler() -> Iterator[Check]:
-    with _problems("C compiler", advice="install gcc or clang, or `pip install ziglang`; or set CC") as problems:
+    with _problems(
+        "C compiler", advice="install gcc or clang, or `pip install ziglang`; or set CC"
+    ) as problems:
         from effattn.cpu import toolchain
 
         found = toolchain.compiler()
@@ -97,7 +99,9 @@ def _compiler() -> Iterator[Check]:
 
 def _backend() -> Iterator[Check]:
     what = "Triton on the CPU"
-    with _problems(what, advice="reinstall effattn, so that its entry point is registered with Triton") as problems:
+    with _problems(
+        what, advice="reinstall effattn, so that its entry point is registered with Triton"
+    ) as problems:
         from triton.backends import backends
 
         ours = [backend for backend in backends.values() if backend.driver.__module__.startswith("effattn.")]
@@ -105,13 +109,15 @@ def _backend() -> Iterator[Check]:
             yield Check(
                 what=what,
                 ok=False,
-                found=f"the backend is not registered with Triton (registered: {', '.join(sorted(backends))})",
+                found=f"not registered with Triton (registered: {', '.join(sorted(backends))})",
                 advice="install effattn into this environment: pip install -e .",
             )
         elif ours[0].driver.is_active():
             yield Check(what=what, ok=True, found="registered and active")
         else:
-            yield Check(what=what, ok=True, found="registered; a GPU backend is active, which runs the kernels")
+            yield Check(
+                what=what, ok=True, found="registered; a GPU backend is active, which runs the kernels"
+            )
     yield from problems
 
 

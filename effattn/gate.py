@@ -173,7 +173,9 @@ def _failures(verdicts: Sequence[Verdict], request: Request) -> list[Failure]:
             verdicts=tuple(members),
             worst=max(members, key=severity),
             # The smallest failing case is the best start: every step from there leads to a smaller one.
-            shrunk=shrink(min(members, key=_size), lambda case: judge(case, request.method, device=request.device)),
+            shrunk=shrink(
+                min(members, key=_size), lambda case: judge(case, request.method, device=request.device)
+            ),
         )
         for (dtype, outcome), members in groups.items()
     ]

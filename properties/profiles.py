@@ -50,7 +50,7 @@ SMOKE = Profile(
     repeats=2,
     lengths=(1, 15, 16, 17, 31, 33, 63, 64, 65, 97, 127, 128, 129, 131, 193),
     long_lengths=(129, 131, 151, 193, 211, 257, 271),
-    dims=((64, None), (64, None), (33, None), (40, None), (17, None), (32, None), (16, None), (7, None), (80, None)),
+    dims=tuple((d, None) for d in (64, 64, 33, 40, 17, 32, 16, 7, 80)),
     unequal_dims=((64, 32), (48, 17), (56, 24)),
     groups=menus.GROUPS,
     batches=(1, 1, 2),
@@ -88,7 +88,7 @@ def get(name: str) -> Profile:
 
 
 def cases(name: str, *, dtype: str) -> list[Case]:
-    """The cases of a profile in one dtype, always the same list. Raises `RequestError` for an unknown profile."""
+    """The cases of a profile in one dtype, always the same list. `RequestError` for an unknown profile."""
     profile = get(name)
     draw = _Draw(f"effattn profile {profile.name}")
     in_turn = [regime for _ in range(profile.repeats) for regime in regimes.all_regimes()]
@@ -96,7 +96,7 @@ def cases(name: str, *, dtype: str) -> list[Case]:
 
 
 def with_values(drawn: Sequence[Case], value_names: Sequence[str]) -> list[Case]:
-    """The same shapes with each of the named value distributions, without repetition, in the order of names."""
+    """The same shapes with each of the named value distributions, without repetition, name by name."""
     seen: dict[str, Case] = {}
     for value_name in value_names:
         for case in drawn:

@@ -51,9 +51,7 @@ def layouts() -> st.SearchStrategy[str]:
     return st.one_of(st.just(menus.CONTIGUOUS), built)
 
 
-@st.composite
 def cases(
-    draw: st.DrawFn,
     *,
     dtype: str | None = None,
     causal: Sequence[str] = menus.CAUSAL,
@@ -61,7 +59,7 @@ def cases(
     most_length: int = 300,
     most_head_dim: int = 256,
     most_scores: int = MOST_SCORES,
-) -> Case:
+) -> st.SearchStrategy[Case]:
     """Cases of any kind.
 
     Args:
@@ -70,47 +68,60 @@ def cases(
         values: the value distributions to draw from; None stands for all generated ones.
         most_length: the longest q_len and kv_len.
         most_head_dim: the largest head_dim and v_dim.
-        most_scores: the largest batch * heads * q_len * kv_len; larger draws lose batches and heads first.
+        most_scores: the largest batch * heads * q_len * kv_len; larger draws lose batches and heads.
 
     Raises:
-        RequestError: an argument that no case can satisfy.
+        RequestError: an argument that no case can satisfy, at once and not at the first draw.
     """
-    from effattn.case import CAUSAL, DTYPES, Case
+    from effattn.case import CAUSAL, DTYPES
 
-    for given, known in (((dtype,) if dtype else (), DTYPES), (causal, CAUSAL)):
-        unknown = [name for name in given if name not in known]
+    dtypes = DTYPES if dtype is None else (dtype,)
+    names = menus.value_names() if values is None else tuple(values)
+    for what, given, known in (
+        ("dtype", dtypes, DTYPES),
+        ("causal", causal, CAUSAL),
+        ("values", names, None),
+    ):
+        if not given:
+            raise RequestError(f"cases({what}=()): expected at least one to draw from")
+        unknown = [name for name in given if known is not None and name not in known]
         if unknown:
-            raise RequestError(f"cases(): unknown {', '.join(unknown)}; expected some of {', '.join(known)}")
-    if not causal:
-        raise RequestError("cases(causal=()): expected at least one mask to draw from")
-    if values is not None and not values:
-        raise RequestError("cases(values=()): expected at least one value distribution to draw from")
+            raise RequestError(
+                f"cases({what}=...): unknown {', '.join(unknown)}; expected some of {', '.join(known)}"
+            )
     if most_scores < most_length**2:
         raise RequestError(
-            f"cases(most_scores={most_scores}, most_length={most_length}): one head of the longest lengths has "
-            f"{most_length**2} scores; expected most_scores to be at least that"
+            f"cases(most_scores={most_scores}, most_length={most_length}): one head of the longest lengths "
+            f"has {most_length**2} scores; expected most_scores to be at least that"
         )
+    length, dim = lengths(most=most_length), head_dims(most=most_head_dim)
+    return _cases(
+        dtype=st.sampled_from(dtypes),
+        causal=st.sampled_from(tuple(causal)),
+        values=st.sampled_from(names),
+        q_len=st.one_of(length, length, st.just(min(1, most_length))),
+        kv_len=st.one_of(length, length, st.none()),
+        head_dim=dim,
+        v_dim=st.one_of(st.none(), st.none(), st.none(), dim),
+        scale=st.one_of(st.none(), st.none(), st.none(), st.sampled_from(menus.SCALES)),
+        layout=layouts(),
+        seed=st.integers(0, 2**16 - 1),
+        most_scores=most_scores,
+    )
+
+
+@st.composite
+def _cases(draw: st.DrawFn, *, most_scores: int, **fields: st.SearchStrategy[Any]) -> Case:
+    """A case with these fields; a kv_len of None stands for that of q_len."""
+    from effattn.case import Case
 
     kv_heads, group = draw(st.sampled_from(menus.GROUPS))
-    mask = draw(st.sampled_from(tuple(causal)))
-    q_len = draw(st.one_of(lengths(most=most_length), lengths(most=most_length), st.just(min(1, most_length))))
-    kv_len = draw(st.one_of(lengths(most=most_length), lengths(most=most_length), st.just(q_len)))
-    head_dim = draw(head_dims(most=most_head_dim))
     batch = draw(st.sampled_from(menus.BATCHES))
-    fields: dict[str, Any] = {
-        "q_len": q_len,
-        "kv_len": kv_len,
-        "head_dim": head_dim,
-        "v_dim": draw(st.one_of(st.none(), st.none(), st.none(), head_dims(most=most_head_dim))),
-        "dtype": draw(st.sampled_from(DTYPES)) if dtype is None else dtype,
-        "causal": mask,
-        "scale": draw(st.one_of(st.none(), st.none(), st.none(), st.sampled_from(menus.SCALES))),
-        "layout": draw(layouts()),
-        "values": draw(st.sampled_from(menus.value_names() if values is None else tuple(values))),
-        "seed": draw(st.integers(0, 2**16 - 1)),
-    }
-    per_head = max(1, q_len * kv_len)
+    drawn = {name: draw(strategy) for name, strategy in fields.items()}
+    if drawn["kv_len"] is None:
+        drawn["kv_len"] = drawn["q_len"]
+    per_head = max(1, drawn["q_len"] * drawn["kv_len"])
     batch = max(1, min(batch, most_scores // (kv_heads * group * per_head)))
     group = max(1, min(group, most_scores // (batch * kv_heads * per_head)))
     kv_heads = max(1, min(kv_heads, most_scores // (batch * group * per_head)))
-    return Case(batch=batch, heads=kv_heads * group, kv_heads=kv_heads, **fields)
+    return Case(batch=batch, heads=kv_heads * group, kv_heads=kv_heads, **drawn)

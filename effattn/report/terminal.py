@@ -69,7 +69,9 @@ def print_set_aside(out: Console, verdicts: Sequence[Verdict]) -> None:
     for (outcome, reason), n in shown[:8]:
         out.print(Text.assemble((f"{outcome}, {n}: ", "yellow"), reason))
     if len(shown) > 8:
-        out.print(Text(f"and {len(shown) - 8} more reasons, see the verdicts in the run folder", style="yellow"))
+        out.print(
+            Text(f"and {len(shown) - 8} more reasons, see the verdicts in the run folder", style="yellow")
+        )
     if shown:
         out.print()
 
@@ -116,7 +118,9 @@ def print_details(out: Console, verdict: Verdict, *, folder: Path | None = None)
             )
         )
     if verdict.seconds:
-        out.print(Text("time     " + ", ".join(f"{name} {text.seconds(s)}" for name, s in verdict.seconds.items())))
+        out.print(
+            Text("time     " + ", ".join(f"{name} {text.seconds(s)}" for name, s in verdict.seconds.items()))
+        )
     if folder is not None:
         out.print(Text(f"from     {folder}"))
     out.print(Text(f"again    {text.one_line(verdict.replay)}", style="cyan"), soft_wrap=True)
@@ -145,7 +149,9 @@ def _exactly(x: float | None) -> str:
 
 def _plain_table(*columns: str) -> Table:
     # Cells are not wrapped: a number that is cut or broken is worse than a line that is too long.
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    table = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0)
+    )
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table
@@ -155,7 +161,11 @@ def _table(labels: Sequence[str], columns: Sequence[str], rows: Sequence[Row]) -
     table = _plain_table(*labels, *columns)
     for row in rows:
         style = "red" if row.failed else "yellow" if row.judged == 0 else None
-        table.add_row(*(text.one_line(label) for label in row.label), *(cell(row, name) for name in columns), style=style)
+        table.add_row(
+            *(text.one_line(label) for label in row.label),
+            *(cell(row, name) for name in columns),
+            style=style,
+        )
     return table
 
 

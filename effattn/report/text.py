@@ -53,7 +53,10 @@ def counts(failed: Mapping[str, int]) -> str:
 
 def plain(text: str) -> str:
     """The text without control characters (escape sequences of terminals, changes of direction)."""
-    return "".join(c if c == "\n" or not unicodedata.category(c).startswith("C") else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(
+        c if c == "\n" or not unicodedata.category(c).startswith("C") else "\N{REPLACEMENT CHARACTER}"
+        for c in text
+    )
 
 
 def one_line(text: str) -> str:

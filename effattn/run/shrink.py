@@ -1,7 +1,7 @@
 """Makes a failing case small: the greedy search over its recipe.
 
-Fewer batches, heads, rows, keys and dimensions; a plainer layout, mask, scale and distribution; each step kept
-if the case still fails in the same way. The search is deterministic and its number of judgements is bounded.
+Fewer batches, heads, rows, keys and dimensions; a plainer layout, mask, scale and distribution; each step is
+kept if the case still fails in the same way. The search is deterministic and its number of judgements is bounded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Shrunk:
     finished: bool
 
 
-def shrink(verdict: Verdict, judge: Callable[[Case], Verdict], *, most_judgements: int = MOST_JUDGEMENTS) -> Shrunk:
+def shrink(
+    verdict: Verdict, judge: Callable[[Case], Verdict], *, most_judgements: int = MOST_JUDGEMENTS
+) -> Shrunk:
     """Shrink the case of a failed verdict while its outcome stays.
 
     Args:

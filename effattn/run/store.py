@@ -100,9 +100,7 @@ class RunWriter:
         with self._writing():
             self._verdicts.close()
             self._verdicts = None
-            (self._temporary / PROVENANCE).write_text(
-                to_json(described, indent=2) + "\n", encoding="utf-8"
-            )
+            (self._temporary / PROVENANCE).write_text(to_json(described, indent=2) + "\n", encoding="utf-8")
             self._check_free()
             set_aside = None
             if self.folder.is_dir() and any(self.folder.iterdir()):
@@ -124,7 +122,9 @@ class RunWriter:
     def _check_free(self) -> None:
         folder = self.folder
         if not folder.name:
-            raise RequestError(f"{str(folder)!r} names no new folder; expected a folder of its own for the run")
+            raise RequestError(
+                f"{str(folder)!r} names no new folder; expected a folder of its own for the run"
+            )
         if folder.exists() and not folder.is_dir():
             raise RequestError(f"{str(folder)!r} is a file; expected a folder for the run")
         if folder.is_dir() and any(folder.iterdir()):
@@ -135,8 +135,8 @@ class RunWriter:
                 )
             if not self._overwrite:
                 raise RequestError(
-                    f"the folder {str(folder)!r} holds a run already; name another one with --out, or replace "
-                    "it with --overwrite"
+                    f"the folder {str(folder)!r} holds a run already; name another one with --out, or "
+                    "replace it with --overwrite"
                 )
 
     def _make_parents(self) -> None:
@@ -185,7 +185,8 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     schema = provenance.get("schema")
     if not isinstance(schema, int) or schema > SCHEMA:
         raise RequestError(
-            f"the run {str(folder)!r} has schema {schema!r}, this effattn reads up to {SCHEMA}; update effattn"
+            f"the run {str(folder)!r} has schema {schema!r}, this effattn reads up to {SCHEMA}; "
+            "update effattn"
         )
     return provenance
 
@@ -215,7 +216,9 @@ def find_case(name: str, folder: Path) -> Case:
     """
     from effattn.case import Case
 
-    found = {verdict.case.id: verdict.case for verdict in read_verdicts(folder) if verdict.case.id.startswith(name)}
+    found = {
+        verdict.case.id: verdict.case for verdict in read_verdicts(folder) if verdict.case.id.startswith(name)
+    }
     for path in sorted((folder / CASES).glob("*.json")):
         if path.stem.startswith(name) and path.stem not in found:
             found[path.stem] = Case.from_json(path.read_text(encoding="utf-8"))
@@ -226,7 +229,9 @@ def find_case(name: str, folder: Path) -> Case:
             f"{len(found)} cases of the run {str(folder)!r} have an id that begins with {name!r}: "
             f"{', '.join(sorted(found)[:5])}; give more of the id"
         )
-    raise RequestError(f"no case of the run {str(folder)!r} has the id {name!r}; see its {VERDICTS} and {CASES}/")
+    raise RequestError(
+        f"no case of the run {str(folder)!r} has the id {name!r}; see its {VERDICTS} and {CASES}/"
+    )
 
 
 def newest_run(folder: Path = DEFAULT_FOLDER) -> Path:
@@ -240,7 +245,7 @@ def newest_run(folder: Path = DEFAULT_FOLDER) -> Path:
 
 
 def default_folder(*, method: str, started: str) -> Path:
-    """Where a run goes when no folder is named: `effattn-runs/TIME-METHOD`, with a number if that is taken."""
+    """Where a run goes when no folder is named: `effattn-runs/TIME-METHOD`, numbered if that is taken."""
     time = started.replace(":", "").replace("-", "").split(".")[0].split("+")[0]
     name = f"{time}-{file_name(method)}"
     folder = DEFAULT_FOLDER / name
@@ -252,7 +257,7 @@ def default_folder(*, method: str, started: str) -> Path:
 
 
 def ignore_in_git(folder: Path) -> None:
-    """Keep a folder of runs out of the repository that it stands in, as pytest and ruff do with their caches."""
+    """Keep a folder of runs out of the repository it stands in, as pytest and ruff do with their caches."""
     with contextlib.suppress(OSError):
         if not (folder / ".gitignore").exists():
             (folder / ".gitignore").write_text("*\n", encoding="utf-8")

@@ -1,0 +1,95 @@
+"""Options, profiles and fixtures of all tests.
+
+A test with a parameter `dtype` (or `case`, with a `Case`) belongs to that dtype; the others belong to none.
+`--effattn-dtype` says which to run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from effattn.case import DTYPES, Case
+
+#: What `--effattn-dtype` takes besides the dtypes: the tests that belong to none.
+NONE = "none"
+
+# No deadline: the first case of each shape compiles a kernel.
+hypothesis.settings.register_profile(
+    "pull-request", derandomize=True, deadline=None, max_examples=60, print_blob=True
+)
+hypothesis.settings.register_profile("nightly", deadline=None, max_examples=2000, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("EFFATTN_HYPOTHESIS_PROFILE", "pull-request"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--effattn-dtype",
+        action="append",
+        choices=(*DTYPES, NONE),
+        metavar="DTYPE",
+        help=f"run the tests of this dtype only, with '{NONE}' those that belong to no dtype; repeatable",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for dtype in DTYPES:
+        config.addinivalue_line("markers", f"{dtype}: belongs to this dtype (set from the parameter `dtype`)")
+    nightly = os.environ.get("EFFATTN_HYPOTHESIS_PROFILE") == "nightly"
+    if nightly and getattr(config.option, "hypothesis_seed", None) is None:
+        # Random, but repeatable: the header below shows the seed.
+        config.option.hypothesis_seed = str(int.from_bytes(os.urandom(4), "big"))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    seed = getattr(config.option, "hypothesis_seed", None)
+    profile = os.environ.get("EFFATTN_HYPOTHESIS_PROFILE", "pull-request")
+    dtypes = ", ".join(config.getoption("--effattn-dtype") or ["all"])
+    return f"effattn: dtypes {dtypes}; hypothesis profile {profile}, seed {seed or 'derandomised'}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--effattn-dtype")
+    kept, dropped = [], []
+    for item in items:
+        dtype = dtype_of(item)
+        if dtype != NONE:
+            item.add_marker(dtype)
+        (kept if not wanted or dtype in wanted else dropped).append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+def dtype_of(item: pytest.Item) -> str:
+    """The dtype that a test belongs to, or `NONE`."""
+    callspec = getattr(item, "callspec", None)
+    params = {} if callspec is None else callspec.params
+    named = params.get("dtype")
+    if isinstance(params.get("case"), Case):
+        named = params["case"].dtype
+    return named if named in DTYPES else NONE
+
+
+@pytest.fixture
+def effattn_command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process: `code, stdout, stderr = effattn_command("gate", "flash")`."""
+    from effattn.cli import main
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def ids_of(cases: Sequence[Case]) -> list[str]:
+    """Names of cases as test parameters."""
+    return [case.describe() for case in cases]

@@ -1,0 +1,150 @@
+"""The generators of cases reach what they promise: tests of the tests."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+
+from effattn.case import CAUSAL, DTYPES, Case
+from effattn.errors import RequestError
+from effattn.properties import menus, profiles, regimes
+from effattn.properties.strategies import cases, head_dims, layouts, lengths
+
+#: The list of cases of each profile. A change of the menus or of a profile changes it, and with it every
+#: recorded run and the figures in the README: such a change is meant, or it is a mistake.
+RECORDED = {"smoke": "x", "ci": "x"}
+
+
+def padded(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+@pytest.mark.parametrize("profile", profiles.PROFILES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_regime_is_reached(profile: str, dtype: str) -> None:
+    reached = Counter(name for case in profiles.cases(profile, dtype=dtype) for name in regimes.of(case))
+    missed = {
+        regime.name: reached[regime.name] for regime in regimes.all_regimes() if reached[regime.name] < 2
+    }
+    assert not missed
+
+
+@pytest.mark.parametrize("profile", profiles.PROFILES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_option_is_reached(profile: str, dtype: str) -> None:
+    drawn = profiles.cases(profile, dtype=dtype)
+    assert {case.causal for case in drawn} == set(CAUSAL)
+    assert {case.values for case in drawn} == set(menus.value_names())
+    assert {suffix for case in drawn for suffix in case.layout.split("+")[1:]} == {
+        "pad", "offset", "step", "expand-b", "expand-h", "expand-s",
+    }  # fmt: skip
+    assert {case.dtype for case in drawn} == {dtype}
+    assert len({case.id for case in drawn}) == len(drawn), "a case is drawn twice"
+
+
+@pytest.mark.parametrize(("profile", "least", "most"), [("smoke", 60, 95), ("ci", 300, 500)])
+def test_number_of_cases(profile: str, least: int, most: int) -> None:
+    assert least <= len(profiles.cases(profile, dtype="fp16")) <= most
+
+
+def test_smoke_compiles_few_kernels() -> None:
+    # A kernel is compiled for padded head dimensions, and some kernels for each kind of mask.
+    kinds = {
+        (padded(case.head_dim), padded(case.v_dim), case.causal != "none")
+        for case in profiles.cases("smoke", dtype="fp16")
+    }
+    assert len(kinds) <= 12
+
+
+@pytest.mark.parametrize("profile", profiles.PROFILES)
+def test_profile_is_the_recorded_one(profile: str) -> None:
+    lines = "\n".join(case.to_json() for case in profiles.cases(profile, dtype="fp16"))
+    assert hashlib.sha256(lines.encode()).hexdigest()[:16] == RECORDED[profile]
+
+
+def test_profile_has_the_same_shapes_in_every_dtype() -> None:
+    fp16, fp32 = (
+        [{**case.to_dict(), "dtype": ""} for case in profiles.cases("smoke", dtype=dtype)]
+        for dtype in ("fp16", "fp32")
+    )
+    assert fp16 == fp32
+
+
+def test_profile_does_not_need_hypothesis() -> None:
+    # Its list must not depend on a version of Hypothesis.
+    code = (
+        "import sys; from effattn.properties import profiles; profiles.cases('smoke', dtype='fp16');"
+        "sys.exit('hypothesis' in sys.modules or 'torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("name", "words"), [("quick", "smoke, ci"), ("nightly", "reserved")])
+def test_unknown_profile_is_named(name: str, words: str) -> None:
+    with pytest.raises(RequestError, match=name) as raised:
+        profiles.cases(name, dtype="fp16")
+    assert words in str(raised.value)
+
+
+def test_with_values_keeps_shapes_and_drops_repetitions() -> None:
+    drawn = profiles.cases("smoke", dtype="bf16")
+    changed = profiles.with_values(drawn, ["outliers", "constant"])
+    assert {case.values for case in changed} == {"outliers", "constant"}
+    assert len({case.id for case in changed}) == len(changed)
+    assert {(case.q_len, case.kv_len) for case in changed} == {(case.q_len, case.kv_len) for case in drawn}
+
+
+def test_hypothesis_reaches_every_regime() -> None:
+    reached: Counter[str] = Counter()
+
+    @settings(max_examples=600, derandomize=True, database=None)
+    @given(case=cases())
+    def draw(case: Case) -> None:
+        reached.update(regimes.of(case))
+
+    draw()
+    missed = [regime.name for regime in regimes.all_regimes() if not reached[regime.name]]
+    assert not missed
+
+
+@given(case=cases(dtype="bf16", causal=["top-left"], values=["outliers"], most_length=50, most_head_dim=20))
+def test_strategy_draws_what_is_asked_for(case: Case) -> None:
+    assert case.dtype == "bf16"
+    assert case.causal == "top-left"
+    assert case.values == "outliers"
+    assert max(case.q_len, case.kv_len) <= 50
+    assert max(case.head_dim, case.v_dim) <= 20
+
+
+@given(case=cases(most_length=100, most_scores=20_000))
+def test_strategy_keeps_to_its_limit_of_work(case: Case) -> None:
+    assert case.batch * case.heads * case.q_len * case.kv_len <= 20_000
+
+
+@given(layout=layouts())
+def test_layouts_are_layouts(layout: str) -> None:
+    Case(q_len=3, kv_len=4, head_dim=2, dtype="fp16", layout=layout)
+
+
+@pytest.mark.parametrize(
+    "impossible",
+    [
+        lambda: cases(dtype="fp8"),
+        lambda: cases(causal=["left"]),
+        lambda: cases(causal=[]),
+        lambda: cases(values=[]),
+        lambda: cases(most_length=300, most_scores=100),
+        lambda: lengths(least=5, most=4),
+        lambda: head_dims(most=0),
+        lambda: head_dims(most=257),
+    ],
+)
+def test_impossible_arguments_raise(impossible: Callable[[], object]) -> None:
+    with pytest.raises(RequestError):
+        impossible()
