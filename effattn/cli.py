@@ -122,8 +122,8 @@ def cli(context: click.Context) -> None:
     "value_names",
     multiple=True,
     metavar="NAME",
-    help="Value distributions in place of the profile's own, see `effattn values`; repeat it or list them with "
-    "commas. real:smollm2 takes Q, K and V of a real model.",
+    help="Value distributions in place of the profile's own, see `effattn values`; repeat it or list them "
+    "with commas. real:smollm2 takes Q, K and V of a real model.",
 )
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu or cuda.")
 @click.option(

@@ -1,7 +1,7 @@
 """Makes a failing case small: the greedy search over its recipe.
 
 Fewer batches, heads, rows, keys and dimensions; a plainer layout, mask, scale and distribution; each step is
-kept if the case still fails in the same way. The search is deterministic and its number of judgements is bounded.
+kept if the case still fails in the same way. The search is deterministic, its number of judgements bounded.
 """
 
 from __future__ import annotations
