@@ -79,12 +79,13 @@ def cases(
     names = menus.value_names() if values is None else tuple(values)
     for what, given, known in (
         ("dtype", dtypes, DTYPES),
-        ("causal", causal, CAUSAL),
-        ("values", names, None),
+        ("causal", tuple(causal), CAUSAL),
+        # A distribution's name is checked when a case is made: names of real inputs are not listed.
+        ("values", names, names),
     ):
         if not given:
             raise RequestError(f"cases({what}=()): expected at least one to draw from")
-        unknown = [name for name in given if known is not None and name not in known]
+        unknown = [name for name in given if name not in known]
         if unknown:
             raise RequestError(
                 f"cases({what}=...): unknown {', '.join(unknown)}; expected some of {', '.join(known)}"
