@@ -16,6 +16,7 @@ _PUBLIC: dict[str, str] = {
     "EffattnError": "effattn.errors",
     "RequestError": "effattn.errors",
     "NotSupported": "effattn.errors",
+    "method": "effattn.methods.declare",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

@@ -136,7 +136,7 @@ def check_tensors(**tensors: Any) -> None:
 def check_scale(scale: Any, head_dim: int) -> float:
     """The scale as a float, 1/sqrt(head_dim) for None."""
     if scale is None:
-        return head_dim**-0.5
+        return 1.0 / math.sqrt(head_dim)
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise ArgumentTypeError(f"scale must be a real number or None, got {scale!r} of type {type(scale).__name__}")
     scale = float(scale)

@@ -1,0 +1,107 @@
+"""The protocol of a method: something that computes attention and says about itself what it needs to be judged."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from effattn.errors import WrongReturn
+
+if TYPE_CHECKING:
+    import torch
+
+    from effattn.case import Case, Inputs
+    from effattn.tolerances.numerics import Numerics
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a method computed, as it came: shapes, dtypes and devices are for the judge to check."""
+
+    out: torch.Tensor  #: (batch, heads, q_len, v_dim), in the dtype of the inputs
+    lse: torch.Tensor | None = None  #: (batch, heads, q_len), natural logarithm, -inf in rows that see no key
+
+
+class Method(ABC):
+    """Something that computes attention.
+
+    A method reads its inputs and nothing else of the case than its options; it must not write to the inputs.
+    Nothing stops it from doing so, so whoever compares its output with a reference computes that reference from
+    tensors that the method never held: `case.tensors()` called again gives the same bits.
+    """
+
+    #: short, for tables
+    name: str
+    #: how the command line names this method again
+    spec: str
+
+    @abstractmethod
+    def numerics(self, case: Case) -> Numerics:
+        """What the method declares about its arithmetic on this case: what it is judged by."""
+
+    def unsupported(self, case: Case) -> str | None:
+        """Why the method does not offer this case, in words that follow "not supported: "; None if it does."""
+        return None
+
+    @abstractmethod
+    def __call__(self, case: Case, inputs: Inputs) -> Output:
+        """Run on the tensors of the case.
+
+        Raises `NotSupported` or `NotImplementedError` for a case that the method turns out not to offer,
+        `WrongReturn` where it gave back no output tensor, and whatever the method itself raises.
+        """
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.spec}>"
+
+
+def as_output(result: Any) -> Output:
+    """The output in what a function returned: `out`, `(out, lse)`, or an object or mapping with these names.
+
+    Only the form is checked here. Raises `WrongReturn` where there is no tensor in the place of one.
+    """
+    import torch
+
+    expected = "expected a tensor `out` or a tuple `(out, lse)`"
+    if isinstance(result, Output):
+        out, lse = result.out, result.lse
+    elif isinstance(result, torch.Tensor):
+        out, lse = result, None
+    elif isinstance(result, tuple) and not _has_out(result):
+        if len(result) != 2:
+            raise WrongReturn(f"it returned {kind(result)}; {expected}")
+        out, lse = result
+    elif isinstance(result, Mapping):
+        if not set(result) <= {"out", "lse"} or "out" not in result:
+            names = ", ".join(sorted(map(repr, result))) or "no keys"
+            raise WrongReturn(f"it returned {kind(result)} with {names}; {expected}, or the keys 'out' and 'lse'")
+        out, lse = result["out"], result.get("lse")
+    elif _has_out(result):
+        out, lse = result.out, getattr(result, "lse", None)
+    else:
+        raise WrongReturn(f"it returned {kind(result)}; {expected}")
+    if not isinstance(out, torch.Tensor):
+        raise WrongReturn(f"it returned {kind(out)} as `out`; expected a torch.Tensor")
+    if lse is not None and not isinstance(lse, torch.Tensor):
+        raise WrongReturn(f"it returned {kind(lse)} as `lse`; expected a torch.Tensor or None")
+    return Output(out, lse)
+
+
+def kind(value: Any) -> str:
+    """What a value is, for a message: "None", "a list of 2", "a numpy.ndarray"."""
+    if value is None:
+        return "None"
+    cls = type(value)
+    name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__.split('.')[0]}.{cls.__qualname__}"
+    article = "an" if name[0] in "aeiou" else "a"
+    if isinstance(value, (tuple, list, dict)):
+        return f"{article} {name} of {len(value)}"
+    return f"{article} {name}"
+
+
+def _has_out(value: Any) -> bool:
+    """Whether this is a dataclass or a named tuple with the field `out`."""
+    fields = getattr(type(value), "__dataclass_fields__", None) or getattr(type(value), "_fields", ())
+    return "out" in fields

@@ -1,0 +1,155 @@
+"""A user's function as a method, by its signature.
+
+    fn(q, k, v, *, causal=False, scale=None, causal_alignment="bottom-right") -> out | (out, lse)
+
+q (batch, heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim), v (batch, kv_heads, kv_len, v_dim); out
+(batch, heads, q_len, v_dim) in the inputs' dtype, lse (batch, heads, q_len) in natural logarithm. The function gets the
+keywords that its signature has; a case that needs another is not supported by it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from effattn.errors import RequestError
+from effattn.methods.base import Method, Output, as_output, kind
+from effattn.methods.declare import declaration
+from effattn.methods.load import load_function
+
+if TYPE_CHECKING:
+    from effattn.case import Case, Inputs
+    from effattn.tolerances.numerics import Numerics
+
+#: keyword -> what a function that has it is given
+KEYWORDS: dict[str, str] = {
+    "causal": "bool: whether a query sees only the keys up to its own position",
+    "scale": "float: what scores are multiplied by; always given",
+    "causal_alignment": "'bottom-right' or 'top-left': where the diagonal of a causal mask ends or starts",
+}
+#: what `causal=True` means to a function that says nothing about it: FlashAttention's convention since 2.1
+DEFAULT_ALIGNMENT = "bottom-right"
+
+
+class UserFunction(Method):
+    """A function `fn(q, k, v, ...)` as a method.
+
+    Raises `RequestError` if it cannot be called so: no readable signature, fewer than three positional parameters,
+    or a required parameter that effattn has nothing for.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, spec: str | None = None) -> None:
+        declared = declaration(function)
+        self.function = function
+        self.spec = spec or f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"
+        self.name = declared.name or _short_name(self.spec)
+        #: the keywords of KEYWORDS that the function takes
+        self.keywords = _keywords(function, self.spec)
+        self._declared = declared
+        if declared.causal_alignment is not None and "causal_alignment" in self.keywords:
+            raise RequestError(
+                f"{self.spec!r} declares causal_alignment={declared.causal_alignment!r} and also has a keyword"
+                " `causal_alignment`; keep one"
+            )
+
+    def numerics(self, case: Case) -> Numerics:
+        from effattn.tolerances.numerics import Numerics, for_dtype
+
+        declared = self._declared.numerics
+        if declared is None:
+            return for_dtype(case.dtype)
+        if isinstance(declared, str):
+            return for_dtype(case.dtype, declared)
+        if isinstance(declared, Numerics):
+            return declared
+        found = declared(case)
+        if not isinstance(found, Numerics):
+            raise RequestError(f"{self.spec!r}: its `numerics` function returned {kind(found)}; expected a Numerics")
+        return found
+
+    def unsupported(self, case: Case) -> str | None:
+        if case.causal != "none":
+            if "causal" not in self.keywords:
+                return "the function has no keyword `causal`"
+            alignment = self._declared.causal_alignment or DEFAULT_ALIGNMENT
+            if "causal_alignment" not in self.keywords and case.causal != alignment and case.q_len != case.kv_len:
+                return (
+                    f"causal means {alignment} to the function, which has no keyword `causal_alignment`, and the case"
+                    f" is {case.causal} with q_len != kv_len"
+                )
+        if case.scale is not None and "scale" not in self.keywords:
+            return "the function has no keyword `scale`"
+        return self._declared_unsupported(case)
+
+    def _declared_unsupported(self, case: Case) -> str | None:
+        if self._declared.supports is None:
+            return None
+        answer = self._declared.supports(case)
+        if isinstance(answer, str) and answer:
+            return answer
+        if answer is True:
+            return None
+        if answer is False:
+            return "the function declares that it does not offer it"
+        raise RequestError(f"{self.spec!r}: its `supports` returned {kind(answer)}; expected True, False or a reason")
+
+    def __call__(self, case: Case, inputs: Inputs) -> Output:
+        offered: dict[str, Any] = {
+            "causal": case.causal != "none",
+            "scale": case.softmax_scale,
+            "causal_alignment": case.causal if case.causal != "none" else DEFAULT_ALIGNMENT,
+        }
+        keywords = {name: value for name, value in offered.items() if name in self.keywords}
+        return as_output(self.function(inputs.q, inputs.k, inputs.v, **keywords))
+
+
+def load(spec: str) -> UserFunction:
+    """The method that `path/to/file.py:function` or `package.module:function` names."""
+    return UserFunction(load_function(spec), spec=spec)
+
+
+def _keywords(function: Callable[..., Any], spec: str) -> frozenset[str]:
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (ValueError, TypeError) as error:
+        raise RequestError(
+            f"cannot read the signature of {spec!r} ({error}); wrap it in a Python function fn(q, k, v, *, causal=False,"
+            " scale=None)"
+        ) from None
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < 3 and not any(p.kind == p.VAR_POSITIONAL for p in parameters):
+        shown = ", ".join(p.name for p in positional) or "none"
+        raise RequestError(
+            f"{spec!r} takes fewer than three positional arguments ({shown}); expected fn(q, k, v, *, causal=False,"
+            " scale=None)"
+        )
+    tensors, rest = positional[:3], positional[3:]
+    named = [p for p in rest if p.kind == p.POSITIONAL_OR_KEYWORD]
+    named += [p for p in parameters if p.kind == p.KEYWORD_ONLY]
+    taken = {p.name for p in named}
+    misplaced = [p.name for p in tensors if p.name in KEYWORDS]
+    needed = [p.name for p in rest if p.kind == p.POSITIONAL_ONLY and p.default is p.empty]
+    needed += [p.name for p in named if p.default is p.empty and p.name not in KEYWORDS]
+    if misplaced or needed:
+        raise RequestError(
+            f"{spec!r} needs {', '.join(f'`{name}`' for name in misplaced or needed)}"
+            f"{' among its first three arguments' if misplaced else ''}, which effattn does not know how to give; the"
+            f" arguments are q, k, v and the keywords {', '.join(KEYWORDS)}. Give it a default or wrap the function"
+            f"{_close(needed)}"
+        )
+    if any(p.kind == p.VAR_KEYWORD for p in parameters):
+        return frozenset(KEYWORDS) - {p.name for p in tensors if p.kind == p.POSITIONAL_OR_KEYWORD}
+    return frozenset(KEYWORDS) & taken
+
+
+def _close(names: list[str]) -> str:
+    close = [match for name in names for match in difflib.get_close_matches(name, KEYWORDS, n=1)]
+    return f" (did you mean {', '.join(map(repr, close))}?)" if close else ""
+
+
+def _short_name(spec: str) -> str:
+    where, _, function = spec.rpartition(":")
+    return f"{PurePath(where).name}:{function}"

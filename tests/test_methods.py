@@ -1,0 +1,563 @@
+"""Methods: the registry, users' functions by file and by module, and what their results may look like."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import math
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import effattn
+from effattn import exact, methods
+from effattn.case import Case
+from effattn.errors import NotSupported, RequestError, WrongReturn
+from effattn.methods import torch_sdpa
+from effattn.methods.base import Output, as_output
+from effattn.methods.user import KEYWORDS, UserFunction
+from effattn.tolerances import numerics
+
+REFERENCE = """
+    import torch
+    from effattn import exact
+
+    def attention(q, k, v, *, causal=False, scale=None):
+        result = exact.attention(q, k, v, causal="bottom-right" if causal else "none", scale=scale)
+        return result.out.to(q.dtype), result.lse.float()
+"""
+
+
+def case(**fields: Any) -> Case:
+    return Case(**{"q_len": 5, "kv_len": 7, "head_dim": 8, "heads": 2, "dtype": "fp32", **fields})
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Write a Python file of the user's; what loading it does to the interpreter is undone."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def put(text: str, name: str = "mine.py") -> Path:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(textwrap.dedent(text))
+        return file
+
+    yield put
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+# The registry
+
+
+def test_every_registered_method_is_found_and_described() -> None:
+    assert {"flash", "torch", "exact"} <= set(methods.names())
+    for name in methods.names():
+        found = methods.get(name)
+        assert (found.name, found.spec) == (name, name)
+        assert methods.describe(name)
+        assert isinstance(found.numerics(case()), numerics.Numerics)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("flahs", "unknown method 'flahs'; did you mean 'flash'\\? there are flash, torch, exact"),
+        ("", "unknown method ''; there are flash"),
+        ("mine.py", "'mine.py' names no function; expected mine.py:function"),
+        ("mine.py:", "'mine.py:' names no function; expected path/to/file.py:function"),
+        (":attention", "':attention' names no function"),
+    ],
+)
+def test_unknown_method_is_answered_with_the_right_ones(spec: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        methods.get(spec)
+    if ":" not in spec and not spec.endswith(".py"):
+        with pytest.raises(RequestError, match=message):
+            methods.describe(spec)
+
+
+@pytest.mark.parametrize("name", ["flash", "a:b", "a/b", "", " a"])
+def test_a_name_that_is_taken_or_ambiguous_cannot_be_registered(name: str) -> None:
+    with pytest.raises(RequestError, match="is registered already|cannot name a method"):
+        methods.register(name, module="nowhere", cls="Nothing", summary="-")
+
+
+def test_listing_methods_imports_neither_torch_nor_triton() -> None:
+    code = """
+        import sys
+        from effattn import methods
+        assert [methods.describe(n) for n in methods.names()]
+        print(sorted({"torch", "triton", "numpy"} & set(sys.modules)))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+# Functions in files
+
+
+def test_function_of_a_file_is_a_method(write: Callable[..., Path]) -> None:
+    spec = f"{write(REFERENCE)}:attention"
+    method = methods.get(spec)
+    assert (method.spec, method.name) == (spec, "mine.py:attention")
+    given = case(causal="bottom-right", scale=0.3)
+    assert method.unsupported(given) is None
+    assert method.numerics(given) == numerics.for_dtype("fp32")
+    inputs = given.tensors()
+    output = method(given, inputs)
+    expected = exact.attention(*inputs, causal="bottom-right", scale=0.3)
+    assert torch.equal(output.out, expected.out.float())
+    assert torch.equal(output.lse, expected.lse.float())
+
+
+def test_function_of_a_module_is_a_method(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write("", "effattn_test_package/__init__.py")
+    write(REFERENCE + "\n    class Kernels:\n        attention = staticmethod(attention)\n", "effattn_test_package/a.py")
+    monkeypatch.chdir(tmp_path)
+    for spec in ("effattn_test_package.a:attention", "effattn_test_package.a:Kernels.attention"):
+        given = case()
+        inputs = given.tensors()
+        assert torch.equal(methods.get(spec)(given, inputs).out, exact.attention(*inputs).out.float())
+
+
+def test_file_is_registered_once_with_readable_source_and_leaves_no_bytecode(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    write("FACTOR = 2.0\n", "effattn_test_neighbour.py")
+    file = write("""
+        from effattn_test_neighbour import FACTOR
+        LOADS = []
+        def attention(q, k, v):
+            import effattn_test_late
+            return q * FACTOR * effattn_test_late.FACTOR
+    """)
+    write("FACTOR = 3.0\n", "effattn_test_late.py")
+    method = methods.get(f"{file}:attention")
+    module = sys.modules[method.function.__module__]
+    assert module.__file__ == str(file)
+    assert "effattn_test_neighbour" in inspect.getsource(module)
+    assert "FACTOR" in inspect.getsource(method.function)
+    given = case(kv_len=5)
+    assert torch.equal(method(given, given.tensors()).out, given.tensors().q * 6.0)
+    assert methods.get(f"{tmp_path}/../{tmp_path.name}/mine.py:attention").function is method.function
+    assert not list(tmp_path.rglob("*.pyc")) or sorted(p.stem.split(".")[0] for p in tmp_path.rglob("*.pyc")) == [
+        "effattn_test_late"  # imported by the function itself, as in any Python program
+    ]
+
+
+def test_file_that_changed_is_imported_again(write: Callable[..., Path]) -> None:
+    given = case()
+    for factor in (2.0, 3.0):
+        file = write(f"""
+            def attention(q, k, v):
+                return q * {factor}
+        """)
+        method = methods.get(f"{file}:attention")
+        assert torch.equal(method(given, given.tensors()).out, given.tensors().q * factor)
+        assert f"q * {factor}" in inspect.getsource(method.function)
+
+
+def test_two_files_get_their_own_neighbours_of_the_same_name(write: Callable[..., Path]) -> None:
+    for folder, factor in (("a", 2.0), ("b", 3.0)):
+        write(f"FACTOR = {factor}\n", f"{folder}/effattn_test_utils.py")
+        file = write("""
+            import effattn_test_utils
+            def attention(q, k, v):
+                return q * effattn_test_utils.FACTOR
+        """, f"{folder}/mine.py")  # fmt: skip
+        given = case()
+        out = methods.get(f"{file}:attention")(given, given.tensors()).out
+        assert torch.equal(out, given.tensors().q * factor)
+
+
+def test_folder_of_the_file_does_not_hide_other_modules(write: Callable[..., Path]) -> None:
+    write("raise RuntimeError('the wrong module')", "this.py")
+    file = write("def attention(q, k, v): return q\n")
+    methods.get(f"{file}:attention")
+    found = importlib_find("this")
+    assert found is not None
+    assert str(file.parent) not in found
+
+
+def importlib_find(name: str) -> str | None:
+    import importlib.util
+
+    spec = importlib.util.find_spec(name)
+    return None if spec is None else spec.origin
+
+
+@pytest.mark.parametrize(
+    ("text", "function", "message"),
+    [
+        ("def f(:\n    pass\n", "f", r"is not valid Python: .*\(.*mine\.py, line 1\)"),
+        ("\0", "f", "is not valid Python|null bytes"),
+        ("import nothing_of_this_name\n", "f", r"raised ModuleNotFoundError.*line 1.*install 'nothing_of_this_name'"),
+        ("\n\nraise KeyError('inner')\n", "f", r"raised KeyError: 'inner' \(.*mine\.py, line 3\)"),
+        ("import sys\nsys.exit(0)\n", "f", r"raised SystemExit: 0 \(.*mine\.py, line 2\)"),
+        ("from . import other\n", "f", r"raised ImportError.*named as package\.module:function"),
+        ("def attention(q, k, v): return q\n", "atention", "has no function 'atention'; did you mean 'attention'"),
+        ("def attention(q, k, v): return q\n", "zzz", "has no function 'zzz'; it has attention"),
+        ("", "f", "has no function 'f'$"),
+        ("f = 3\n", "f", "is an int, not a function"),
+        ("f = None\n", "f", "is None, not a function"),
+        ("class f: pass\n", "f", "is a class; name a function"),
+        ("f = dict.fromkeys\n", "f", "takes fewer than three positional arguments"),
+        ("import operator\nf = operator.attrgetter('a')\n", "f", "fewer than three|cannot read the signature"),
+        ("import torch\nf = torch._C._nn.gelu\n", "f", "cannot read the signature"),
+        ("def f(q, k): return q\n", "f", r"fewer than three positional arguments \(q, k\)"),
+        ("def f(q, k, v, dropout): return q\n", "f", "needs `dropout`, which effattn does not know"),
+        ("def f(q, k, v, *, scal, mask): return q\n", "f", "needs `scal`, `mask`.*causal, scale.*did you mean 'scale'"),
+        ("def f(q, k, scale): return q\n", "f", "needs `scale` among its first three"),
+        ("def f(q, k, v, w, /): return q\n", "f", "needs `w`"),
+        (
+            "import effattn\n@effattn.method(causal_alignment='top-left')\n"
+            "def f(q, k, v, *, causal=False, causal_alignment='top-left'): return q\n",
+            "f",
+            "declares causal_alignment='top-left' and also has a keyword",
+        ),
+        (
+            "import triton\n@triton.jit\ndef f(q, k, v):\n    pass\n",
+            "f",
+            "is a Triton kernel; name the Python function that launches it",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_function_is_said(
+    write: Callable[..., Path], text: str, function: str, message: str
+) -> None:
+    file = write(text)
+    with pytest.raises(RequestError, match=message) as caught:
+        methods.get(f"{file}:{function}")
+    assert "mine.py" in str(caught.value)
+
+
+def test_a_module_that_failed_is_tried_again(write: Callable[..., Path]) -> None:
+    for _ in range(2):
+        with pytest.raises(RequestError, match="raised ValueError: once"):
+            methods.get(f"{write('raise ValueError(chr(111) + chr(110) + chr(99) + chr(101))')}:f")
+
+
+def test_an_interruption_while_loading_is_not_swallowed(write: Callable[..., Path]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        methods.get(f"{write('raise KeyboardInterrupt')}:f")
+
+
+def test_what_is_wrong_with_a_path_is_said(write: Callable[..., Path], tmp_path: Path) -> None:
+    write("")
+    write("", "folder.py/inside.py")
+    write("def f(q, k, v): return q", "notes.txt")
+    for spec, message in (
+        (f"{tmp_path}/mina.py:f", r"no file '.*mina\.py' \(looked in .*\); did you mean 'mine\.py'\?"),
+        (f"{tmp_path}/no/such.py:f", r"no file '.*such\.py'"),
+        (f"{tmp_path}/folder.py:f", "is not a Python file"),
+        (f"{tmp_path}/notes.txt:f", "is not a Python file"),
+        ("no_module_of_this_name:f", r"no module 'no_module_of_this_name' \(looked in"),
+        ("json.no_module_of_this_name:f", "no module 'json.no_module_of_this_name'"),
+        ("json:lods", "'json' has no function 'lods'; did you mean 'loads'"),
+        ("json:decoder.zzz", "'json' has no function 'decoder.zzz'"),
+        ("torch.nn.functional:scaled_dot_product_attention", "cannot read the signature.*wrap it"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            methods.get(spec)
+
+
+# Signatures and declarations
+
+
+@pytest.mark.parametrize(
+    ("signature", "expected"),
+    [
+        ("q, k, v", set()),
+        ("a, b, c, /", set()),
+        ("q, k, v, causal, scale", {"causal", "scale"}),
+        ("q, k, v, *, scale, dropout=0.0", {"scale"}),
+        ("q, k, v, **options", set(KEYWORDS)),
+        ("*tensors, causal=True", {"causal"}),
+        ("*tensors, **options", set(KEYWORDS)),
+        ("q, k, v, *, causal=False, causal_alignment='top-left'", {"causal", "causal_alignment"}),
+    ],
+)
+def test_function_gets_the_keywords_of_its_signature(signature: str, expected: set[str]) -> None:
+    calls: list[dict[str, Any]] = []
+    scope: dict[str, Any] = {"calls": calls}
+    exec(f"def function({signature}):\n    calls.append(dict(locals()))\n    return calls[-1].get('q')", scope)
+    function = scope["function"]
+    method = UserFunction(function, spec="m:function")
+    assert method.keywords == expected
+    given = case(causal="top-left", scale=0.25)
+    inputs = given.tensors()
+    with pytest.raises(WrongReturn) if "q, k" not in signature else _nothing():
+        method(given, inputs)
+    seen = calls[0] | calls[0].get("options", {})
+    offered = {"causal": True, "scale": 0.25, "causal_alignment": "top-left"}
+    assert {name: seen[name] for name in expected} == {name: offered[name] for name in expected}
+    assert not (set(seen) & set(KEYWORDS)) - expected
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
+
+
+def test_scale_is_always_given_and_alignment_is_never_none() -> None:
+    seen: dict[str, Any] = {}
+
+    def function(q, k, v, **options):  # type: ignore[no-untyped-def]
+        seen.update(options)
+        return q
+
+    given = case(head_dim=16)
+    UserFunction(function)(given, given.tensors())
+    assert seen == {"causal": False, "scale": 0.25, "causal_alignment": "bottom-right"}
+
+
+def test_cases_that_need_a_missing_keyword_are_not_supported() -> None:
+    def bare(q, k, v):  # type: ignore[no-untyped-def]
+        return q
+
+    def causal(q, k, v, *, causal=False):  # type: ignore[no-untyped-def]
+        return q
+
+    def aligned(q, k, v, *, causal=False, causal_alignment="bottom-right"):  # type: ignore[no-untyped-def]
+        return q
+
+    top_left = effattn.method(causal_alignment="top-left")(lambda q, k, v, causal: q)
+    rows = [
+        # function, case, reason
+        (bare, case(), None),
+        (bare, case(scale=1 / math.sqrt(8)), None),
+        (bare, case(scale=0.1), "no keyword `scale`"),
+        (bare, case(causal="bottom-right"), "no keyword `causal`"),
+        (causal, case(causal="bottom-right"), None),
+        (causal, case(causal="top-left"), "causal means bottom-right to the function.*the case is top-left"),
+        (causal, case(causal="top-left", q_len=7), None),
+        (top_left, case(causal="top-left"), None),
+        (top_left, case(causal="bottom-right"), "causal means top-left to the function"),
+        (top_left, case(causal="bottom-right", q_len=7), None),
+        (aligned, case(causal="top-left"), None),
+        (aligned, case(causal="bottom-right"), None),
+    ]
+    for function, given, reason in rows:
+        answer = UserFunction(function).unsupported(given)
+        if reason is None:
+            assert answer is None
+        else:
+            assert answer is not None
+            assert re.search(reason, answer)
+
+
+def test_declaration_is_taken_over_and_leaves_the_function_as_it_was() -> None:
+    def attention(q, k, v):  # type: ignore[no-untyped-def]
+        return q
+
+    loose = numerics.for_dtype("fp16").replace(score="fp16")
+    declare = effattn.method(name="mine", numerics=loose, supports=lambda c: c.head_dim <= 8 or "head_dim up to 8")
+    assert declare(attention) is attention
+    method = UserFunction(attention)
+    assert method.name == "mine"
+    assert method.numerics(case()) is loose
+    assert method.unsupported(case()) is None
+    assert method.unsupported(case(head_dim=9)) == "head_dim up to 8"
+
+    def other(q, k, v):  # type: ignore[no-untyped-def]
+        return q
+
+    effattn.method(numerics="torch-math", supports=lambda c: False)(other)
+    assert UserFunction(other).numerics(case(dtype="bf16")) == numerics.for_dtype("bf16", "torch-math")
+    assert "declares" in UserFunction(other).unsupported(case())
+    effattn.method(numerics=lambda c: numerics.for_dtype(c.dtype, "torch-math"))(other)
+    assert UserFunction(other).numerics(case(dtype="fp16")) == numerics.for_dtype("fp16", "torch-math")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"causal_alignment": "middle"}, "causal_alignment is 'middle'; expected 'bottom-right' or 'top-left'"),
+        ({"causal_alignment": 1}, "causal_alignment is 1; expected a string"),
+        ({"name": ""}, "name is ''; expected a string"),
+        ({"numerics": "flsh"}, "unknown numerics 'flsh'.*did you mean 'flash'"),
+        ({"numerics": 3}, "numerics is 3; expected a Numerics"),
+        ({"supports": True}, "supports is True; expected a function"),
+    ],
+)
+def test_wrong_declaration_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        effattn.method(**arguments)
+
+
+def test_declared_functions_must_answer_in_kind() -> None:
+    function = effattn.method(supports=lambda c: None, numerics=lambda c: "flash")(lambda q, k, v: q)
+    with pytest.raises(RequestError, match="`supports` returned None; expected True, False or a reason"):
+        UserFunction(function).unsupported(case())
+    with pytest.raises(RequestError, match="`numerics` function returned a str; expected a Numerics"):
+        UserFunction(function).numerics(case())
+
+
+def test_what_cannot_be_marked_is_named() -> None:
+    with pytest.raises(RequestError, match="cannot mark <built-in function len>"):
+        effattn.method()(len)
+
+
+# Results
+
+
+class Pair(NamedTuple):
+    out: torch.Tensor
+    lse: torch.Tensor | None = None
+
+
+class Triple(NamedTuple):
+    attention: Any
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+@dataclasses.dataclass
+class Record:
+    out: Any
+    extra: int = 0
+
+
+OUT = torch.zeros(1, 2, 5, 8)
+LSE = torch.zeros(1, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("result", "with_lse"),
+    [
+        (OUT, False),
+        ((OUT, LSE), True),
+        ((OUT, None), False),
+        ({"out": OUT}, False),
+        ({"out": OUT, "lse": LSE}, True),
+        (Pair(OUT, LSE), True),
+        (Triple(None, OUT, LSE), True),
+        (Record(OUT), False),
+        (Output(OUT, LSE), True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_output_is_found_in_every_form(result: Any, with_lse: bool) -> None:
+    output = as_output(result)
+    assert output.out is OUT
+    assert output.lse is (LSE if with_lse else None)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (None, "it returned None; expected a tensor `out` or a tuple"),
+        ([OUT, LSE], "it returned a list of 2; expected"),
+        ((), "a tuple of 0"),
+        ((OUT,), "a tuple of 1"),
+        ((OUT, LSE, LSE), "a tuple of 3"),
+        ((None, LSE), "it returned None as `out`"),
+        ((OUT, 1.0), "it returned a float as `lse`; expected a torch.Tensor or None"),
+        (np.zeros(3), r"it returned a numpy.ndarray; expected"),
+        ((np.zeros(3), LSE), r"it returned a numpy.ndarray as `out`"),
+        ({}, "a dict of 0 with no keys"),
+        ({"output": OUT}, "a dict of 1 with 'output'"),
+        ({"out": OUT, "weights": OUT}, "with 'out', 'weights'"),
+        ({1: OUT, "out": OUT}, "a dict of 2 with"),
+        (Record(None), "it returned None as `out`"),
+        (torch, "it returned a module"),
+        ("out", "it returned a str"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_a_result_without_output_is_typed(result: Any, message: str) -> None:
+    with pytest.raises(WrongReturn, match=message):
+        as_output(result)
+    given = case()
+    with pytest.raises(WrongReturn, match=message):
+        UserFunction(lambda q, k, v: result)(given, given.tensors())
+
+
+@pytest.mark.parametrize("error", [NotSupported("no"), NotImplementedError("no"), ZeroDivisionError("no")])
+def test_what_a_function_raises_reaches_the_caller(error: Exception) -> None:
+    def function(q, k, v):  # type: ignore[no-untyped-def]
+        raise error
+
+    given = case()
+    with pytest.raises(type(error)) as caught:
+        UserFunction(function)(given, given.tensors())
+    assert caught.value is error
+
+
+# torch and exact
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_exact_is_the_reference_rounded_once(dtype: str) -> None:
+    given = case(dtype=dtype, causal="top-left", kv_heads=1, scale=-0.5)
+    inputs = given.tensors()
+    output = methods.get("exact")(given, inputs)
+    expected = exact.attention(*inputs, causal="top-left", scale=-0.5)
+    assert torch.equal(output.out, expected.out.to(given.torch_dtype))
+    assert torch.equal(output.lse, expected.lse.float())
+
+
+@pytest.mark.parametrize("causal", ["none", "bottom-right", "top-left"])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(5, 7), (7, 5), (6, 6), (0, 3), (3, 0), (1, 9)])
+def test_torch_means_the_same_mask_heads_and_scale(q_len: int, kv_len: int, causal: str) -> None:
+    given = case(q_len=q_len, kv_len=kv_len, causal=causal, heads=4, kv_heads=2, scale=0.4, v_dim=3)
+    method = methods.get("torch")
+    assert method.unsupported(given) is None
+    inputs = given.tensors()
+    output = method(given, inputs)
+    assert output.lse is None
+    expected = exact.attention(*inputs, causal=causal, scale=0.4).out
+    # A wrong mask, head or scale is off by 0.1 or more; fp32 rounding by 1e-6.
+    assert output.out.shape == expected.shape
+    assert torch.all((output.out - expected).abs() < 1e-5)
+
+
+def test_torch_says_which_of_its_kernels_runs() -> None:
+    """`fused` predicts from the case what torch decides from the tensors."""
+    answers = set()
+    layouts = ("bhsd", "bshd", "bhds", "bdhs", "dhsb", "bhsd+step", "bhds+step", "bhsd+pad", "bhds+pad", "bhsd+offset")
+    layouts += ("bhsd+expand-h", "bhds+expand-s", "bshd+expand-b")
+    for layout, (q_len, kv_len), v_dim, kv_heads in itertools.product(
+        layouts, ((5, 7), (1, 1), (0, 4), (4, 0)), (8, 4), (1, 2)
+    ):
+        given = case(q_len=q_len, kv_len=kv_len, v_dim=v_dim, kv_heads=kv_heads, layout=layout)
+        choice = torch._fused_sdp_choice(*given.tensors(), enable_gqa=kv_heads != 2)
+        answers.add(choice)
+        assert (choice == 1) == torch_sdpa.fused(given), given.describe()
+    assert len(answers) == 2
+
+
+def test_torch_negative_scale_under_a_causal_mask_is_really_wrong() -> None:
+    """The one thing that is declared unsupported: if torch repairs it, the declaration has to go."""
+    given = case(q_len=16, kv_len=16, causal="top-left", scale=-0.3)
+    method = methods.get("torch")
+    assert "negative" in (method.unsupported(given) or "")
+    inputs = given.tensors()
+    error = method(given, inputs).out - exact.attention(*inputs, causal="top-left", scale=-0.3).out
+    assert not error.abs().max() < 0.1
+    for other in (
+        given.__class__.from_dict({**given.to_dict(), "scale": 0.3}),
+        given.__class__.from_dict({**given.to_dict(), "causal": "none"}),
+        given.__class__.from_dict({**given.to_dict(), "v_dim": 4}),
+    ):
+        assert method.unsupported(other) is None
+        inputs = other.tensors()
+        exactly = exact.attention(*inputs, causal=other.causal, scale=other.softmax_scale).out
+        assert torch.all((method(other, inputs).out - exactly).abs() < 1e-5)
+        assert math.isfinite(float(exactly.sum()))
