@@ -1,0 +1,57 @@
+"""A Triton backend that runs kernels on the CPU: TTIR to C to a shared library.
+
+Triton finds it through the entry point group `triton.backends`. Where no GPU backend is active it is the default, and
+`kernel[grid](cpu_tensors...)` simply works. On a GPU machine choose it explicitly:
+
+    with effattn.cpu.active():
+        kernel[grid](cpu_tensors...)
+
+What is exact and what is declared:
+  - arithmetic is IEEE in the declared type; conversions to fp16 and bf16 round once, to nearest even; signed integers
+    wrap; there is no contraction.
+  - `tl.dot` is one chain per element in the order of k, c = fma(a, b, c), starting from the accumulator. A precision
+    that the kernel does not name means IEEE here; on NVIDIA GPUs Triton's own default for fp32 is tf32.
+  - a reduction along rows uses min(n, 16) lanes and then halves; along other axes it is sequential.
+  - exp2 and exp are polynomials below 1 ulp; other functions are the C library's.
+
+Triton imports this package while it imports itself, so nothing here imports triton, torch or numpy at the top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["active", "get_num_threads", "set_num_threads"]
+
+
+@contextmanager
+def active() -> Iterator[None]:
+    """Run Triton kernels on this backend inside the block, also where a GPU is present."""
+    from triton.runtime.driver import driver
+
+    from effattn.cpu.driver import CPUDriver
+
+    before = driver.active
+    if isinstance(before, CPUDriver):
+        yield
+        return
+    driver.set_active(CPUDriver())
+    try:
+        yield
+    finally:
+        driver.set_active(before)
+
+
+def get_num_threads() -> int:
+    """Threads that a launch uses."""
+    from effattn.cpu import launch
+
+    return launch.get_num_threads()
+
+
+def set_num_threads(count: int) -> None:
+    """Set the number of threads of later launches (at least 1)."""
+    from effattn.cpu import launch
+
+    launch.set_num_threads(count)

@@ -1,0 +1,153 @@
+"""How element types live in C: in expressions, in working buffers, in the user's memory."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+
+from effattn.cpu.ir import Type
+
+
+class Unsupported(Exception):
+    """An operation or type that this backend does not know. Carries what, and where if known."""
+
+
+#: element type -> C type of values and of working buffers
+_VALUE = {
+    "i1": "uint8_t",
+    "i8": "int8_t",
+    "i16": "int16_t",
+    "i32": "int32_t",
+    "i64": "int64_t",
+    "index": "int64_t",
+    "f16": "float",
+    "bf16": "float",
+    "f32": "float",
+    "f64": "double",
+}
+
+#: element type -> (C type in the user's memory, load expression, store expression)
+_MEMORY = {
+    "i1": ("uint8_t", "(uint8_t)({} != 0)", "(uint8_t)({} != 0)"),
+    "i8": ("int8_t", "{}", "{}"),
+    "i16": ("int16_t", "{}", "{}"),
+    "i32": ("int32_t", "{}", "{}"),
+    "i64": ("int64_t", "{}", "{}"),
+    "f16": ("uint16_t", "f16_load({})", "f16_store({})"),
+    "bf16": ("uint16_t", "bf16_load({})", "bf16_store({})"),
+    "f32": ("float", "{}", "{}"),
+    "f64": ("double", "{}", "{}"),
+}
+
+#: element type -> rounding of a result computed in the carrier
+_ROUND = {"f16": "round_f16({})", "bf16": "round_bf16({})"}
+
+_SIZES = {"float": 4, "double": 8, "uint8_t": 1, "int8_t": 1, "int16_t": 2, "uint16_t": 2, "int32_t": 4, "int64_t": 8, "char *": 8}
+
+
+def value_type(elem: str) -> str:
+    """C type that carries values of an element type."""
+    if elem.startswith("ptr<"):
+        return "char *"
+    try:
+        return _VALUE[elem]
+    except KeyError:
+        raise Unsupported(f"the type {elem}") from None
+
+
+def size_of(c_type: str) -> int:
+    return _SIZES[c_type]
+
+
+def memory_type(elem: str) -> str:
+    """C type of an element in the user's tensors."""
+    if elem.startswith("ptr<"):
+        return "char *"
+    try:
+        return _MEMORY[elem][0]
+    except KeyError:
+        raise Unsupported(f"loads and stores of the type {elem}") from None
+
+
+def load_expr(elem: str, expr: str) -> str:
+    return expr if elem.startswith("ptr<") else _MEMORY[elem][1].format(expr)
+
+
+def store_expr(elem: str, expr: str) -> str:
+    return expr if elem.startswith("ptr<") else _MEMORY[elem][2].format(expr)
+
+
+def memory_size(elem: str) -> int:
+    return size_of(memory_type(elem))
+
+
+def rounded(elem: str, expr: str) -> str:
+    """`expr`, computed in the carrier of `elem`, rounded once to `elem`."""
+    return _ROUND.get(elem, "{}").format(expr)
+
+
+def c_int(value: int, c_type: str) -> str:
+    if c_type == "int64_t":
+        return "INT64_MIN" if value == -(1 << 63) else f"INT64_C({value})"
+    if c_type == "int32_t" and value == -(1 << 31):
+        return "INT32_MIN"
+    return str(value)
+
+
+def _float_from_bits(bits: int, elem: str) -> float:
+    if elem == "f16":
+        return struct.unpack("<e", struct.pack("<H", bits))[0]
+    if elem == "bf16":
+        return struct.unpack("<f", struct.pack("<I", bits << 16))[0]
+    if elem == "f32":
+        return struct.unpack("<f", struct.pack("<I", bits))[0]
+    if elem == "f64":
+        return struct.unpack("<d", struct.pack("<Q", bits))[0]
+    raise Unsupported(f"constants of the type {elem}")
+
+
+def c_float(value: float, c_type: str) -> str:
+    suffix = "f" if c_type == "float" else ""
+    if math.isnan(value):
+        return f"__builtin_nan{suffix}(\"\")"
+    if math.isinf(value):
+        return ("-" if value < 0 else "") + f"__builtin_inf{suffix}()"
+    if c_type == "float":
+        value = struct.unpack("<f", struct.pack("<f", value))[0]
+    return value.hex() + suffix
+
+
+def literal(text: str, type_: Type) -> str:
+    """A scalar literal of the printed IR (`42`, `true`, `1.5e+00`, `0xFF800000`) as a C expression."""
+    text = text.strip()
+    elem = type_.elem
+    if type_.is_int or elem == "index":
+        if text in ("true", "false"):
+            return "1" if text == "true" else "0"
+        value = int(text, 0)
+        return str(value & 1) if elem == "i1" else c_int(value, value_type(elem))
+    if type_.is_float:
+        carrier = value_type(elem)
+        number = _float_from_bits(int(text, 16), elem) if text.startswith(("0x", "0X")) else float(text)
+        return c_float(number, carrier)
+    raise Unsupported(f"constants of the type {elem}")
+
+
+_SPLAT = re.compile(r"dense<([^\[\]<>]*)> : ")
+
+
+def splat_literal(attr: str, type_: Type) -> str | None:
+    """The literal of a scalar constant or of a dense splat; None for a dense constant that is not a splat."""
+    if not type_.is_tensor:
+        return literal(attr.rpartition(" : ")[0] or attr, type_)
+    match = _SPLAT.match(attr)
+    return literal(match.group(1), Type(type_.elem)) if match else None
+
+
+def dense_literals(attr: str, type_: Type) -> list[str]:
+    """The literals of a dense constant, row-major."""
+    body = attr[attr.index("dense<") + 6 : attr.rindex("> : ")]
+    if body.startswith('"0x'):
+        raise Unsupported("dense constants in hexadecimal form")
+    return [literal(x, Type(type_.elem)) for x in re.findall(r"[^\[\],\s]+", body)]

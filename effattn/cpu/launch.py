@@ -1,0 +1,227 @@
+"""Loading compiled kernels and launching them: what Triton's JIT asks of a driver."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from effattn.cpu import toolchain
+from effattn.errors import RequestError
+
+_C_TYPES = {
+    "i1": "int8_t",
+    "i8": "int8_t",
+    "i16": "int16_t",
+    "i32": "int32_t",
+    "i64": "int64_t",
+    "u1": "uint8_t",
+    "u8": "uint8_t",
+    "u16": "uint16_t",
+    "u32": "uint32_t",
+    "u64": "uint64_t",
+    "fp16": "double",
+    "bf16": "double",
+    "fp32": "double",
+    "f32": "double",
+    "fp64": "double",
+}
+
+_threads: int | None = None
+
+
+def c_type(ty: str) -> str:
+    """C type in which a kernel argument of Triton type `ty` is passed."""
+    return "void *" if ty[0] == "*" else _C_TYPES[ty]
+
+
+def get_num_threads() -> int:
+    """Threads that a launch uses: set_num_threads, else EFFATTN_CPU_THREADS, else the cores this process may use."""
+    if _threads is not None:
+        return _threads
+    given = os.environ.get("EFFATTN_CPU_THREADS")
+    if given is not None:
+        if not given.isdigit() or int(given) < 1:
+            raise RequestError(f"EFFATTN_CPU_THREADS is {given!r}; expected a whole number from 1")
+        return int(given)
+    return len(os.sched_getaffinity(0))
+
+
+def set_num_threads(count: int) -> None:
+    """Set the number of threads of later launches (at least 1)."""
+    global _threads
+    if count < 1:
+        raise RequestError(f"set_num_threads({count}): expected at least 1")
+    _threads = int(count)
+
+
+@functools.lru_cache
+def _runtime() -> ctypes.CDLL:
+    library = ctypes.CDLL(toolchain.runtime_library())
+    library.effattn_launch.restype = ctypes.c_int
+    library.effattn_launch.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_char_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int,
+        ctypes.c_int64,
+    ]
+    return library
+
+
+class Utils:
+    """The part of a Triton driver that loads binaries."""
+
+    def get_device_properties(self, device: Any) -> dict[str, int]:
+        # Sizes that a GPU would limit. Large, so that no configuration is refused for lack of shared memory.
+        return {
+            "max_shared_mem": 1 << 30,
+            "max_num_regs": 1 << 20,
+            "multiprocessor_count": os.cpu_count() or 1,
+            "warpSize": 1,
+            "sm_clock_rate": 0,
+            "mem_clock_rate": 0,
+            "mem_bus_width": 0,
+        }
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: Any) -> tuple[Any, int, int, int, int]:
+        """Load a shared library; returns (handle, address, registers, spills, most threads)."""
+        library = _load(binary)
+        try:
+            symbol = ctypes.cast(library.effattn_kernel, ctypes.c_void_p).value
+        except AttributeError as error:
+            raise RequestError(f"the cached library of kernel {name} is damaged: clear Triton's cache folder") from error
+        assert symbol is not None
+        return library, symbol, 0, 0, 1 << 30
+
+    def unload_module(self, module: Any) -> None:
+        # Libraries stay loaded: a thread of the pool may still hold an address in them.
+        pass
+
+
+def _load(binary: bytes) -> ctypes.CDLL:
+    # Under a fresh name each time: the loader answers a name that it has seen with the library it had then. The file
+    # can go once it is mapped; its inode stays taken as long as the library is loaded.
+    fd, path = tempfile.mkstemp(prefix="effattn-", suffix=".so")
+    try:
+        with open(fd, "wb") as file:
+            file.write(binary)
+        return ctypes.CDLL(path)
+    except OSError as error:
+        raise RequestError(
+            f"could not load a compiled kernel from {path}: {error}; "
+            "set TMPDIR to a folder that is writable and allows execution, or clear Triton's cache folder"
+        ) from error
+    finally:
+        os.unlink(path)
+
+
+def _pointer(value: Any, name: str) -> int:
+    if value is None:
+        return 0
+    if isinstance(value, int):
+        return value
+    if not getattr(value, "is_cpu", True):
+        raise RequestError(
+            f"argument {name} is on {value.device}; the CPU backend runs kernels on tensors in host memory: move it with .cpu()"
+        )
+    return value.data_ptr()
+
+
+def _packer(signature: Sequence[tuple[str, Any]]) -> tuple[Callable[..., bytes], int]:
+    """A function that packs the bound arguments of a kernel, and the number of slots.
+
+    Every run-time argument takes one slot of 8 bytes: an address, a 64-bit integer or a double.
+    """
+    lines: list[str] = []
+    codes: list[str] = []
+    values: list[str] = []
+
+    def add(type_: Any, expr: str, name: str) -> None:
+        if isinstance(type_, (tuple, list)):
+            for i, inner in enumerate(type_):
+                add(inner, f"{expr}[{i}]", f"{name}[{i}]")
+        elif type_ == "constexpr":
+            return
+        elif type_.startswith("*"):
+            codes.append("Q")
+            values.append(f"pointer({expr}, {name!r})")
+        elif type_.startswith("tensordesc"):
+            rank = type_[type_.index("[") + 1 : type_.index("]")].count(",") + 1
+            codes.append("Q")
+            values.append(f"pointer({expr}.base, {name!r})")
+            for part in ("shape", "strides"):
+                for d in range(rank):
+                    codes.append("q")
+                    values.append(f"{expr}.{part}[{d}]")
+            raise NotImplementedError("tensor descriptors as kernel arguments are not supported on the CPU backend yet")
+        elif type_[0] in "fb" and type_ != "b1":
+            codes.append("d")
+            values.append(expr)
+        elif type_ == "u64":
+            codes.append("Q")
+            values.append(expr)
+        else:
+            codes.append("q")
+            values.append(f"int({expr})")
+
+    names = [f"a{i}" for i in range(len(signature))]
+    for i, (name, type_) in enumerate(signature):
+        add(type_, f"a{i}", name)
+    lines.append(f"def pack({', '.join(names)}):")
+    lines.append(f"    return packer.pack({', '.join(values)})")
+    scope: dict[str, Any] = {"packer": struct.Struct("=" + "".join(codes)), "pointer": _pointer}
+    exec("\n".join(lines), scope)
+    return scope["pack"], len(codes)
+
+
+class Launcher:
+    """Launches one compiled kernel. Built by Triton for each specialisation."""
+
+    def __init__(self, src: Any, metadata: Any) -> None:
+        self.pack, slots = _packer(list(src.signature.items()))
+        expected = len(metadata.cpu_arguments)
+        if slots != expected:
+            raise RequestError(f"kernel {metadata.name} takes {expected} arguments, its signature gives {slots}")
+        self.arena = int(metadata.cpu_arena)
+        self.run = _runtime().effattn_launch
+
+    def __call__(
+        self,
+        grid_x: int,
+        grid_y: int,
+        grid_z: int,
+        stream: Any,
+        function: int,
+        kernel_metadata: Any,
+        launch_metadata: Any,
+        enter_hook: Any,
+        exit_hook: Any,
+        *args: Any,
+    ) -> None:
+        if enter_hook is not None:
+            enter_hook(launch_metadata)
+        failed = self.run(function, self.pack(*args), grid_x, grid_y, grid_z, get_num_threads(), self.arena)
+        if failed:
+            raise MemoryError(f"a thread could not get {self.arena} bytes of working memory for the kernel")
+        if exit_hook is not None:
+            exit_hook(launch_metadata)
+
+
+def benchmark(fn: Callable[[], Any], *, quantiles: Sequence[float] = (0.5, 0.2, 0.8), **_: Any) -> list[float]:
+    """Milliseconds of a call at the given quantiles; what Triton's autotuner asks for."""
+    fn()
+    times = []
+    for _i in range(5):
+        start = time.perf_counter()
+        fn()
+        times.append((time.perf_counter() - start) * 1e3)
+    times.sort()
+    return [times[min(len(times) - 1, int(q * len(times)))] for q in quantiles]

@@ -1,0 +1,460 @@
+"""From TTIR to one C file: functions, control flow, and the dispatch over operations.
+
+The C keeps the names of the kernel's source and notes the source line before each statement.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from effattn.cpu import elementwise, memory, tile
+from effattn.cpu.formats import Unsupported, rounded, splat_literal, value_type
+from effattn.cpu.ir import Block, Module, Op, Type, Value, generic_text, parse
+from effattn.cpu.nest import compute_into
+from effattn.cpu.plan import Buffer, Plan, make_plan
+from effattn.errors import RequestError
+
+
+class UnsupportedKernel(RequestError):
+    """A kernel uses an operation or a type that the CPU backend does not offer."""
+
+
+_RESERVED = frozenset(
+    """auto break case char const continue default do double else enum extern float for goto if inline int long
+    register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while asm
+    typeof VL MR vf vd vi vf4 FMA ADD MUL AND OR XOR MAXI MINI MULADD INLINE EXPORT UNROLL INDEPENDENT args arena
+    exp exp2 log log2 sin cos erf tanh fmod logf log2f sinf cosf erff tanhf fmodf count head unix linux""".split()
+)
+_PRELUDE_NAMES = re.compile(r"(i\d+|pid_[xyz]|grid_[xyz])$")
+
+
+class FunctionEmitter:
+    """Writes the C of one kernel."""
+
+    def __init__(self, function: Op, plan: Plan) -> None:
+        self.function = function
+        self.plan = plan
+        self.lines: list[str] = []
+        self.statics: list[str] = []
+        self.depth = 1
+        self.taken: set[str] = set()
+        self.names: dict[Value, str] = {}
+        self.arrays: dict[int, str] = {}
+        self.hoisted: list[str] = []
+        self.last_comment = ""
+        self.multi_block = len(function.regions[0].blocks) > 1
+        self.static_names: dict[Value, str] = {}
+
+    # -- text
+
+    def line(self, text: str) -> None:
+        self.lines.append("    " * self.depth + text)
+
+    def open(self, head: str) -> None:
+        self.line(f"{head} {{" if head else "{")
+        self.depth += 1
+
+    def close(self, tail: str = "") -> None:
+        self.depth -= 1
+        self.line("}" + tail)
+
+    def comment(self, op: Op) -> None:
+        loc = op.loc
+        if loc.file:
+            text = f"{Path(loc.file).name}:{loc.line}"
+            if text != self.last_comment:
+                self.line(f"// {text.replace('*/', '')}")
+                self.last_comment = text
+
+    # -- names
+
+    def local(self, hint: str) -> str:
+        """A C identifier made of a name of the IR."""
+        name = re.sub(r"\W", "_", hint)
+        if not name or name[0].isdigit():
+            name = f"v{name}"
+        if name in _RESERVED or _PRELUDE_NAMES.match(name):
+            name += "_"
+        return name
+
+    def unique(self, hint: str) -> str:
+        base = self.local(hint)
+        name, k = base, 1
+        while name in self.taken:
+            k += 1
+            name = f"{base}_v{k}"
+        self.taken.add(name)
+        return name
+
+    def array(self, buffer: Buffer) -> str:
+        name = self.arrays.get(id(buffer))
+        if name is None:
+            name = self.arrays[id(buffer)] = self.unique(f"t_{buffer.name}")
+        return name
+
+    def static_array(self, value: Value, literals: list[str]) -> str:
+        name = self.static_names.get(value)
+        if name is None:
+            name = self.static_names[value] = self.unique(f"k_{value.name}")
+            c_type = value_type(value.type.elem)
+            self.statics.append(f"static const {c_type} {name}[] = {{{', '.join(literals)}}};")
+        return name
+
+    # -- scalars
+
+    def scalar(self, value: Value) -> str:
+        name = self.names.get(value)
+        if name is not None:
+            return name
+        op = value.op
+        if op is not None and op.name == "arith.constant":
+            text = splat_literal(op.attrs["value"], value.type)
+            assert text is not None
+            return f"({text})" if text.startswith("-") else text
+        if op is not None and op.name == "ub.poison":
+            return "0"
+        raise Unsupported(f"the value %{value.name}, which is used before it is computed")
+
+    def declare(self, value: Value) -> str:
+        """A variable that is assigned later."""
+        name = self.names.get(value)
+        if name is None:
+            name = self.names[value] = self.unique(value.name)
+            c_type = value_type(value.type.elem)
+            if self.multi_block:
+                self.hoisted.append(f"{c_type} {name} = 0;")
+            else:
+                self.line(f"{c_type} {name} = 0;")
+        return name
+
+    def define(self, value: Value, text: str) -> None:
+        c_type = value_type(value.type.elem)
+        if self.multi_block:
+            self.line(f"{self.declare(value)} = {text};")
+            return
+        name = self.names[value] = self.unique(value.name)
+        self.line(f"const {c_type} {name} = {text};")
+
+    # -- blocks and operations
+
+    def block(self, block: Block) -> None:
+        for op in block.ops:
+            try:
+                self.op(op)
+            except Unsupported as error:
+                raise UnsupportedKernel(
+                    f"kernel {kernel_name(self.function)}, {op.loc}: {error} is not supported by the CPU backend"
+                ) from error
+
+    def op(self, op: Op) -> None:
+        handler = _HANDLERS.get(op.name)
+        if handler is not None:
+            self.comment(op)
+            handler(self, op)
+            return
+        if op.name == "arith.constant" or op.name == "ub.poison":
+            return
+        if op.name in elementwise.RULES:
+            self.elementwise(op)
+            return
+        if op.name in elementwise.VIEWS:
+            return
+        raise Unsupported(f"the operation {op.name}")
+
+    def elementwise(self, op: Op) -> None:
+        result = op.results[0]
+        if not result.type.is_tensor:
+            self.comment(op)
+            self.define(result, elementwise.RULES[op.name](op, [self.scalar(x) for x in op.operands]))
+            return
+        buffer = self.plan.buffers.get(result)
+        if buffer is not None:
+            self.comment(op)
+            compute_into(self, buffer, result, fresh=True)
+
+    def assign(self, target: Value, value: Value, op: Op, index: int) -> None:
+        """Copy a yielded value into what it becomes; tensors that were computed in place need nothing."""
+        if not target.type.is_tensor:
+            self.line(f"{self.names[target]} = {self.scalar(value)};")
+            return
+        buffer = self.plan.buffers[target]
+        if self.plan.buffers.get(value) is buffer:
+            return
+        compute_into(self, buffer, value, fresh=False)
+
+    def parallel(self, targets: list[Value], values: list[Value], op: Op) -> None:
+        """All values first, then all targets: a yield is one parallel assignment."""
+        late: list[str] = []
+        for i, (target, value) in enumerate(zip(targets, values, strict=True)):
+            if target.type.is_tensor and (op, i) in self.plan.staged:
+                compute_into(self, self.plan.packs[op, i], value, fresh=False)
+        for i, (target, value) in enumerate(zip(targets, values, strict=True)):
+            if not target.type.is_tensor:
+                text = self.scalar(value)
+                if text == self.names[target]:
+                    continue
+                if any(text == self.names.get(t) for t in targets):
+                    temporary = self.unique(f"next_{target.name}")
+                    self.line(f"const {value_type(target.type.elem)} {temporary} = {text};")
+                    text = temporary
+                late.append(f"{self.names[target]} = {text};")
+            elif (op, i) not in self.plan.staged:
+                self.assign(target, value, op, i)
+        for text in late:
+            self.line(text)
+        for i, target in enumerate(targets):
+            if target.type.is_tensor and (op, i) in self.plan.staged:
+                source, buffer = self.plan.packs[op, i], self.plan.buffers[target]
+                self.copy(source, buffer)
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        if source.order == target.order:
+            self.line(f"__builtin_memcpy({self.array(target)}, {self.array(source)}, {target.bytes});")
+            return
+        names = [f"i{a}" for a in target.order]
+        for name, axis in zip(names, target.order, strict=True):
+            self.open(f"for (long {name} = 0; {name} < {target.type.shape[axis]}; {name}++)")
+        at = [" + ".join(f"i{a} * {s}" for a, s in b.strides().items()) for b in (target, source)]
+        self.line(f"{self.array(target)}[{at[0]}] = {self.array(source)}[{at[1]}];")
+        for _ in names:
+            self.close()
+
+
+# ------------------------------------------------------------------------------------- control flow
+
+
+def _for(e: FunctionEmitter, op: Op) -> None:
+    lower, upper, step = (e.scalar(x) for x in op.operands[:3])
+    inits = op.operands[3:]
+    induction, *args = op.body.args
+    for arg, result, init in zip(args, op.results, inits, strict=True):
+        if arg.type.is_tensor:
+            e.assign(arg, init, op, 0)
+        else:
+            name = e.declare(result)
+            e.names[arg] = name
+            e.line(f"{name} = {e.scalar(init)};")
+    counter = e.unique(f"{induction.name}_at")
+    c_type = value_type(induction.type.elem)
+    cast = "int64_t"
+    if op.attrs.get("unsignedCmp", "false") != "false":
+        cast = "uint64_t"
+        lower, upper, step = (f"(u{c_type}){x}" for x in (lower, upper, step))
+    # A 64-bit counter: the last addition of a 32-bit one could wrap.
+    e.open(f"for ({cast} {counter} = {lower}; {counter} < {upper}; {counter} += {step})")
+    name = e.names[induction] = e.unique(induction.name)
+    e.line(f"const {c_type} {name} = ({c_type}){counter};")
+    e.block(op.body)
+    e.parallel(args, op.body.terminator.operands, op.body.terminator)
+    e.close()
+
+
+def _if(e: FunctionEmitter, op: Op) -> None:
+    for result in op.results:
+        if not result.type.is_tensor:
+            e.declare(result)
+    for i, region in enumerate(op.regions):
+        if not region.blocks:
+            continue
+        e.open(f"if ({e.scalar(op.operands[0])})" if i == 0 else "else")
+        body = region.blocks[0]
+        e.block(body)
+        for k, (result, value) in enumerate(zip(op.results, body.terminator.operands, strict=True)):
+            e.assign(result, value, body.terminator, k)
+        e.close()
+
+
+def _while(e: FunctionEmitter, op: Op) -> None:
+    before, after = op.regions[0].blocks[0], op.regions[1].blocks[0]
+    for arg, init in zip(before.args, op.operands, strict=True):
+        if arg.type.is_tensor:
+            e.assign(arg, init, op, 0)
+        else:
+            e.line(f"{e.declare(arg)} = {e.scalar(init)};")
+    for arg, result in zip(after.args, op.results, strict=True):
+        if not arg.type.is_tensor:
+            e.names[arg] = e.declare(result)
+    e.open("for (;;)")
+    e.block(before)
+    condition, *values = before.terminator.operands
+    for k, (arg, value) in enumerate(zip(after.args, values, strict=True)):
+        e.assign(arg, value, before.terminator, k)
+    e.line(f"if (!{e.scalar(condition)}) break;")
+    e.block(after)
+    e.parallel(before.args, after.terminator.operands, after.terminator)
+    e.close()
+
+
+def _jump(e: FunctionEmitter, op: Op, label: str, values: list[Value]) -> list[str]:
+    target = e.function.regions[0].block(label)
+    start = len(e.lines)
+    e.parallel(target.args, values, op)
+    e.line(f"goto {label};")
+    lines = e.lines[start:]
+    del e.lines[start:]
+    return lines
+
+
+def _br(e: FunctionEmitter, op: Op) -> None:
+    e.lines += _jump(e, op, op.successors[0], op.operands)
+
+
+def _cond_br(e: FunctionEmitter, op: Op) -> None:
+    (condition,), first, second = op.segments()
+    e.open(f"if ({e.scalar(condition)})")
+    e.lines += _jump(e, op, op.successors[0], first)
+    e.close()
+    e.lines += _jump(e, op, op.successors[1], second)
+
+
+def _return(e: FunctionEmitter, op: Op) -> None:
+    if op.operands:
+        raise Unsupported("a function that returns values")
+    e.line("return;")
+
+
+def _program_id(e: FunctionEmitter, op: Op) -> None:
+    e.define(op.results[0], f"pid_{'xyz'[op.int_attr('axis')]}")
+
+
+def _num_programs(e: FunctionEmitter, op: Op) -> None:
+    e.define(op.results[0], f"grid_{'xyz'[op.int_attr('axis')]}")
+
+
+def _unsplat(e: FunctionEmitter, op: Op) -> None:
+    source = op.operands[0]
+    buffer = e.plan.buffers.get(source)
+    if buffer is None:
+        raise Unsupported("tt.unsplat of a computed value")
+    e.define(op.results[0], f"{e.array(buffer)}[0]")
+
+
+def _nothing(e: FunctionEmitter, op: Op) -> None:
+    """Terminators that their parents handle, and hints."""
+
+
+_HANDLERS: dict[str, Callable[[FunctionEmitter, Op], None]] = {
+    "tt.load": memory.load,
+    "tt.store": memory.store,
+    "tt.dot": tile.dot,
+    "tt.reduce": tile.reduce,
+    "tt.scan": tile.scan,
+    "tt.get_program_id": _program_id,
+    "tt.get_num_programs": _num_programs,
+    "tt.return": _return,
+    "tt.unsplat": _unsplat,
+    "scf.for": _for,
+    "scf.if": _if,
+    "scf.while": _while,
+    "scf.yield": _nothing,
+    "scf.condition": _nothing,
+    "cf.br": _br,
+    "cf.cond_br": _cond_br,
+    "llvm.intr.assume": _nothing,
+    "gpu.barrier": _nothing,  # a program is one thread
+    "ttg.barrier": _nothing,
+}
+
+
+# ---------------------------------------------------------------------------------------- whole file
+
+
+def kernel_name(function: Op) -> str:
+    return function.attrs["sym_name"].strip('"')
+
+
+def _argument(index: int, value: Value, name: str) -> str:
+    type_ = value.type
+    c_type = value_type(type_.elem)
+    if type_.is_ptr:
+        text = f"(char *)args[{index}]"
+    elif type_.is_float:
+        text = f"((const double *)args)[{index}]"
+        if c_type == "float":
+            text = rounded(type_.elem, f"(float){text}")
+    else:
+        text = f"({c_type})args[{index}]"
+        if type_.elem == "i1":
+            text = f"(uint8_t)(args[{index}] & 1)"
+    return f"const {c_type} {name} = {text};"
+
+
+def kernel_source(module: Module, name: str) -> tuple[str, Plan]:
+    """The C file of one kernel, and its plan."""
+    function = module.function(name)
+    plan = make_plan(function)
+    e = FunctionEmitter(function, plan)
+    entry = function.regions[0].blocks[0]
+    for i, arg in enumerate(entry.args):
+        e.names[arg] = e.unique(arg.name)
+        e.line(_argument(i, arg, e.names[arg]))
+    head = len(e.lines)
+    for block in function.regions[0].blocks:
+        if block is not entry:
+            for arg in block.args:
+                if not arg.type.is_tensor:
+                    e.declare(arg)
+    for block in function.regions[0].blocks:
+        if block is not entry:
+            e.lines.append(f"{block.label}:;")
+            e.last_comment = ""
+        e.open("")
+        e.block(block)
+        e.close()
+    arrays = {id(b): b for b in (*plan.buffers.values(), *plan.packs.values())}
+    declared = [
+        f"    {b.c_type} *const {e.arrays[key]} = __builtin_assume_aligned(arena + {b.offset}, 64);"
+        f" // {'x'.join(map(str, b.type.shape))} {b.type.elem}{'' if b.order == tuple(range(len(b.order))) else f', axes {b.order}'}"
+        for key, b in arrays.items()
+        if key in e.arrays
+    ]
+    hoisted = ["    " + x for x in e.hoisted]
+    safe = re.sub(r"[^\w.]", "_", name)
+    prelude = Path(__file__).with_name("prelude.h").read_text()
+    source = "\n".join(
+        [
+            prelude,
+            f"/* ---- kernel {safe} ---- */",
+            *e.statics,
+            "EXPORT void effattn_kernel(const int64_t *args, int32_t pid_x, int32_t pid_y, int32_t pid_z,",
+            "                           int32_t grid_x, int32_t grid_y, int32_t grid_z, char *arena) {",
+            *e.lines[:head],
+            *declared,
+            *hoisted,
+            *e.lines[head:],
+            "}",
+            "",
+        ]
+    )
+    return source, plan
+
+
+def entry_name(module: Module) -> str:
+    """The kernel of a module: its public function, or its only one."""
+    public = [f for f in module.functions if f.attrs.get("sym_visibility") == '"public"'] or module.functions
+    if len(public) != 1:
+        raise UnsupportedKernel(f"expected one kernel in the module, found {[kernel_name(f) for f in public]}")
+    return kernel_name(public[0])
+
+
+def to_c(mod: Any, metadata: dict[str, Any]) -> str:
+    """The stage `c`: the C file of the module's kernel; notes in `metadata` what a launch needs."""
+    module = parse(generic_text(mod))
+    name = entry_name(module)
+    source, plan = kernel_source(module, name)
+    metadata["name"] = name
+    metadata["shared"] = 0
+    metadata["cpu_arena"] = plan.arena
+    metadata["cpu_arguments"] = [str(a.type) for a in module.function(name).regions[0].blocks[0].args]
+    metadata.setdefault("tensordesc_meta", None)
+    metadata.setdefault("global_scratch_size", 0)
+    metadata.setdefault("global_scratch_align", 1)
+    metadata.setdefault("profile_scratch_size", 0)
+    metadata.setdefault("profile_scratch_align", 1)
+    return source
+
+
+__all__ = ["FunctionEmitter", "Type", "UnsupportedKernel", "kernel_source", "to_c"]

@@ -1,0 +1,203 @@
+"""Loads and stores.
+
+A tile access runs row by row along the axis on which addresses are contiguous. For each row: the address of its
+first element is computed exactly, with the IR's wrap-around; if no 32-bit sum wraps within the row and its mask is
+all true (or true up to some point), a plain loop that the C compiler vectorises does the work; if not, each element's
+address is computed by itself. Masked-off elements are never touched.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from effattn.cpu.formats import load_expr, memory_size, memory_type, store_expr, value_type
+from effattn.cpu.ir import Op, Value
+from effattn.cpu.nest import Nest, Scope, Steps, linear
+
+if TYPE_CHECKING:
+    from effattn.cpu.lower import FunctionEmitter
+
+
+def load(emitter: FunctionEmitter, op: Op) -> None:
+    pointer, mask, other = _parts(op)
+    result = op.results[0]
+    elem = result.type.elem
+    c_type, stored = value_type(elem), memory_type(elem)
+    if not result.type.is_tensor:
+        read = load_expr(elem, f"*(const {stored} *){emitter.scalar(pointer)}")
+        if mask is not None:
+            fallback = emitter.scalar(other) if other is not None else "0"
+            read = f"{emitter.scalar(mask)} ? {read} : {fallback}"
+        emitter.define(result, read)
+        return
+    buffer = emitter.plan.buffers[result]
+    array, strides = emitter.array(buffer), buffer.strides()
+    access = _Access(emitter, pointer, mask, buffer.order)
+    place = linear(access.index, strides).text
+    fallback_scope = Scope()
+    fallback = access.nest.eval(other, access.index, fallback_scope).text if other is not None else "0"
+
+    def fill(stop: str = "", start: str = "") -> list[str]:
+        lines = access.nest.loop(access.axis, fallback_scope, [f"{array}[{place}] = {fallback};"], stop=stop)
+        if start:
+            lines[0] = lines[0].replace(f"long i{access.axis} = 0", f"long i{access.axis} = {start}")
+        return lines
+
+    fast = load_expr(elem, f"*(const {stored} *)({access.fast})")
+    slow = load_expr(elem, f"*(const {stored} *)({access.slow})")
+    emitter.open("")
+    access.emit(
+        fast=[f"{array}[{place}] = {fast};"],
+        slow=[f"{array}[{place}] = {slow};"],
+        skipped=[f"{array}[{place}] = {fallback};"],
+        skipped_scope=fallback_scope,
+        fill=fill,
+    )
+    emitter.close()
+    assert c_type == buffer.c_type
+
+
+def store(emitter: FunctionEmitter, op: Op) -> None:
+    pointer, value = op.operands[0], op.operands[1]
+    mask = op.operands[2] if len(op.operands) > 2 else None
+    elem = value.type.elem
+    stored = memory_type(elem)
+    if not value.type.is_tensor:
+        write = f"*({stored} *){emitter.scalar(pointer)} = {store_expr(elem, emitter.scalar(value))};"
+        emitter.line(f"if ({emitter.scalar(mask)}) {write}" if mask is not None else write)
+        return
+    buffer = emitter.plan.buffers.get(value)
+    access = _Access(emitter, pointer, mask, buffer.order if buffer else tuple(range(len(value.type.shape))))
+    fast_scope, slow_scope = Scope(), access.slow_scope
+    fast_value = access.nest.eval(value, access.index, fast_scope).text
+    slow_value = access.nest.eval(value, access.index, slow_scope).text
+    emitter.open("")
+    access.emit(
+        fast=[*fast_scope.lines, f"*({stored} *)({access.fast}) = {store_expr(elem, fast_value)};"],
+        slow=[f"*({stored} *)({access.slow}) = {store_expr(elem, slow_value)};"],
+        skipped=[],
+        skipped_scope=Scope(),
+        fill=None,
+    )
+    emitter.close()
+
+
+def _parts(op: Op) -> tuple[Value, Value | None, Value | None]:
+    pointer, mask, other = ([*group, None][0] for group in op.segments())
+    assert pointer is not None
+    return pointer, mask, other
+
+
+class _Access:
+    """The rows of one tile access: where each begins, how it goes on, and which of its elements are masked off."""
+
+    def __init__(self, emitter: FunctionEmitter, pointer: Value, mask: Value | None, order: tuple[int, ...]) -> None:
+        self.emitter = emitter
+        self.mask = mask
+        shape = pointer.type.shape
+        size = memory_size(pointer.type.pointee)
+        wide = [axis for axis in order if shape[axis] > 1] or [order[-1]]
+        self.axis = wide[-1]
+        chosen: tuple[Steps, int | str | None] | None = None
+        for axis in reversed(wide):
+            nest = Nest(emitter, shape, [a for a in order if a != axis])
+            steps = Steps(nest)
+            step = steps.of(pointer, axis, tuple(nest.index))
+            if chosen is None or step == size:
+                chosen, self.axis = (steps, step), axis
+            if step == size:
+                break
+        assert chosen is not None
+        self.steps, self.step = chosen
+        self.nest = self.steps.nest
+        self.index = self.nest.inner_index(self.axis)
+        self.slow_scope = Scope()
+        self.slow = self.nest.eval(pointer, self.index, self.slow_scope).text
+        i = f"i{self.axis}"
+        self.ok = ""
+        if self.step is None:
+            self.fast = self.slow
+        else:
+            base = self.nest.eval(pointer, tuple(self.nest.index))
+            if self.step == size:
+                self.fast = f"(({memory_type(pointer.type.pointee)} *){base.text} + {i})"
+            else:
+                self.fast = f"{base.text} + {i} * ({self.step})" if self.step != 0 else base.text
+            n = shape[self.axis]
+            checks = []
+            for value, at, by in self.steps.checks:
+                start = self.nest.eval(value, at).text
+                checks.append(f"fits_i{value.type.bits}((int64_t){start} + (int64_t)({by}) * {n - 1})")
+            self.ok = " && ".join(dict.fromkeys(checks))
+
+    def emit(
+        self,
+        *,
+        fast: list[str],
+        slow: list[str],
+        skipped: list[str],
+        skipped_scope: Scope,
+        fill: object,
+    ) -> None:
+        nest, axis = self.nest, self.axis
+        n = nest.shape[axis]
+        whole = Scope()
+        fast_loop = nest.loop(axis, whole, fast)
+        plain = self.step is not None
+        if self.mask is None:
+            slow_loop = nest.loop(axis, self.slow_scope, slow)
+            nest.emit(self._either(fast_loop if plain else slow_loop, slow_loop))
+            return
+        mask_scope = Scope()
+        bit = nest.eval(self.mask, self.index, mask_scope)
+        if bit.level <= nest.depth:
+            # The whole row has one answer.
+            slow_loop = nest.loop(axis, self.slow_scope, slow)
+            body = [f"if ({bit.text}) {{", *self._either(fast_loop if plain else slow_loop, slow_loop), "}"]
+            if fill is not None:
+                body += ["else {", *fill(), "}"]
+            nest.emit(body)
+            return
+        # Element by element: count, then see whether the true ones come first.
+        on = nest.name("on")
+        i = f"i{axis}"
+        guarded = nest.loop(
+            axis,
+            Scope(lines=[]),
+            [
+                f"if ({on}[{i}]) {{",
+                *self.slow_scope.lines,
+                *slow,
+                "}",
+                *(["else {", *skipped_scope.lines, *skipped, "}"] if skipped else []),
+            ],
+            independent=False,
+        )
+        body = [
+            f"uint8_t {on}[{n}]; int32_t count = 0, head = 0;",
+            *nest.loop(axis, mask_scope, [f"{on}[{i}] = {bit.text}; count += {on}[{i}];"], independent=False),
+            *nest.loop(axis, Scope(), [f"head += {on}[{i}] & ({i} < count);"], independent=False),
+        ]
+        if plain:
+            condition = "head == count" + (f" && {self.ok}" if self.ok else "")
+            front = nest.loop(axis, Scope(), fast, stop="count")
+            body += [
+                f"if ({condition}) {{",
+                f"if (count == {n}) {{",
+                *fast_loop,
+                "} else {",
+                *front,
+                *(fill(start="count") if fill is not None else []),
+                "}",
+                "} else {",
+                *guarded,
+                "}",
+            ]
+        else:
+            body += guarded
+        nest.emit(body)
+
+    def _either(self, fast: list[str], slow: list[str]) -> list[str]:
+        if not self.ok:
+            return fast
+        return [f"if ({self.ok}) {{", *fast, "} else {", *slow, "}"]

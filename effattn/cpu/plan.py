@@ -1,0 +1,426 @@
+"""What is kept in memory, where, and for how long.
+
+A tensor value is either *virtual*, an expression of its indices that is computed inside the loops of whoever uses
+it, or *kept*: computed once, at its place in the program, into a buffer of the thread's arena. Views (splat,
+broadcast, trans, ...) and cheap integer and pointer arithmetic are virtual; loads, products and reductions are kept;
+a floating-point operation is virtual where one operation of the same block uses it, element for element.
+
+The plan then decides for each buffer
+  - the order of its axes in memory (a tile that is only multiplied as its transpose is stored transposed),
+  - whether a loop-carried value can be updated in place, so that `scf.yield` copies nothing,
+  - an offset in the arena, so that buffers that are never alive together share memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from effattn.cpu import elementwise
+from effattn.cpu.formats import size_of, value_type
+from effattn.cpu.ir import Block, Op, Type, Value
+
+LOOPS = ("scf.for", "scf.while")
+
+
+@dataclass(eq=False)
+class Buffer:
+    """A tensor in the arena: row-major over its axes taken in `order`."""
+
+    name: str
+    type: Type
+    order: tuple[int, ...]
+    first: int = 1 << 60
+    last: int = -1
+    offset: int = 0
+
+    @property
+    def c_type(self) -> str:
+        return value_type(self.type.elem)
+
+    @property
+    def bytes(self) -> int:
+        return self.type.numel * size_of(self.c_type)
+
+    def strides(self) -> dict[int, int]:
+        out, step = {}, 1
+        for axis in reversed(self.order):
+            out[axis] = step
+            step *= self.type.shape[axis]
+        return out
+
+
+@dataclass
+class Plan:
+    function: Op
+    buffers: dict[Value, Buffer] = field(default_factory=dict)
+    position: dict[Op, int] = field(default_factory=dict)
+    end: dict[Op, int] = field(default_factory=dict)
+    #: (yield-like op, operand index) -> the operand must pass through a temporary buffer
+    staged: set[tuple[Op, int]] = field(default_factory=set)
+    #: operations whose operands need packing: op -> {operand index: Buffer}
+    packs: dict[tuple[Op, int], Buffer] = field(default_factory=dict)
+    arena: int = 0
+
+    def kept(self, value: Value) -> bool:
+        return value in self.buffers
+
+
+def natural(type_: Type) -> tuple[int, ...]:
+    return tuple(range(len(type_.shape or ())))
+
+
+# ------------------------------------------------------------------------------------------ decisions
+
+
+def _is_elementwise(op: Op) -> bool:
+    return op.name in elementwise.RULES
+
+
+def _single_elementwise_user(value: Value) -> bool:
+    """One use, in the same block, by something that visits each element once."""
+    if len(value.uses) != 1:
+        return False
+    user, position = value.uses[0]
+    if user.block is not value.op.block:
+        return False
+    if _is_elementwise(user) or user.name in ("tt.store", "tt.reduce", "tt.trans"):
+        return True
+    if user.name == "tt.dot":
+        return True
+    # A loop's own yield may compute it straight into the loop-carried buffer.
+    return user.name == "scf.yield"
+
+
+def is_virtual(value: Value) -> bool:
+    """Whether a tensor value is recomputed where it is used, instead of kept in memory."""
+    op = value.op
+    if op is None:
+        return False
+    if op.name == "arith.constant" or op.name in elementwise.VIEWS:
+        return True
+    if not _is_elementwise(op):
+        return False
+    if op.name in elementwise.CHEAP:
+        return True
+    if op.name == "arith.select" and not op.results[0].type.is_float:
+        return True
+    return _single_elementwise_user(value)
+
+
+def _transposed_use(value: Value) -> tuple[int, int]:
+    """How many products use a rank-2 value as it is, and how many use its transpose."""
+    straight = crossed = 0
+    for user, _ in value.uses:
+        if user.name == "tt.dot":
+            straight += 1
+        elif user.name == "tt.trans" and is_virtual(user.results[0]):
+            a, b = _transposed_use(user.results[0])
+            straight += b
+            crossed += a
+        elif _is_elementwise(user) and is_virtual(user.results[0]):
+            a, b = _transposed_use(user.results[0])
+            straight += a
+            crossed += b
+    return straight, crossed
+
+
+def _order(value: Value) -> tuple[int, ...]:
+    order = natural(value.type)
+    if len(order) == 2 and value.op is not None and value.op.name != "tt.dot":
+        straight, crossed = _transposed_use(value)
+        if crossed and not straight:
+            return (1, 0)
+    return order
+
+
+def leaves(value: Value, plan: Plan, found: dict[Value, bool] | None = None, same_index: bool = True) -> dict[Value, bool]:
+    """The kept values that computing `value` reads; True where each is read at the same index only."""
+    if found is None:
+        found = {}
+    if not value.type.is_tensor:
+        return found
+    if plan.kept(value):
+        found[value] = found.get(value, True) and same_index
+        return found
+    op = value.op
+    assert op is not None
+    inner = same_index and _is_elementwise(op)
+    for operand in op.operands:
+        leaves(operand, plan, found, inner)
+    return found
+
+
+# --------------------------------------------------------------------------------------------- making
+
+
+class _Planner:
+    def __init__(self, function: Op) -> None:
+        self.plan = Plan(function)
+        self.counter = 0
+        self.names: set[str] = set()
+        self.blocks_of: dict[Op, list[Op]] = {}
+        self.reads: dict[Value, list[tuple[int, Op, bool]]] = {}
+
+    def run(self) -> Plan:
+        fn = self.plan.function
+        self.number(fn, [])
+        self.assign(fn)
+        self.collect(fn)
+        self.coalesce(fn)
+        self.lifetimes(fn)
+        self.place()
+        return self.plan
+
+    # -- program order
+
+    def number(self, op: Op, loops: list[Op]) -> None:
+        self.plan.position[op] = self.counter
+        self.blocks_of[op] = loops
+        self.counter += 1
+        inside = [*loops, op] if op.name in LOOPS else loops
+        if op.name == "tt.func" and len(op.regions[0].blocks) > 1 and _has_back_edge(op):
+            inside = [op]
+        for region in op.regions:
+            for block in region.blocks:
+                for inner in block.ops:
+                    self.number(inner, inside)
+        self.plan.end[op] = self.counter
+        self.counter += 1
+
+    # -- buffers
+
+    def new(self, value: Value, order: tuple[int, ...] | None = None) -> Buffer:
+        return Buffer(value.name, value.type, order or natural(value.type))
+
+    def assign(self, op: Op) -> None:
+        buffers = self.plan.buffers
+        if op.name == "scf.for":
+            for arg, result in zip(op.body.args[1:], op.results, strict=True):
+                if arg.type.is_tensor:
+                    buffers[arg] = buffers[result] = self.new(arg)
+        elif op.name == "scf.while":
+            before, after = op.regions[0].blocks[0], op.regions[1].blocks[0]
+            for arg in before.args:
+                if arg.type.is_tensor:
+                    buffers[arg] = self.new(arg)
+            for arg, result in zip(after.args, op.results, strict=True):
+                if arg.type.is_tensor:
+                    buffers[arg] = buffers[result] = self.new(arg)
+        elif op.name == "tt.func":
+            for block in op.regions[0].blocks[1:]:
+                for arg in block.args:
+                    if arg.type.is_tensor:
+                        buffers[arg] = self.new(arg)
+        else:
+            for result in op.results:
+                if result.type.is_tensor and not is_virtual(result):
+                    buffers[result] = self.new(result, _order(result))
+        for region in op.regions:
+            if op.name in ("tt.reduce", "tt.scan"):
+                continue
+            for block in region.blocks:
+                for inner in block.ops:
+                    self.assign(inner)
+
+    # -- who reads what, when
+
+    def inputs(self, op: Op) -> list[Value]:
+        """Tensor values that are computed when `op` is emitted."""
+        if op.name in elementwise.RULES or op.name in elementwise.VIEWS or op.name == "arith.constant":
+            results = [r for r in op.results if self.plan.kept(r)]
+            return op.operands if results else []
+        return op.operands
+
+    def collect(self, op: Op) -> None:
+        for value in self.inputs(op):
+            if value.type.is_tensor:
+                for leaf, same in leaves(value, self.plan).items():
+                    self.reads.setdefault(leaf, []).append((self.plan.position[op], op, same))
+        for region in op.regions:
+            for block in region.blocks:
+                for inner in block.ops:
+                    self.collect(inner)
+
+    def last_read(self, value: Value, within: Op | None) -> int:
+        """Position of the last read; a read inside a loop that does not contain the definition lasts to its end."""
+        home = set(self.blocks_of[within]) | {within} if within is not None else set()
+        last = -1
+        for position, op, _ in self.reads.get(value, []):
+            outer = [loop for loop in self.blocks_of[op] if loop not in home]
+            last = max(last, self.plan.end[outer[0]] if outer else position)
+        return last
+
+    # -- updating in place
+
+    def coalesce(self, op: Op) -> None:
+        taken: set[Buffer] = set()
+        self._coalesce(op, taken)
+
+    def _coalesce(self, op: Op, taken: set[Buffer]) -> None:
+        for region in op.regions:
+            for block in region.blocks:
+                for inner in block.ops:
+                    self._coalesce(inner, taken)
+        if op.name == "scf.for":
+            end = op.body.terminator
+            for arg, value in zip(op.body.args[1:], end.operands, strict=True):
+                if arg.type.is_tensor:
+                    self._in_place(op, op.body, arg, value, taken)
+            self._stage(end, op.body.args[1:])
+        elif op.name == "scf.if":
+            for region in op.regions:
+                for block in region.blocks:
+                    for result, value in zip(op.results, block.terminator.operands, strict=False):
+                        if result.type.is_tensor:
+                            self._direct(block, result, value, taken)
+
+    def _movable(self, block: Block, value: Value, taken: set[Buffer]) -> Buffer | None:
+        """The buffer of a value that an operation of this very block computes and that no other rule has moved."""
+        op = value.op
+        if op is None or op.block is not block or not self.plan.kept(value) or op.name in LOOPS or op.name == "scf.if":
+            return None
+        buffer = self.plan.buffers[value]
+        return None if buffer in taken else buffer
+
+    def _in_place(self, loop: Op, body: Block, arg: Value, value: Value, taken: set[Buffer]) -> None:
+        """Let the operation that computes the next value of a loop-carried tensor write over the current one."""
+        target = self.plan.buffers[arg]
+        buffer = self._movable(body, value, taken)
+        if buffer is None:
+            return
+        writer = value.op
+        assert writer is not None
+        at = self.plan.position[writer]
+        for position, reader, same in self.reads.get(arg, []):
+            outer = [x for x in self.blocks_of[reader] if x not in self.blocks_of[loop] and x is not loop]
+            if (self.plan.end[outer[0]] if outer else position) > at:
+                return
+            if position == at and not self._safe(writer, arg, same):
+                return
+        if buffer.order != target.order:
+            # The loop-carried buffer takes the order that its producer prefers; all readers follow it.
+            target.order = buffer.order
+        self.plan.buffers[value] = target
+        taken.add(target)
+
+    def _safe(self, writer: Op, arg: Value, same: bool) -> bool:
+        if writer.name == "tt.dot":
+            factors = {**leaves(writer.operands[0], self.plan), **leaves(writer.operands[1], self.plan)}
+            return arg not in factors and leaves(writer.operands[2], self.plan).get(arg, False)
+        return same and _is_elementwise(writer)
+
+    def _direct(self, block: Block, result: Value, value: Value, taken: set[Buffer]) -> None:
+        """Let a branch compute its value straight into the result of `scf.if`."""
+        target = self.plan.buffers[result]
+        buffer = self._movable(block, value, taken)
+        if buffer is None or buffer.order != target.order:
+            return
+        self.plan.buffers[value] = target
+        # One value may be yielded twice; the second time it is copied.
+        taken.add(target)
+
+    def _stage(self, end: Op, args: list[Value]) -> None:
+        """Parallel assignment: what a yield still has to write must not overwrite what another operand reads."""
+        plan = self.plan
+        for i, value in enumerate(end.operands):
+            if not value.type.is_tensor or plan.buffers.get(value) is plan.buffers[args[i]]:
+                continue
+            for j, other in enumerate(end.operands):
+                found = leaves(other, plan) if other.type.is_tensor else {}
+                if args[i] in found and (j != i or not found[args[i]]):
+                    plan.staged.add((end, i))
+
+    # -- lifetimes and places
+
+    def touch(self, buffer: Buffer, first: int, last: int) -> None:
+        buffer.first = min(buffer.first, first)
+        buffer.last = max(buffer.last, last)
+
+    def lifetimes(self, op: Op) -> None:
+        plan = self.plan
+        for value, buffer in plan.buffers.items():
+            owner = value.op
+            if owner is None:
+                block = value.owner
+                assert isinstance(block, Block)
+                owner = block.region.parent
+                assert owner is not None
+            start = plan.position[owner]
+            if owner.name == "tt.func":
+                self.touch(buffer, start, plan.end[owner])
+                continue
+            if value.op is None or owner.name in LOOPS or owner.name == "scf.if":
+                self.touch(buffer, start, plan.end[owner])
+            self.touch(buffer, start, max(start, self.last_read(value, owner)))
+            # A definition inside a loop whose buffer is shared with something outside is covered by that value.
+        for inner in _walk(op):
+            if inner.name == "tt.dot":
+                for index in (0, 1):
+                    self._pack(inner, index)
+            if inner.name == "scf.yield":
+                for i, value in enumerate(inner.operands):
+                    if (inner, i) in plan.staged:
+                        self._temporary(inner, i, self.new(value))
+
+    def _temporary(self, op: Op, index: int, buffer: Buffer) -> None:
+        at = self.plan.position[op]
+        self.touch(buffer, at, at)
+        self.plan.packs[op, index] = buffer
+
+    def _pack(self, dot: Op, index: int) -> None:
+        """A factor that is not already a row-major buffer is copied into one."""
+        value = dot.operands[index]
+        precision = dot.int_attr("inputPrecision", 2)
+        rounds = precision != 2 and value.type.elem == "f32"
+        if not rounds and operand_in_place(value, self.plan) is not None:
+            return
+        self._temporary(dot, index, self.new(value))
+
+    def place(self) -> None:
+        """First fit, by start of life."""
+        live: list[Buffer] = []
+        unique = {id(b): b for b in (*self.plan.buffers.values(), *self.plan.packs.values())}
+        for buffer in sorted(unique.values(), key=lambda b: (b.first, b.last)):
+            live = [b for b in live if b.last >= buffer.first]
+            offset = 0
+            for other in sorted(live, key=lambda b: b.offset):
+                if offset + buffer.bytes <= other.offset:
+                    break
+                offset = max(offset, (other.offset + other.bytes + 63) & ~63)
+            buffer.offset = offset
+            live.append(buffer)
+            self.plan.arena = max(self.plan.arena, offset + buffer.bytes)
+
+
+def operand_in_place(value: Value, plan: Plan) -> Buffer | None:
+    """The buffer that holds `value` row-major, looking through transposes; None where there is none."""
+    order = list(natural(value.type))
+    while not plan.kept(value):
+        op = value.op
+        if op is None or op.name != "tt.trans":
+            return None
+        perm = op.ints_attr("order")
+        order = [perm[axis] for axis in order]
+        value = op.operands[0]
+    buffer = plan.buffers[value]
+    return buffer if buffer.order == tuple(order) else None
+
+
+def _walk(op: Op) -> list[Op]:
+    out = [op]
+    for region in op.regions:
+        for block in region.blocks:
+            for inner in block.ops:
+                out.extend(_walk(inner))
+    return out
+
+
+def _has_back_edge(fn: Op) -> bool:
+    labels = {block.label: i for i, block in enumerate(fn.regions[0].blocks)}
+    return any(
+        labels[target] <= i for i, block in enumerate(fn.regions[0].blocks) for target in block.terminator.successors
+    )
+
+
+def make_plan(function: Op) -> Plan:
+    return _Planner(function).run()

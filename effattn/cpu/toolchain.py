@@ -1,0 +1,146 @@
+"""The machine's C compiler: finding it, and building kernels and the runtime with it.
+
+Names that come from a kernel never reach a shell: the compiler is started from an argument list, in a fresh
+temporary folder, with fixed file names.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from effattn.errors import RequestError
+
+#: IEEE arithmetic in the declared type: no contraction, no reassociation. errno and floating-point traps are
+#: not part of Triton's semantics and leaving them out lets loops be vectorised. Signed integers wrap.
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=gnu11",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-strict-aliasing",
+    "-fwrapv",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-w",
+)
+
+
+class CompileError(RequestError):
+    """The C compiler is missing, or it failed on a generated file."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    command: tuple[str, ...]
+    version: str
+    identity: str
+
+
+def _candidates() -> list[tuple[str, ...]]:
+    given = os.environ.get("CC")
+    if given:
+        return [tuple(shlex.split(given))]
+    found = [(path,) for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
+    if importlib.util.find_spec("ziglang") is not None:
+        found.append((sys.executable, "-m", "ziglang", "cc"))
+    return found
+
+
+def _cpu_features() -> str:
+    """What `-march=native` depends on: a library must not be reused on a host with other instructions."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def compiler() -> Compiler:
+    """The C compiler in use: CC, then cc, gcc, clang on the path, then the `ziglang` wheel.
+
+    Raises CompileError where there is none, or where CC names one that does not run.
+    """
+    return _probe(os.environ.get("CC"), os.environ.get("PATH"))
+
+
+@functools.lru_cache
+def _probe(cc: str | None, path: str | None) -> Compiler:
+    failures = []
+    for command in _candidates():
+        try:
+            done = subprocess.run(
+                [*command, "--version"], capture_output=True, text=True, timeout=60, check=True, stdin=subprocess.DEVNULL
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            failures.append(f"{shlex.join(command)}: {error}")
+            continue
+        version = (done.stdout or done.stderr).splitlines()[0] if (done.stdout or done.stderr) else "unknown"
+        key = "\n".join((*command, version, *FLAGS, platform.machine(), _cpu_features()))
+        return Compiler(command, version, hashlib.sha256(key.encode()).hexdigest())
+    if cc:
+        raise CompileError(
+            f"CC is set to {cc!r}, but that compiler does not run ({'; '.join(failures) or 'not found'}); "
+            "set CC to a C compiler such as gcc or clang, or unset it"
+        )
+    raise CompileError(
+        "no C compiler found (looked for CC, cc, gcc, clang and the ziglang wheel"
+        + (f"; tried {'; '.join(failures)}" if failures else "")
+        + "): Triton kernels run on the CPU as compiled C. "
+        "Install one: `apt-get install gcc`, or `pip install ziglang`"
+    )
+
+
+def build(source: str, *, what: str, extra: tuple[str, ...] = ()) -> bytes:
+    """Compile one C file to a shared library and return its bytes.
+
+    Raises CompileError with the compiler's own words; nothing is left behind.
+    """
+    cc = compiler()
+    with tempfile.TemporaryDirectory(prefix="effattn-cc-") as folder:
+        c_file, so_file = Path(folder, "kernel.c"), Path(folder, "kernel.so")
+        c_file.write_text(source)
+        command = [*cc.command, *FLAGS, *extra, "-o", str(so_file), str(c_file), "-lm"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, cwd=folder, stdin=subprocess.DEVNULL)
+        except OSError as error:
+            raise CompileError(f"could not start the C compiler {shlex.join(cc.command)}: {error}") from error
+        if done.returncode != 0 or not so_file.exists():
+            words = "\n".join(done.stderr.splitlines()[:20])
+            how = f"was ended by signal {-done.returncode}" if done.returncode < 0 else f"exited {done.returncode}"
+            raise CompileError(f"the C compiler {how} on {what} ({cc.version}):\n{words}")
+        return so_file.read_bytes()
+
+
+def build_kernel(source: str, *, name: str) -> bytes:
+    """Compile the C file of one kernel."""
+    return build(source, what=f"the C code of kernel {name}")
+
+
+def runtime_library() -> str:
+    """Path of the runtime (thread pool, launches), built once per machine into Triton's cache folder."""
+    from triton.runtime.cache import get_cache_manager
+
+    source = Path(__file__).with_name("runtime.c").read_text()
+    key = hashlib.sha256((source + compiler().identity).encode()).hexdigest()
+    cache = get_cache_manager(key)
+    name = "effattn_runtime.so"
+    path = cache.get_file(name)
+    if path is None:
+        path = cache.put(build(source, what="its runtime", extra=("-pthread",)), name, binary=True)
+    return path
