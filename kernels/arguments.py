@@ -1,4 +1,4 @@
-"""What the kernels' host functions accept. They take tensors from anywhere, so each check names what it saw."""
+"""What the kernels' host functions accept. Tensors come from anywhere, so each check names what it saw."""
 
 from __future__ import annotations
 
@@ -70,10 +70,13 @@ def check_forward(
     if v.shape[1] != kv_heads or v.shape[2] != kv_len:
         raise ArgumentError(f"k and v must have the same heads and length (axes 1 and 2), got {shapes}")
     if k_dim != head_dim:
-        raise ArgumentError(f"q and k must have the same head_dim (axis 3), got {head_dim} and {k_dim}: {shapes}")
+        raise ArgumentError(
+            f"q and k must have the same head_dim (axis 3), got {head_dim} and {k_dim}: {shapes}"
+        )
     if heads == 0 or kv_heads == 0 or heads % kv_heads:
         raise ArgumentError(
-            f"the heads of q ({heads}) must be a multiple of the heads of k and v ({kv_heads}), both positive: {shapes}"
+            f"the heads of q ({heads}) must be a multiple of the heads of k and v ({kv_heads}), both"
+            f" positive: {shapes}"
         )
     for name, dim in (("head_dim", head_dim), ("v_dim", v_dim)):
         if not 1 <= dim <= MAX_HEAD_DIM:
@@ -83,14 +86,18 @@ def check_forward(
             raise ArgumentError(f"{name} must be at most {MAX_LENGTH}, got {length}: {shapes}")
 
     if not isinstance(causal, bool):
-        raise ArgumentTypeError(f"causal must be True or False, got {causal!r} of type {type(causal).__name__}")
+        raise ArgumentTypeError(
+            f"causal must be True or False, got {causal!r} of type {type(causal).__name__}"
+        )
     check_choice("causal_alignment", causal_alignment, ALIGNMENTS)
     check_choice("input_precision", input_precision, INPUT_PRECISIONS)
     for name, block in (("block_m", block_m), ("block_n", block_n)):
         check_block(name, block)
     # Blocks of 16 are the smallest, so this holds whatever the block size.
     if batch * heads * -(-q_len // 16) > MAX_PROGRAMS:
-        raise ArgumentError(f"batch x heads x q_len is too large for one launch ({MAX_PROGRAMS} blocks): {shapes}")
+        raise ArgumentError(
+            f"batch x heads x q_len is too large for one launch ({MAX_PROGRAMS} blocks): {shapes}"
+        )
 
     return Problem(
         batch=batch,
@@ -111,12 +118,14 @@ def check_tensors(**tensors: Any) -> None:
     """Dense tensors of rank 4, of one supported dtype, on one device."""
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
-            raise ArgumentTypeError(f"{name} must be a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}")
+            raise ArgumentTypeError(
+                f"{name} must be a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}"
+            )
         if x.layout != torch.strided or x.is_quantized:
             raise ArgumentTypeError(f"{name} must be a dense tensor, got the layout {x.layout}")
         if x.dtype not in DTYPES:
             raise ArgumentTypeError(
-                f"{name} must be float16, bfloat16 or float32, got {_dtype(x)}; convert it with {name}.to(...)"
+                f"{name} must be float16, bfloat16 or float32, got {_dtype(x)}; convert it first"
             )
         if x.dim() != 4:
             raise ArgumentError(
@@ -138,7 +147,9 @@ def check_scale(scale: Any, head_dim: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-        raise ArgumentTypeError(f"scale must be a real number or None, got {scale!r} of type {type(scale).__name__}")
+        raise ArgumentTypeError(
+            f"scale must be a real number or None, got {scale!r} of type {type(scale).__name__}"
+        )
     scale = float(scale)
     # The kernel multiplies by float32(scale * log2(e)).
     if not abs(scale) * math.log2(math.e) <= _MAX_FLOAT32:
@@ -155,7 +166,9 @@ def check_block(name: str, block: Any) -> None:
     if block is None:
         return
     if isinstance(block, bool) or not isinstance(block, int):
-        raise ArgumentTypeError(f"{name} must be an int or None, got {block!r} of type {type(block).__name__}")
+        raise ArgumentTypeError(
+            f"{name} must be an int or None, got {block!r} of type {type(block).__name__}"
+        )
     if block < 16 or block & (block - 1):
         raise ArgumentError(f"{name} must be a power of two of at least 16, got {block}")
 

@@ -3,8 +3,8 @@
 Read `flash_attention_forward` for what is computed and `_forward_kernel` for how. The algorithm is
 FlashAttention-2 (Dao, arXiv:2307.08691, algorithm 1), which reorders FlashAttention (Dao et al.,
 arXiv:2205.14135) so that one program owns one block of queries and walks over the keys, with the softmax
-normalised once at the end. Nothing here is particular to one device: the same source runs on CUDA and, through
-`effattn.cpu`, on the CPU.
+normalised once at the end. Nothing here is particular to one device: the same source runs on CUDA and,
+through `effattn.cpu`, on the CPU.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Tiles:
 def tiles(head_dim: int, v_dim: int, dtype: torch.dtype, device_type: str = "cuda") -> Tiles:
     """Block sizes for a head dimension, a dtype and a kind of device.
 
-    The lengths and the batch are left out on purpose: a row's sum over the keys is then cut in the same places
-    whatever shares the launch with it, and comes out with the same bits.
+    The lengths and the batch are left out on purpose: a row's sum over the keys is then cut in the same
+    places whatever shares the launch with it, and comes out with the same bits.
 
     CPU: a step costs a fixed overhead, so tiles are large; 64 x 64 keeps scores and accumulator in the L1 and
     L2 caches for every head_dim up to 256. GPU: Q and two or three stages of K and V have to fit the 99 to
@@ -85,30 +85,32 @@ def flash_attention_forward(
     torch's `is_causal`). A query that sees no key has out = 0 and lse = -inf.
 
     Shapes
-        q (batch, heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim),
-        v (batch, kv_heads, kv_len, v_dim); out (batch, heads, q_len, v_dim), lse (batch, heads, q_len).
-        heads is a multiple of kv_heads, and query head h reads key head h // (heads // kv_heads). head_dim and
-        v_dim are 1 to 256, each on its own; lengths start at 0. Any strides, 0 included: nothing is copied.
-        out and lse are new and contiguous. Forward only: the result carries no gradient.
+        q (batch, heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim), v (batch, kv_heads, kv_len,
+        v_dim); out (batch, heads, q_len, v_dim), lse (batch, heads, q_len). heads is a multiple of kv_heads,
+        and query head h reads key head h // (heads // kv_heads). head_dim and v_dim are 1 to 256, each on its
+        own; lengths start at 0. Any strides, 0 included: nothing is copied. out and lse are new and
+        contiguous. Forward only: the result carries no gradient.
 
     Arguments
         scale: any finite number, 1/sqrt(head_dim) if None.
-        input_precision: of the two matrix products if the tensors are float32: "ieee", "tf32", or another that
+        input_precision: of the two matrix products if the tensors are float32: "ieee", "tf32", or another
+        that
             `tl.dot` knows. Products of float16 and bfloat16 are exact in float32 whatever it says.
         block_m, block_n: powers of two of at least 16 that override `tiles`.
 
     Arithmetic
-        q, k, v of one dtype: float16, bfloat16 or float32; out has it too, lse is float32. Scores, softmax and
-        the accumulator are float32. This differs from the formula, evaluated exactly and rounded once, in:
+        q, k, v of one dtype: float16, bfloat16 or float32; out has it too, lse is float32. Scores, softmax
+        and the accumulator are float32. This differs from the formula, evaluated exactly and rounded once,
+        in:
         1. both products are summed in float32, block by block, in an order that the device chooses;
         2. scores are multiplied by float32(scale * log2(e)) and exponentiated by exp2;
         3. the weights, relative to the running maximum, are rounded to v's dtype for the second product. The
            normaliser sums them unrounded;
         4. accumulator and normaliser are multiplied by exp2(old - new maximum) when the maximum grows;
-        5. one division at the end, and one rounding to the output's dtype.
-        A NaN in a key reaches the queries that see it. One in v[j], or an infinity, can also reach queries that
-        do not see j but share a block with one that does, since 0 * NaN is NaN; beyond kv_len nothing is read.
-        Scores that overflow float32 give NaN.
+        5. one division at the end, and one rounding to the output's dtype. A NaN in a key reaches the queries
+        that see it. One in v[j], or an infinity, can also reach queries that do not see j but share a block
+        with one that does, since 0 * NaN is NaN; beyond kv_len nothing is read. Scores that overflow float32
+        give NaN.
 
     Raises
         ArgumentTypeError (a TypeError) for a wrong type, dtype or device; ArgumentError (a ValueError) for a
@@ -194,7 +196,7 @@ def _padded(dim: int) -> int:
 
 
 def _strides(x: torch.Tensor) -> list[int]:
-    """Strides, with those that no address depends on (axes of length 1) set to what compiles to the best code."""
+    """Strides; those of axes of length 1, on which no address depends, as they compile to the best code."""
     last = x.dim() - 1
     return [
         stride if size > 1 else int(axis == last)
@@ -208,8 +210,9 @@ def _is_wide(x: torch.Tensor, rows: int) -> bool:
     return (rows - 1) * row_stride + (_padded(x.shape[-1]) - 1) * column_stride >= 2**31
 
 
-# Of the integers only strides and head sizes are worth a specialisation: divisibility by 16 decides how wide a
-# load may be, and a last stride of 1 makes it a load of consecutive elements. The rest would only add compilations.
+# Of the integers only strides and head sizes are worth a specialisation: divisibility by 16 decides how wide
+# a load may be, and a last stride of 1 makes it a load of consecutive elements. The rest would only add
+# compilations.
 @triton.jit(do_not_specialize=["q_len", "kv_len", "causal_shift", "heads", "group"])
 def _forward_kernel(
     q,
@@ -264,16 +267,26 @@ def _forward_kernel(
     v_head = v + b * v_stride_b + kv_h * v_stride_h
     rows = tl.arange(0, BLOCK_M)
     q_tile = _load(
-        q_block, rows, tl.arange(0, BLOCK_D), q_stride_m, q_stride_d, q_len - first_row, head_dim, True, PAD_D, WIDE
+        q_block,
+        rows,
+        tl.arange(0, BLOCK_D),
+        q_stride_m,
+        q_stride_d,
+        q_len - first_row,
+        head_dim,
+        True,
+        PAD_D,
+        WIDE,
     )
     if SCALE_SIGN != 1:
-        # The maximum below is taken before scaling, so the scale has to be positive. A change of sign is exact;
-        # a scale of 0 makes every score 0 whatever it is multiplied by.
+        # The maximum below is taken before scaling, so the scale has to be positive. A change of sign is
+        # exact; a scale of 0 makes every score 0 whatever it is multiplied by.
         q_tile = q_tile * SCALE_SIGN
         if SCALE_SIGN == 0:
             scale_log2 = 1.0
 
-    # How many keys, counted from the first, each row sees; at least one row sees `some`, all rows see `every`.
+    # How many keys, counted from the first, each row sees; at least one row sees `some`, all rows see
+    # `every`.
     seen = tl.minimum(first_row + rows + causal_shift + 1, kv_len)
     some = tl.minimum(tl.minimum(first_row + BLOCK_M, q_len) + causal_shift, kv_len)
     every = tl.maximum(tl.minimum(first_row + causal_shift + 1, kv_len), 0) // BLOCK_N * BLOCK_N
@@ -339,9 +352,7 @@ def _attend(
             v_head + row * v_stride_n, columns, tl.arange(0, BLOCK_DV), v_stride_n, v_stride_d,
             kv_len - start, v_dim, MASKED, PAD_DV, WIDE,
         )  # fmt: skip
-        acc = tl.dot(
-            weights.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=INPUT_PRECISION
-        )
+        acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=INPUT_PRECISION)
     return acc, row_sum, row_max
 
 
@@ -350,7 +361,7 @@ def _load(
     tile, rows, columns, row_stride, column_stride, row_limit, column_limit,
     MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a matrix from its first element on, 0 in what is masked: 0 * 0 adds nothing, 0 * NaN would."""
+    """A tile of a matrix from its first element on; 0 where it is masked, since 0 * NaN would be NaN."""
     inside_rows = rows[:, None] < row_limit
     inside_columns = columns[None, :] < column_limit
     if WIDE:

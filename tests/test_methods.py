@@ -90,7 +90,7 @@ def test_unknown_method_is_answered_with_the_right_ones(spec: str, message: str)
 
 @pytest.mark.parametrize("name", ["flash", "a:b", "a/b", "", " a"])
 def test_a_name_that_is_taken_or_ambiguous_cannot_be_registered(name: str) -> None:
-    with pytest.raises(RequestError, match="is registered already|cannot name a method"):
+    with pytest.raises(RequestError, match=r"is registered already|cannot name a method"):
         methods.register(name, module="nowhere", cls="Nothing", summary="-")
 
 
@@ -128,7 +128,10 @@ def test_function_of_a_module_is_a_method(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     write("", "effattn_test_package/__init__.py")
-    write(REFERENCE + "\n    class Kernels:\n        attention = staticmethod(attention)\n", "effattn_test_package/a.py")
+    write(
+        REFERENCE + "\n    class Kernels:\n        attention = staticmethod(attention)\n",
+        "effattn_test_package/a.py",
+    )
     monkeypatch.chdir(tmp_path)
     for spec in ("effattn_test_package.a:attention", "effattn_test_package.a:Kernels.attention"):
         given = case()
@@ -156,7 +159,9 @@ def test_file_is_registered_once_with_readable_source_and_leaves_no_bytecode(
     given = case(kv_len=5)
     assert torch.equal(method(given, given.tensors()).out, given.tensors().q * 6.0)
     assert methods.get(f"{tmp_path}/../{tmp_path.name}/mine.py:attention").function is method.function
-    assert not list(tmp_path.rglob("*.pyc")) or sorted(p.stem.split(".")[0] for p in tmp_path.rglob("*.pyc")) == [
+    assert not list(tmp_path.rglob("*.pyc")) or sorted(
+        p.stem.split(".")[0] for p in tmp_path.rglob("*.pyc")
+    ) == [
         "effattn_test_late"  # imported by the function itself, as in any Python program
     ]
 
@@ -207,22 +212,38 @@ def importlib_find(name: str) -> str | None:
     [
         ("def f(:\n    pass\n", "f", r"is not valid Python: .*\(.*mine\.py, line 1\)"),
         ("\0", "f", "is not valid Python|null bytes"),
-        ("import nothing_of_this_name\n", "f", r"raised ModuleNotFoundError.*line 1.*install 'nothing_of_this_name'"),
+        (
+            "import nothing_of_this_name\n",
+            "f",
+            r"raised ModuleNotFoundError.*line 1.*install 'nothing_of_this_name'",
+        ),
         ("\n\nraise KeyError('inner')\n", "f", r"raised KeyError: 'inner' \(.*mine\.py, line 3\)"),
         ("import sys\nsys.exit(0)\n", "f", r"raised SystemExit: 0 \(.*mine\.py, line 2\)"),
         ("from . import other\n", "f", r"raised ImportError.*named as package\.module:function"),
-        ("def attention(q, k, v): return q\n", "atention", "has no function 'atention'; did you mean 'attention'"),
+        (
+            "def attention(q, k, v): return q\n",
+            "atention",
+            "has no function 'atention'; did you mean 'attention'",
+        ),
         ("def attention(q, k, v): return q\n", "zzz", "has no function 'zzz'; it has attention"),
         ("", "f", "has no function 'f'$"),
         ("f = 3\n", "f", "is an int, not a function"),
         ("f = None\n", "f", "is None, not a function"),
         ("class f: pass\n", "f", "is a class; name a function"),
         ("f = dict.fromkeys\n", "f", "takes fewer than three positional arguments"),
-        ("import operator\nf = operator.attrgetter('a')\n", "f", "fewer than three|cannot read the signature"),
+        (
+            "import operator\nf = operator.attrgetter('a')\n",
+            "f",
+            "fewer than three|cannot read the signature",
+        ),
         ("import torch\nf = torch._C._nn.gelu\n", "f", "cannot read the signature"),
         ("def f(q, k): return q\n", "f", r"fewer than three positional arguments \(q, k\)"),
         ("def f(q, k, v, dropout): return q\n", "f", "needs `dropout`, which effattn does not know"),
-        ("def f(q, k, v, *, scal, mask): return q\n", "f", "needs `scal`, `mask`.*causal, scale.*did you mean 'scale'"),
+        (
+            "def f(q, k, v, *, scal, mask): return q\n",
+            "f",
+            "needs `scal`, `mask`.*causal, scale.*did you mean 'scale'",
+        ),
         ("def f(q, k, scale): return q\n", "f", "needs `scale` among its first three"),
         ("def f(q, k, v, w, /): return q\n", "f", "needs `w`"),
         (
@@ -296,7 +317,9 @@ def test_what_is_wrong_with_a_path_is_said(write: Callable[..., Path], tmp_path:
 def test_function_gets_the_keywords_of_its_signature(signature: str, expected: set[str]) -> None:
     calls: list[dict[str, Any]] = []
     scope: dict[str, Any] = {"calls": calls}
-    exec(f"def function({signature}):\n    calls.append(dict(locals()))\n    return calls[-1].get('q')", scope)
+    exec(
+        f"def function({signature}):\n    calls.append(dict(locals()))\n    return calls[-1].get('q')", scope
+    )
     function = scope["function"]
     method = UserFunction(function, spec="m:function")
     assert method.keywords == expected
@@ -367,7 +390,9 @@ def test_declaration_is_taken_over_and_leaves_the_function_as_it_was() -> None:
         return q
 
     loose = numerics.for_dtype("fp16").replace(score="fp16")
-    declare = effattn.method(name="mine", numerics=loose, supports=lambda c: c.head_dim <= 8 or "head_dim up to 8")
+    declare = effattn.method(
+        name="mine", numerics=loose, supports=lambda c: c.head_dim <= 8 or "head_dim up to 8"
+    )
     assert declare(attention) is attention
     method = UserFunction(attention)
     assert method.name == "mine"
@@ -388,7 +413,10 @@ def test_declaration_is_taken_over_and_leaves_the_function_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"causal_alignment": "middle"}, "causal_alignment is 'middle'; expected 'bottom-right' or 'top-left'"),
+        (
+            {"causal_alignment": "middle"},
+            "causal_alignment is 'middle'; expected 'bottom-right' or 'top-left'",
+        ),
         ({"causal_alignment": 1}, "causal_alignment is 1; expected a string"),
         ({"name": ""}, "name is ''; expected a string"),
         ({"numerics": "flsh"}, "unknown numerics 'flsh'.*did you mean 'flash'"),
@@ -531,7 +559,18 @@ def test_torch_means_the_same_mask_heads_and_scale(q_len: int, kv_len: int, caus
 def test_torch_says_which_of_its_kernels_runs() -> None:
     """`fused` predicts from the case what torch decides from the tensors."""
     answers = set()
-    layouts = ("bhsd", "bshd", "bhds", "bdhs", "dhsb", "bhsd+step", "bhds+step", "bhsd+pad", "bhds+pad", "bhsd+offset")
+    layouts = (
+        "bhsd",
+        "bshd",
+        "bhds",
+        "bdhs",
+        "dhsb",
+        "bhsd+step",
+        "bhds+step",
+        "bhsd+pad",
+        "bhds+pad",
+        "bhsd+offset",
+    )
     layouts += ("bhsd+expand-h", "bhds+expand-s", "bshd+expand-b")
     for layout, (q_len, kv_len), v_dim, kv_heads in itertools.product(
         layouts, ((5, 7), (1, 1), (0, 4), (4, 0)), (8, 4), (1, 2)

@@ -1,6 +1,7 @@
 """Methods: whatever computes attention and can be judged.
 
-A new one is a module with a `Method` and an entry in the table below. Importing this package loads none of them.
+A new one is a module with a `Method` and an entry in the table below. Importing this package loads none of
+them.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def describe(name: str) -> str:
 
 
 def get(spec: str) -> Method:
-    """A method by its registered name, or a user's function as `path/to/file.py:function` or `package.module:function`.
+    """A method by its name, or a user's function: `path/to/file.py:function`, `package.module:function`.
 
     Raises `RequestError`, with close matches, for what is neither.
     """

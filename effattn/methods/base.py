@@ -1,4 +1,4 @@
-"""The protocol of a method: something that computes attention and says about itself what it needs to be judged."""
+"""The protocol of a method: it computes attention and says what it is to be judged by."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Method(ABC):
     """Something that computes attention.
 
     A method reads its inputs and nothing else of the case than its options; it must not write to the inputs.
-    Nothing stops it from doing so, so whoever compares its output with a reference computes that reference from
-    tensors that the method never held: `case.tensors()` called again gives the same bits.
+    Nothing stops it from doing so, so whoever compares its output with a reference computes that reference
+    from tensors that the method never held: `case.tensors()` called again gives the same bits.
     """
 
     #: short, for tables
@@ -42,7 +42,7 @@ class Method(ABC):
         """What the method declares about its arithmetic on this case: what it is judged by."""
 
     def unsupported(self, case: Case) -> str | None:
-        """Why the method does not offer this case, in words that follow "not supported: "; None if it does."""
+        """Why the method does not offer this case, to follow the words "not supported: "; None if it does."""
         return None
 
     @abstractmethod
@@ -76,7 +76,9 @@ def as_output(result: Any) -> Output:
     elif isinstance(result, Mapping):
         if not set(result) <= {"out", "lse"} or "out" not in result:
             names = ", ".join(sorted(map(repr, result))) or "no keys"
-            raise WrongReturn(f"it returned {kind(result)} with {names}; {expected}, or the keys 'out' and 'lse'")
+            raise WrongReturn(
+                f"it returned {kind(result)} with {names}; {expected}, or the keys 'out' and 'lse'"
+            )
         out, lse = result["out"], result.get("lse")
     elif _has_out(result):
         out, lse = result.out, getattr(result, "lse", None)
@@ -94,7 +96,8 @@ def kind(value: Any) -> str:
     if value is None:
         return "None"
     cls = type(value)
-    name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__.split('.')[0]}.{cls.__qualname__}"
+    package = cls.__module__.partition(".")[0]
+    name = cls.__qualname__ if package == "builtins" else f"{package}.{cls.__qualname__}"
     article = "an" if name[0] in "aeiou" else "a"
     if isinstance(value, (tuple, list, dict)):
         return f"{article} {name} of {len(value)}"

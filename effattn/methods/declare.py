@@ -40,12 +40,12 @@ def method(
         def attention(q, k, v, *, causal=False, scale=None): ...
 
     name: what tables call it; its file and function otherwise.
-    numerics: the arithmetic that it is held to: a `Numerics`, the name of a preset, or a function from the case
-        to a `Numerics`. Otherwise that of flash kernels in the inputs' dtype: everything in float32, the weights
-        rounded to the inputs' dtype for the second product.
-    causal_alignment: what `causal=True` means where q_len != kv_len: "bottom-right" (the last query sees the last
-        key; the default) or "top-left" (query i sees the keys up to i). Not for functions that have a keyword
-        `causal_alignment`: they are told.
+    numerics: the arithmetic that it is held to: a `Numerics`, the name of a preset, or a function from the
+        case to a `Numerics`. Otherwise that of flash kernels in the inputs' dtype: everything in float32, the
+        weights rounded to the inputs' dtype for the second product.
+    causal_alignment: what `causal=True` means where q_len != kv_len: "bottom-right" (the last query sees the
+        last key; the default) or "top-left" (query i sees the keys up to i). Not for functions that have a
+        keyword `causal_alignment`: they are told.
     supports: takes the `Case`, returns True, or False or a reason why the function does not offer it.
 
     Raises `RequestError` for anything else.
@@ -55,10 +55,13 @@ def method(
             raise RequestError(f"@effattn.method: {what} is {value!r}; expected a string")
     if causal_alignment is not None and causal_alignment not in ALIGNMENTS:
         raise RequestError(
-            f"@effattn.method: causal_alignment is {causal_alignment!r}; expected {' or '.join(map(repr, ALIGNMENTS))}"
+            f"@effattn.method: causal_alignment is {causal_alignment!r};"
+            f" expected {' or '.join(map(repr, ALIGNMENTS))}"
         )
     if supports is not None and not callable(supports):
-        raise RequestError(f"@effattn.method: supports is {supports!r}; expected a function that takes the case")
+        raise RequestError(
+            f"@effattn.method: supports is {supports!r}; expected a function that takes the case"
+        )
     if numerics is not None and not callable(numerics):
         from effattn.tolerances.numerics import PRESETS, Numerics, for_dtype
 
@@ -66,8 +69,8 @@ def method(
             for_dtype("fp16", numerics)  # raises for a name that is unknown
         elif not isinstance(numerics, Numerics):
             raise RequestError(
-                f"@effattn.method: numerics is {numerics!r}; expected a Numerics, a function that takes the case, or"
-                f" one of {', '.join(map(repr, PRESETS))}"
+                f"@effattn.method: numerics is {numerics!r}; expected a Numerics, a function that takes the"
+                f" case, or one of {', '.join(map(repr, PRESETS))}"
             )
     declared = Declaration(name=name, numerics=numerics, causal_alignment=causal_alignment, supports=supports)
 

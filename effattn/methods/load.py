@@ -1,4 +1,4 @@
-"""Finds a user's function by what the command line calls it: `path/to/file.py:function` or `package.module:function`."""
+"""Finds a user's function by its name: `path/to/file.py:function` or `package.module:function`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _siblings: dict[str, Path] = {}
 def load_function(spec: str) -> Callable[..., Any]:
     """The function that `spec` names.
 
-    Raises `RequestError` that says what is missing: the file, the module, the function (with close matches), or
-    what the code raised while it was imported.
+    Raises `RequestError` that says what is missing: the file, the module, the function (with close matches),
+    or what the code raised while it was imported.
     """
     where, separator, path = spec.rpartition(":")
     if not separator or not where or not path:
@@ -51,10 +51,10 @@ def load_function(spec: str) -> Callable[..., Any]:
 def load_file(path: str | Path) -> ModuleType:
     """Import a Python file under a name of its own.
 
-    The module is registered in `sys.modules` and its source stays readable by `inspect`, both of which Triton's
-    compiler needs. The name depends on the path alone, so compiled kernels are found again in its cache. The
-    file's folder joins `sys.path`, as it would if Python ran the file. No bytecode is written beside it. A file
-    that has changed since is imported anew.
+    The module is registered in `sys.modules` and its source stays readable by `inspect`, both of which
+    Triton's compiler needs. The name depends on the path alone, so compiled kernels are found again in its
+    cache. The file's folder joins `sys.path`, as it would if Python ran the file. No bytecode is written
+    beside it. A file that has changed since is imported anew.
 
     Raises `RequestError` where it cannot be read or raises while it is imported.
     """
@@ -90,8 +90,8 @@ def load_file(path: str | Path) -> ModuleType:
 
 
 def _load_module(name: str) -> ModuleType:
-    # The entry point of an installed command does not search the current folder, `python -m` would. Last, so that
-    # folders here do not hide packages.
+    # An installed command does not search the current folder, `python -m` would. Last, so that folders here
+    # do not hide packages.
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     with _reporting(name, None, forget=None):
@@ -111,8 +111,9 @@ def _load_module(name: str) -> ModuleType:
 def _importing_from(folder: Path) -> Iterator[None]:
     """The folder first on `sys.path` while its file is imported, and last from then on.
 
-    First, as for a script: the file means its own neighbours. Last afterwards, for imports inside its functions:
-    a file of the user's that is called, say, `types.py` must not hide Python's from everybody else.
+    First, as for a script: the file means its own neighbours. Last afterwards, for imports inside its
+    functions: a file of the user's that is called, say, `types.py` must not hide Python's from everybody
+    else.
     """
     # Two files of two folders may each have a neighbour `utils.py`: the second must not get the first's.
     for name, owner in list(_siblings.items()):
@@ -161,7 +162,9 @@ def _reporting(what: str, file: Path | None, *, forget: str | None) -> Iterator[
         elif isinstance(error, ModuleNotFoundError):
             hint = f"; install {error.name!r} or check its name"
         said = f": {error}" if str(error) else ""
-        raise RequestError(f"importing {what!r} raised {type(error).__name__}{said}{_line(error, file)}{hint}") from error
+        raise RequestError(
+            f"importing {what!r} raised {type(error).__name__}{said}{_line(error, file)}{hint}"
+        ) from error
 
 
 def _forget(name: str | None) -> None:
@@ -213,4 +216,3 @@ def _listing(folder: Path) -> list[Path]:
 
 def _either(names: list[str]) -> str:
     return " or ".join(map(repr, names))
-

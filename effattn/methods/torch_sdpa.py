@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class TorchSDPA(Method):
     """torch's attention as its users call it. It returns no log-sum-exp.
 
-    `is_causal` means top-left, so a bottom-right mask of a rectangle is given as a boolean mask. Which of torch's
-    implementations runs depends on the case, and with it the arithmetic: `fused` says which.
+    `is_causal` means top-left, so a bottom-right mask of a rectangle is given as a boolean mask. Which of
+    torch's implementations runs depends on the case, and with it the arithmetic: `fused` says which.
     """
 
     name = "torch"
@@ -29,7 +29,9 @@ class TorchSDPA(Method):
     def unsupported(self, case: Case) -> str | None:
         if _is_causal(case) and case.scale is not None and case.scale < 0 and fused(case):
             # Seen in torch 2.13 on the CPU: the mask is -inf before the scale is applied, hence +inf after.
-            return "torch's fused kernel multiplies the -inf of its causal mask by the scale, so a negative one fails"
+            return (
+                "torch's fused kernel multiplies its causal mask's -inf by the scale, so a negative one fails"
+            )
         return None
 
     def __call__(self, case: Case, inputs: Inputs) -> Output:
@@ -53,13 +55,13 @@ class TorchSDPA(Method):
 
 
 def fused(case: Case) -> bool:
-    """Whether torch runs its fused kernel on the CPU; it needs one head_dim, keys, and consecutive elements."""
+    """Whether torch runs its fused kernel on the CPU: for one head_dim, some keys, consecutive elements."""
     from effattn import layout
 
     placed = layout.parse(case.layout)
     if case.head_dim != case.v_dim or case.q_len == 0 or case.kv_len == 0 or "step" in placed.suffixes:
         return False
-    # The elements of a row are consecutive where d is innermost, or where all that lies inside it has length 1.
+    # The elements of a row are consecutive where d is innermost or all that lies inside it has length 1.
     inner = placed.order[placed.order.index("d") + 1 :]
     if inner and "pad" in placed.suffixes:
         return False

@@ -2,9 +2,9 @@
 
     fn(q, k, v, *, causal=False, scale=None, causal_alignment="bottom-right") -> out | (out, lse)
 
-q (batch, heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim), v (batch, kv_heads, kv_len, v_dim); out
-(batch, heads, q_len, v_dim) in the inputs' dtype, lse (batch, heads, q_len) in natural logarithm. The function gets the
-keywords that its signature has; a case that needs another is not supported by it.
+q (batch, heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim), v (batch, kv_heads, kv_len, v_dim);
+out (batch, heads, q_len, v_dim) in the inputs' dtype, lse (batch, heads, q_len) in natural logarithm. The
+function gets the keywords that its signature has; a case that needs another is not supported by it.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ DEFAULT_ALIGNMENT = "bottom-right"
 class UserFunction(Method):
     """A function `fn(q, k, v, ...)` as a method.
 
-    Raises `RequestError` if it cannot be called so: no readable signature, fewer than three positional parameters,
-    or a required parameter that effattn has nothing for.
+    Raises `RequestError` if it cannot be called so: no readable signature, fewer than three positional
+    parameters, or a required parameter that effattn has nothing for.
     """
 
     def __init__(self, function: Callable[..., Any], *, spec: str | None = None) -> None:
         declared = declaration(function)
         self.function = function
-        self.spec = spec or f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"
+        self.spec = spec or f"{function.__module__}:{getattr(function, '__qualname__', kind(function))}"
         self.name = declared.name or _short_name(self.spec)
         #: the keywords of KEYWORDS that the function takes
         self.keywords = _keywords(function, self.spec)
         self._declared = declared
         if declared.causal_alignment is not None and "causal_alignment" in self.keywords:
             raise RequestError(
-                f"{self.spec!r} declares causal_alignment={declared.causal_alignment!r} and also has a keyword"
-                " `causal_alignment`; keep one"
+                f"{self.spec!r} declares causal_alignment={declared.causal_alignment!r} and also has a"
+                " keyword `causal_alignment`; keep one"
             )
 
     def numerics(self, case: Case) -> Numerics:
@@ -67,7 +67,9 @@ class UserFunction(Method):
             return declared
         found = declared(case)
         if not isinstance(found, Numerics):
-            raise RequestError(f"{self.spec!r}: its `numerics` function returned {kind(found)}; expected a Numerics")
+            raise RequestError(
+                f"{self.spec!r}: its `numerics` function returned {kind(found)}; expected a Numerics"
+            )
         return found
 
     def unsupported(self, case: Case) -> str | None:
@@ -75,10 +77,14 @@ class UserFunction(Method):
             if "causal" not in self.keywords:
                 return "the function has no keyword `causal`"
             alignment = self._declared.causal_alignment or DEFAULT_ALIGNMENT
-            if "causal_alignment" not in self.keywords and case.causal != alignment and case.q_len != case.kv_len:
+            if (
+                "causal_alignment" not in self.keywords
+                and case.causal != alignment
+                and case.q_len != case.kv_len
+            ):
                 return (
-                    f"causal means {alignment} to the function, which has no keyword `causal_alignment`, and the case"
-                    f" is {case.causal} with q_len != kv_len"
+                    f"causal means {alignment} to the function, which has no keyword `causal_alignment`, and"
+                    f" the case is {case.causal} with q_len != kv_len"
                 )
         if case.scale is not None and "scale" not in self.keywords:
             return "the function has no keyword `scale`"
@@ -94,7 +100,9 @@ class UserFunction(Method):
             return None
         if answer is False:
             return "the function declares that it does not offer it"
-        raise RequestError(f"{self.spec!r}: its `supports` returned {kind(answer)}; expected True, False or a reason")
+        raise RequestError(
+            f"{self.spec!r}: its `supports` returned {kind(answer)}; expected True, False or a reason"
+        )
 
     def __call__(self, case: Case, inputs: Inputs) -> Output:
         offered: dict[str, Any] = {
@@ -116,15 +124,15 @@ def _keywords(function: Callable[..., Any], spec: str) -> frozenset[str]:
         parameters = list(inspect.signature(function).parameters.values())
     except (ValueError, TypeError) as error:
         raise RequestError(
-            f"cannot read the signature of {spec!r} ({error}); wrap it in a Python function fn(q, k, v, *, causal=False,"
-            " scale=None)"
+            f"cannot read the signature of {spec!r} ({error}); wrap it in a Python function"
+            " fn(q, k, v, *, causal=False, scale=None)"
         ) from None
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) < 3 and not any(p.kind == p.VAR_POSITIONAL for p in parameters):
         shown = ", ".join(p.name for p in positional) or "none"
         raise RequestError(
-            f"{spec!r} takes fewer than three positional arguments ({shown}); expected fn(q, k, v, *, causal=False,"
-            " scale=None)"
+            f"{spec!r} takes fewer than three positional arguments ({shown}); expected"
+            " fn(q, k, v, *, causal=False, scale=None)"
         )
     tensors, rest = positional[:3], positional[3:]
     named = [p for p in rest if p.kind == p.POSITIONAL_OR_KEYWORD]
@@ -136,9 +144,9 @@ def _keywords(function: Callable[..., Any], spec: str) -> frozenset[str]:
     if misplaced or needed:
         raise RequestError(
             f"{spec!r} needs {', '.join(f'`{name}`' for name in misplaced or needed)}"
-            f"{' among its first three arguments' if misplaced else ''}, which effattn does not know how to give; the"
-            f" arguments are q, k, v and the keywords {', '.join(KEYWORDS)}. Give it a default or wrap the function"
-            f"{_close(needed)}"
+            f"{' among its first three arguments' if misplaced else ''}, which effattn does not know how to"
+            f" give; the arguments are q, k, v and the keywords {', '.join(KEYWORDS)}. Give it a default or"
+            f" wrap the function{_close(needed)}"
         )
     if any(p.kind == p.VAR_KEYWORD for p in parameters):
         return frozenset(KEYWORDS) - {p.name for p in tensors if p.kind == p.POSITIONAL_OR_KEYWORD}
