@@ -14,12 +14,10 @@ from effattn.errors import RequestError
 from effattn.tolerances import formats
 from effattn.tolerances.formats import Format
 
-#: how the two softmax factors may be arranged
-NORMALISE = ("after", "before")
+#: when the weights are divided by their sum
+NORMALISE = ("after", "before", "any")
 #: what the normaliser sums
 SUM_OF = ("unrounded", "rounded")
-#: orders of summation inside a dot product
-ORDERS = ("any", "sequential")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,23 +49,26 @@ class Numerics:
     lse: str = "fp32"
     #: largest error of exp or exp2 in units in the last place of `acc` (PTX: ex2.approx.f32 within 2)
     exp_ulps: float = 2.0
-    #: "after": (sum p v) / l as flash kernels do; "before": sum round(p / l) v
-    normalise: str = "after"
+    #: "after": (sum p v) / l as flash kernels do; "before": sum round(p / l) v; "any": one of the two
+    normalise: str = "any"
     #: whether l sums p before or after its rounding to `p`
     sum_of: str = "unrounded"
-    #: order of the terms in a dot product
-    order: str = "any"
     #: weights below the smallest normal number of `acc` may become 0 (ftz)
     flush: bool = True
-    #: most times that one product may be rescaled to a new maximum is the number of keys over this
+    #: the fewest keys a step, which limits how often sums are rescaled to a new maximum; for the bound
     smallest_block: int = 1
+    #: l is summed in blocks of so many keys, then over the blocks; None: key by key. For the predicted noise only:
+    #: the bound holds for every order.
+    sum_block: int | None = None
+    #: the same for the second product
+    product_block: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("input", "output", "score", "acc", "p", "lse"):
             formats.get(getattr(self, field))
         if self.operand is not None:
             formats.get(self.operand)
-        for field, words in (("normalise", NORMALISE), ("sum_of", SUM_OF), ("order", ORDERS)):
+        for field, words in (("normalise", NORMALISE), ("sum_of", SUM_OF)):
             if getattr(self, field) not in words:
                 raise RequestError(
                     f"numerics {self.name!r}: {field} is {getattr(self, field)!r}; expected {' or '.join(words)}"
@@ -77,10 +78,10 @@ class Numerics:
                 f"numerics {self.name!r}: exp_ulps is {self.exp_ulps!r}; expected the largest error of exp in units "
                 "in the last place, at least 0.5 (correct rounding)"
             )
-        if self.smallest_block < 1:
-            raise RequestError(
-                f"numerics {self.name!r}: smallest_block is {self.smallest_block!r}; expected 1 or more keys"
-            )
+        for field in ("smallest_block", "sum_block", "product_block"):
+            size = getattr(self, field)
+            if not (isinstance(size, int) and size >= 1) and (size is not None or field == "smallest_block"):
+                raise RequestError(f"numerics {self.name!r}: {field} is {size!r}; expected 1 or more keys")
         acc = formats.get(self.acc).precision
         for field in ("score", "p", "output"):
             given = formats.get(getattr(self, field))
@@ -134,23 +135,32 @@ def _presets(kind: str, **fields_: Any) -> dict[str, Numerics]:
     return out
 
 
-#: Flash kernels: scores, weights, l and the output in fp32 until the end, P rounded to the inputs' dtype for the
-#: second product only, l the sum of the unrounded weights.
-FLASH: dict[str, Numerics] = _presets("flash", p="input")
+#: What is held against a kernel that declares nothing: scores, weights, l and the output in fp32 until the end, P
+#: rounded to the inputs' dtype for the second product only, before or after it is divided by l, l the sum of the
+#: unrounded weights. Sums may run in any order, key by key at worst.
+DEFAULT: dict[str, Numerics] = _presets("default", p="input")
+
+#: Flash kernels: the same, with l summed block by block.
+FLASH: dict[str, Numerics] = _presets("flash", p="input", smallest_block=16, sum_block=64)
 
 #: torch's scaled_dot_product_attention on CPU, fused path: measured to round as FLASH does in all three dtypes.
-TORCH_FLASH: dict[str, Numerics] = _presets("torch-flash", p="input")
+TORCH_FLASH: dict[str, Numerics] = _presets("torch-flash", p="input", smallest_block=16, sum_block=64)
 
 #: torch's math path: fp16 and bf16 are computed in fp32 (torch 2.5 and later), weights normalised before they
 #: multiply V, one rounding at the end.
-TORCH_MATH: dict[str, Numerics] = _presets("torch-math", p="fp32", normalise="before")
+TORCH_MATH: dict[str, Numerics] = _presets("torch-math", p="fp32", normalise="before", sum_block=64)
 
 #: name -> dtype -> numerics
-PRESETS: dict[str, dict[str, Numerics]] = {"flash": FLASH, "torch-flash": TORCH_FLASH, "torch-math": TORCH_MATH}
+PRESETS: dict[str, dict[str, Numerics]] = {
+    "default": DEFAULT,
+    "flash": FLASH,
+    "torch-flash": TORCH_FLASH,
+    "torch-math": TORCH_MATH,
+}
 
 
-def for_dtype(dtype: str, preset: str = "flash") -> Numerics:
-    """A preset by the dtype of the inputs; the flash preset where nothing else is declared.
+def for_dtype(dtype: str, preset: str = "default") -> Numerics:
+    """A preset by the dtype of the inputs; "default" is for kernels that declare nothing.
 
     Raises RequestError for an unknown preset, or a dtype that it has no entry for.
     """
