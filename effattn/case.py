@@ -101,8 +101,8 @@ class Case:
             put(field, _integer(field, getattr(self, field), least, most))
         if self.heads % self.kv_heads:
             raise RequestError(
-                f"heads {self.heads} with kv_heads {self.kv_heads}: expected heads to be a multiple of kv_heads,"
-                " since each kv head serves the same number of query heads. Change one of them."
+                f"heads {self.heads} with kv_heads {self.kv_heads}: expected heads to be a multiple of"
+                " kv_heads, since each kv head serves the same number of query heads. Change one of them."
             )
         for field, allowed in (("dtype", DTYPES), ("causal", CAUSAL)):
             value = getattr(self, field)
@@ -165,14 +165,17 @@ class Case:
         """The case that `to_dict` described; RequestError for anything else."""
         if not isinstance(data, dict):
             raise RequestError(
-                f"a case given as {_json_type(data)}: expected a JSON object with the fields of a case, such as"
+                f"a case given as {_json_type(data)}: expected a JSON object with the fields of a case, such"
+                " as"
                 ' {"schema":1,"q_len":64,"kv_len":64,"head_dim":32,"dtype":"fp16"}.'
             )
         data = dict(data)
         schema = data.pop("schema", None)
         if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
             given = "no schema" if schema is None else f"schema {schema!r}"
-            raise RequestError(f'a case with {given}: expected "schema": {SCHEMA}. Is this a case file of effattn?')
+            raise RequestError(
+                f'a case with {given}: expected "schema": {SCHEMA}. Is this a case file of effattn?'
+            )
         if schema > SCHEMA:
             raise RequestError(
                 f"a case with schema {schema}: this effattn reads schema {SCHEMA}. A newer effattn wrote it;"
@@ -182,13 +185,14 @@ class Case:
         unknown = sorted(str(name) for name in data if name not in known)
         if unknown:
             raise RequestError(
-                f"a case with unknown field {', '.join(map(repr, unknown))}: expected only {', '.join(known)}."
-                " Remove it, or correct its name."
+                f"a case with unknown field {', '.join(map(repr, unknown))}: expected only"
+                f" {', '.join(known)}. Remove it, or correct its name."
             )
         missing = [name for name in ("q_len", "kv_len", "head_dim", "dtype") if name not in data]
         if missing:
             raise RequestError(
-                f"a case without {', '.join(missing)}: expected at least q_len, kv_len, head_dim, dtype. Add them."
+                f"a case without {', '.join(missing)}: expected at least q_len, kv_len, head_dim, dtype. Add"
+                " them."
             )
         for name, value in data.items():
             if value is None:
@@ -204,7 +208,9 @@ class Case:
             if len(data) < len(pairs):
                 names = [name for name, _ in pairs]
                 twice = sorted({name for name in names if names.count(name) > 1})
-                raise RequestError(f"a case with field {', '.join(map(repr, twice))} given twice. Give it once.")
+                raise RequestError(
+                    f"a case with field {', '.join(map(repr, twice))} given twice. Give it once."
+                )
             return data
 
         def no_constant(name: str) -> float:
@@ -235,16 +241,20 @@ class Case:
             raise RequestError(f"case file {path}: there is no such file. Check the path.") from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise RequestError(f"case file {path}: cannot be read ({reason}). Check the path and its rights.") from None
+            raise RequestError(
+                f"case file {path}: cannot be read ({reason}). Check the path and its rights."
+            ) from None
         if len(content) > _MAX_FILE:
             raise RequestError(
-                f"case file {path}: longer than {_MAX_FILE} bytes, but a case is about 150. Give the JSON file of"
-                " one case."
+                f"case file {path}: longer than {_MAX_FILE} bytes, but a case is about 150. Give the JSON"
+                " file of one case."
             )
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError:
-            raise RequestError(f"case file {path}: not text in UTF-8. Give the JSON file of one case.") from None
+            raise RequestError(
+                f"case file {path}: not text in UTF-8. Give the JSON file of one case."
+            ) from None
         try:
             return cls.from_json(text)
         except RequestError as error:
@@ -299,7 +309,8 @@ class Case:
                 )
         except (MemoryError, torch.OutOfMemoryError):
             raise RequestError(
-                f"case {self.describe()}: its tensors don't fit into the memory of {device}. Take a smaller case."
+                f"case {self.describe()}: its tensors don't fit into the memory of {device}. Take a smaller"
+                " case."
             ) from None
         return Inputs(*tensors)
 
@@ -325,7 +336,9 @@ def _device(device: str | torch.device) -> torch.device:
     except (RuntimeError, TypeError):
         raise RequestError(f"device {device!r} is unknown. Expected cpu, or cuda with a GPU.") from None
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise RequestError(f"device {device!r}: torch finds no usable GPU here. Use cpu, or a build of torch for it.")
+        raise RequestError(
+            f"device {device!r}: torch finds no usable GPU here. Use cpu, or a build of torch for it."
+        )
     return found
 
 
@@ -334,4 +347,6 @@ def _json_type(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    return {list: "an array", str: "a text", int: "a number", float: "a number"}.get(type(value), type(value).__name__)
+    return {list: "an array", str: "a text", int: "a number", float: "a number"}.get(
+        type(value), type(value).__name__
+    )

@@ -101,7 +101,9 @@ class Source:
     def __init__(self, *parts: str | int) -> None:
         name = "/".join(("effattn", "1", *map(str, parts)))
         digest = hashlib.sha256(name.encode()).digest()
-        key = np.array([int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")], np.uint64)
+        key = np.array(
+            [int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")], np.uint64
+        )
         self._generator = np.random.Philox(key=key, counter=0)
 
     def words(self, count: int) -> NDArray[np.uint64]:

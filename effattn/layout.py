@@ -63,8 +63,8 @@ def parse(text: str) -> Layout:
     order, *suffixes = text.split("+")
     if order not in ORDERS:
         raise RequestError(
-            f"layout {text!r}: {order!r} is not an order of axes. Expected each of the letters b, h, s, d once,"
-            " in the order of memory with the outermost first, for example 'bhsd' or 'bshd+pad'."
+            f"layout {text!r}: {order!r} is not an order of axes. Expected each of the letters b, h, s, d"
+            " once, in the order of memory with the outermost first, for example 'bhsd' or 'bshd+pad'."
         )
     for suffix in suffixes:
         if suffix not in SUFFIXES:

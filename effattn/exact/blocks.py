@@ -108,7 +108,9 @@ class Rows:
             hidden = None
             if self._shift is not None and keys.stop - 1 > first + self._shift:
                 offset = first + self._shift - keys.start
-                hidden = _staircase(last + 1 - first, keys.stop - keys.start, offset, self._group, self.q.device)
+                hidden = _staircase(
+                    last + 1 - first, keys.stop - keys.start, offset, self._group, self.q.device
+                )
             yield Tile(self._pairs(self._k, keys), self._pairs(self._v, keys), hidden, keys)
 
     def _pairs(self, x: torch.Tensor, keys: slice) -> torch.Tensor:
@@ -127,7 +129,8 @@ class Rows:
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: str) -> None:
-    """RequestError unless q (b, h, m, d), k (b, g, n, d) and v (b, g, n, e) go together, h a multiple of g."""
+    """RequestError unless q (b, h, m, d), k (b, g, n, d) and v (b, g, n, e) go together, h a multiple of"
+    " g."""
     if not q.ndim == k.ndim == v.ndim == 4:
         problem = "all three need four axes"
     elif k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
