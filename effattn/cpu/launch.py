@@ -62,7 +62,8 @@ def set_num_threads(count: int) -> None:
 
 @functools.lru_cache
 def _runtime() -> ctypes.CDLL:
-    library = ctypes.CDLL(toolchain.runtime_library())
+    # Kernels find the tile products in it by name.
+    library = ctypes.CDLL(toolchain.runtime_library(), mode=ctypes.RTLD_GLOBAL)
     library.effattn_launch.restype = ctypes.c_int
     library.effattn_launch.argtypes = [
         ctypes.c_void_p,
@@ -93,6 +94,7 @@ class Utils:
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: Any) -> tuple[Any, int, int, int, int]:
         """Load a shared library; returns (handle, address, registers, spills, most threads)."""
+        _runtime()
         library = _load(binary)
         try:
             symbol = ctypes.cast(library.effattn_kernel, ctypes.c_void_p).value

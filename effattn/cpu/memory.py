@@ -45,8 +45,13 @@ def load(emitter: FunctionEmitter, op: Op) -> None:
 
     fast = load_expr(elem, f"*(const {stored} *)({access.fast})")
     slow = load_expr(elem, f"*(const {stored} *)({access.slow})")
+    row = ""
+    if elem == "f16" and access.step == memory_size(elem) and strides[access.axis] == 1:
+        start = linear(tuple(access.nest.index), strides).text
+        row = f"load_row_f16({array} + {start}, (const {stored} *){access.base}, {{}});"
     emitter.open("")
     access.emit(
+        row=row,
         fast=[f"{array}[{place}] = {fast};"],
         slow=[f"{array}[{place}] = {slow};"],
         skipped=[f"{array}[{place}] = {fallback};"],
@@ -73,6 +78,7 @@ def store(emitter: FunctionEmitter, op: Op) -> None:
     slow_value = access.nest.eval(value, access.index, slow_scope).text
     emitter.open("")
     access.emit(
+        row="",
         fast=[*fast_scope.lines, f"*({stored} *)({access.fast}) = {store_expr(elem, fast_value)};"],
         slow=[f"*({stored} *)({access.slow}) = {store_expr(elem, slow_value)};"],
         skipped=[],
@@ -115,10 +121,12 @@ class _Access:
         self.slow = self.nest.eval(pointer, self.index, self.slow_scope).text
         i = f"i{self.axis}"
         self.ok = ""
+        self.base = ""
         if self.step is None:
             self.fast = self.slow
         else:
             base = self.nest.eval(pointer, tuple(self.nest.index))
+            self.base = base.text
             if self.step == size:
                 self.fast = f"(({memory_type(pointer.type.pointee)} *){base.text} + {i})"
             else:
@@ -133,6 +141,7 @@ class _Access:
     def emit(
         self,
         *,
+        row: str,
         fast: list[str],
         slow: list[str],
         skipped: list[str],
@@ -141,8 +150,8 @@ class _Access:
     ) -> None:
         nest, axis = self.nest, self.axis
         n = nest.shape[axis]
-        whole = Scope()
-        fast_loop = nest.loop(axis, whole, fast)
+        # `row` does a whole row, or its first elements, by one call.
+        fast_loop = [row.format(n)] if row else nest.loop(axis, Scope(), fast)
         plain = self.step is not None
         if self.mask is None:
             slow_loop = nest.loop(axis, self.slow_scope, slow)
@@ -180,7 +189,7 @@ class _Access:
         ]
         if plain:
             condition = "head == count" + (f" && {self.ok}" if self.ok else "")
-            front = nest.loop(axis, Scope(), fast, stop="count")
+            front = [row.format("count")] if row else nest.loop(axis, Scope(), fast, stop="count")
             body += [
                 f"if ({condition}) {{",
                 f"if (count == {n}) {{",

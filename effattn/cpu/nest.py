@@ -275,16 +275,30 @@ def compute_into(emitter: FunctionEmitter, buffer: Buffer, value: Value, *, fres
     nest = Nest(emitter, buffer.type.shape, [a for a in order if a != inner_axis])
     inner = Scope()
     index = nest.inner_index(inner_axis)
-    if fresh:
-        assert value.op is not None
-        result = nest.compute(value.op, value, index, inner)
+    source = value.op
+    computed = fresh or (source is not None and not emitter.plan.kept(value))
+    by_row = computed and source is not None and rounds_to_f16(source)
+    if by_row:
+        # A whole row in one go: the conversion instructions of the machine are not reached through scalar C.
+        assert source is not None
+        result = nest.eval(source.operands[0], index, inner)
+    elif fresh:
+        assert source is not None
+        result = nest.compute(source, value, index, inner)
     else:
         result = nest.eval(value, index, inner)
     where = linear(index, buffer.strides())
-    store = f"{emitter.array(buffer)}[{where.text}] = {wrap.format(result.text)};"
+    body = nest.loop(inner_axis, inner, [f"{emitter.array(buffer)}[{where.text}] = {wrap.format(result.text)};"])
+    if by_row:
+        start = linear(tuple(nest.index), buffer.strides()).text
+        body.append(f"round_row_f16({emitter.array(buffer)} + {start}, {buffer.type.shape[inner_axis]});")
     emitter.open("")
-    nest.emit(nest.loop(inner_axis, inner, [store]))
+    nest.emit(body)
     emitter.close()
+
+
+def rounds_to_f16(op: Op) -> bool:
+    return op.name == "arith.truncf" and op.results[0].type.elem == "f16" and op.operands[0].type.elem == "f32"
 
 
 # ------------------------------------------------------------------------------------- steps of addresses

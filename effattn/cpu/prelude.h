@@ -1,4 +1,4 @@
-/* What every generated kernel starts with: number formats, elementary functions, reductions, tile products.
+/* What every generated kernel starts with: number formats, elementary functions, reductions.
 
    Values of type f16 and bf16 are carried in floats that are exactly representable in their type: each operation
    computes in fp32 and rounds once to the type. For + - * / and sqrt this equals rounding the exact result, since
@@ -144,13 +144,13 @@ INLINE float scale_f32(float p, int32_t k) {
     return p * f32_of((uint32_t)(h + 127) << 23) * f32_of((uint32_t)(k - h + 127) << 23);
 }
 
-/* 2^x: x = k + r, |r| <= 1/2, polynomial of degree 6 with relative error 3e-9; below 1 ulp in all. */
+/* 2^x: x = k + r, |r| <= 1/2, polynomial of degree 6 with relative error 3e-9; below 1 ulp in all. Outside the range
+   of results k and r mean nothing, and the last two lines answer. Written without clamps: the compiler would split
+   the loop at them. */
 INLINE float exp2_f32(float x) {
-    float c = x < -160.0f ? -160.0f : x;
-    c = c > 130.0f ? 130.0f : c;
-    float t = c + 12582912.0f; /* 1.5 * 2^23: rounds to an integer */
+    float t = x + 12582912.0f; /* 1.5 * 2^23: rounds to an integer */
     int32_t k = (int32_t)(bits_of(t) - 0x4b400000u);
-    float r = c - (t - 12582912.0f);
+    float r = x - (t - 12582912.0f);
     float p = 0x1.417a9cp-13f;
     p = FMA(p, r, 0x1.5f0948p-10f);
     p = FMA(p, r, 0x1.3b2dd2p-7f);
@@ -158,17 +158,17 @@ INLINE float exp2_f32(float x) {
     p = FMA(p, r, 0x1.ebfbdcp-3f);
     p = FMA(p, r, 0x1.62e430p-1f);
     p = FMA(p, r, 1.0f);
-    return x != x ? x : scale_f32(p, k);
+    float y = scale_f32(p, k);
+    y = x < -151.0f ? 0.0f : y;
+    return x >= 128.0f ? __builtin_inff() : y;
 }
 
 /* e^x: x = k ln 2 + r with ln 2 in two parts, polynomial of degree 6 with relative error 3e-9. */
 INLINE float exp_f32(float x) {
-    float c = x < -110.0f ? -110.0f : x;
-    c = c > 90.0f ? 90.0f : c;
-    float t = FMA(c, 0x1.715476p+0f, 12582912.0f);
+    float t = FMA(x, 0x1.715476p+0f, 12582912.0f);
     int32_t k = (int32_t)(bits_of(t) - 0x4b400000u);
     float n = t - 12582912.0f;
-    float r = FMA(n, -0x1.62p-1f, c);
+    float r = FMA(n, -0x1.62p-1f, x);
     r = FMA(n, -0x1.c85fep-10f, r);
     float p = 0x1.6a4f72p-10f;
     p = FMA(p, r, 0x1.123980p-7f);
@@ -177,7 +177,9 @@ INLINE float exp_f32(float x) {
     p = FMA(p, r, 0x1.fffffcp-2f);
     p = FMA(p, r, 1.0f);
     p = FMA(p, r, 1.0f);
-    return x != x ? x : scale_f32(p, k);
+    float y = scale_f32(p, k);
+    y = x < -104.5f ? 0.0f : y;
+    return x > 90.0f ? __builtin_inff() : y;
 }
 
 float logf(float), log2f(float), sinf(float), cosf(float), erff(float), tanhf(float), fmodf(float, float);
@@ -188,13 +190,10 @@ double exp(double), exp2(double), log(double), log2(double), sin(double), cos(do
 
 #if defined(__AVX512F__)
 #define VL 16
-#define MR 8
 #elif defined(__AVX__)
 #define VL 8
-#define MR 4
 #else
 #define VL 4
-#define MR 4
 #endif
 
 typedef float vf __attribute__((vector_size(VL * 4), aligned(4), may_alias));
@@ -202,112 +201,120 @@ typedef float vf4 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef double vd __attribute__((vector_size(VL * 4), aligned(8), may_alias));
 typedef int32_t vi __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
-#if defined(__clang__)
-INLINE vf fma_vf(vf a, vf b, vf c) { return __builtin_elementwise_fma(a, b, c); }
-INLINE vf4 fma_vf4(vf4 a, vf4 b, vf4 c) { return __builtin_elementwise_fma(a, b, c); }
-INLINE vd fma_vd(vd a, vd b, vd c) { return __builtin_elementwise_fma(a, b, c); }
-#elif defined(__AVX512F__)
-INLINE vf fma_vf(vf a, vf b, vf c) { return __builtin_ia32_vfmaddps512_mask(a, b, c, (uint16_t)-1, 4); }
-INLINE vd fma_vd(vd a, vd b, vd c) { return __builtin_ia32_vfmaddpd512_mask(a, b, c, (uint8_t)-1, 4); }
-INLINE vf4 fma_vf4(vf4 a, vf4 b, vf4 c) { return __builtin_ia32_vfmaddps(a, b, c); }
-#elif defined(__AVX__) && defined(__FMA__)
-INLINE vf fma_vf(vf a, vf b, vf c) { return __builtin_ia32_vfmaddps256(a, b, c); }
-INLINE vd fma_vd(vd a, vd b, vd c) { return __builtin_ia32_vfmaddpd256(a, b, c); }
-INLINE vf4 fma_vf4(vf4 a, vf4 b, vf4 c) { return __builtin_ia32_vfmaddps(a, b, c); }
-#else
-#define DEFINE_FMA(V, F)                                                                                          \
-    INLINE V fma_##V(V a, V b, V c) {                                                                             \
-        for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); i++) c[i] = F(a[i], b[i], c[i]);                       \
-        return c;                                                                                                 \
-    }
-DEFINE_FMA(vf, __builtin_fmaf)
-DEFINE_FMA(vf4, __builtin_fmaf)
-DEFINE_FMA(vd, __builtin_fma)
-#endif
-INLINE vi fma_vi(vi a, vi b, vi c) { return a * b + c; }
-
 /* ------------------------------------------------------------------------------------- tile products */
 
-/* C[M x N] (+)= A[M x K] B[K x N], row-major, contiguous. Each element is one chain, in the order of k,
+/* In the runtime library. C[M x N] (+)= A[M x K] B[K x N], row-major, contiguous; `zero` starts from 0 instead of C. */
+void effattn_dot_f32(const float *A, const float *B, float *C, long M, long N, long K, int zero);
+void effattn_dot_f64(const double *A, const double *B, double *C, long M, long N, long K, int zero);
+void effattn_dot_i32(const int32_t *A, const int32_t *B, int32_t *C, long M, long N, long K, int zero);
 
-       c = fma(a[i][k], b[k][j], c)
+/* -------------------------------------------------------------------------------------------- fp16 rows */
 
-   whatever the tiling, so the bits do not depend on the machine's vector length. fp16 and bf16 products are exact in
-   fp32, so fused and unfused agree there. `zero` starts from 0 instead of from C. */
-#define DOT_PANEL(T, V, FMAV, ROWS, COLS)                                                                         \
-    {                                                                                                             \
-        V c[ROWS][COLS];                                                                                          \
-        UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int s = 0; s < COLS; s++) c[r][s] =                     \
-            zero ? (V){0} : *(const V *)(C + (i + r) * N + j + s * L);                                            \
-        for (long k = 0; k < K; k++) {                                                                            \
-            V b[COLS];                                                                                            \
-            UNROLL for (int s = 0; s < COLS; s++) b[s] = *(const V *)(B + k * N + j + s * L);                     \
-            UNROLL for (int r = 0; r < ROWS; r++) {                                                               \
-                V a = (V){0} + A[(i + r) * K + k];                                                                \
-                UNROLL for (int s = 0; s < COLS; s++) c[r][s] = FMAV(a, b[s], c[r][s]);                           \
-            }                                                                                                     \
-        }                                                                                                         \
-        UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int s = 0; s < COLS; s++)                               \
-            *(V *)(C + (i + r) * N + j + s * L) = c[r][s];                                                        \
-    }
-#define DOT_COLUMNS(T, V, FMAV, COLS)                                                                             \
-    {                                                                                                             \
-        enum { L = sizeof(V) / sizeof(T) };                                                                       \
-        for (; j + COLS * L <= N; j += COLS * L) {                                                                \
-            long i = 0;                                                                                           \
-            for (; i + MR <= M; i += MR) DOT_PANEL(T, V, FMAV, MR, COLS)                                          \
-            for (; i < M; i++) DOT_PANEL(T, V, FMAV, 1, COLS)                                                     \
-        }                                                                                                         \
-    }
-#define DEFINE_DOT(NAME, T, V, FMAV, V1, FMA1, TAIL)                                                              \
-    INLINE void NAME(const T *A, const T *B, T *C, const long M, const long N, const long K, const int zero) {    \
-        long j = 0;                                                                                               \
-        DOT_COLUMNS(T, V, FMAV, 2)                                                                                \
-        DOT_COLUMNS(T, V, FMAV, 1)                                                                                \
-        TAIL                                                                                                      \
-        for (; j < N; j++)                                                                                        \
-            for (long i = 0; i < M; i++) {                                                                        \
-                T c = zero ? (T)0 : C[i * N + j];                                                                 \
-                for (long k = 0; k < K; k++) c = FMA1(A[i * K + k], B[k * N + j], c);                             \
-                C[i * N + j] = c;                                                                                 \
-            }                                                                                                     \
-    }
-#define MULADD(a, b, c) ((a) * (b) + (c))
-DEFINE_DOT(dot_f32, float, vf, fma_vf, float, __builtin_fmaf, DOT_COLUMNS(float, vf4, fma_vf4, 1))
-DEFINE_DOT(dot_f64, double, vd, fma_vd, double, __builtin_fma, )
-DEFINE_DOT(dot_i32, int32_t, vi, fma_vi, int32_t, MULADD, )
+#if defined(__F16C__) && !defined(__clang__)
+typedef short v8hi __attribute__((vector_size(16), aligned(2), may_alias));
+typedef float v8sf __attribute__((vector_size(32), aligned(4), may_alias));
+INLINE void load_row_f16(float *to, const uint16_t *from, long n) {
+    long j = 0;
+    for (; j + 8 <= n; j += 8) *(v8sf *)(to + j) = __builtin_ia32_vcvtph2ps256(*(const v8hi *)(from + j));
+    for (; j < n; j++) to[j] = f16_load(from[j]);
+}
+INLINE void round_row_f16(float *x, long n) {
+    long j = 0;
+    for (; j + 8 <= n; j += 8)
+        *(v8sf *)(x + j) = __builtin_ia32_vcvtph2ps256(__builtin_ia32_vcvtps2ph256(*(const v8sf *)(x + j), 0));
+    for (; j < n; j++) x[j] = round_f16(x[j]);
+}
+#else
+INLINE void load_row_f16(float *to, const uint16_t *from, long n) {
+    INDEPENDENT for (long j = 0; j < n; j++) to[j] = f16_load(from[j]);
+}
+INLINE void round_row_f16(float *x, long n) {
+    INDEPENDENT for (long j = 0; j < n; j++) x[j] = round_f16(x[j]);
+}
+#endif
 
 /* ---------------------------------------------------------------------------------------- reductions */
 
 /* A row of n (a power of two) values: min(n, 16) lanes, each sequential over j, j + 16, ...; then the lanes are
    combined in halves. The order does not depend on the machine. */
+#define ADD(a, b) ((a) + (b))
+#define HALVES(OP, x, from) for (long h = (from) / 2; h > 0; h /= 2) for (long l = 0; l < h; l++) x[l] = OP(x[l], x[l + h]);
 #define DEFINE_REDUCE(NAME, T, OP)                                                                                \
     INLINE T NAME(const T *x, const long n) {                                                                     \
-        enum { W = 16 };                                                                                          \
-        T lane[W];                                                                                                \
-        const long w = n < W ? n : W;                                                                             \
+        T lane[16];                                                                                               \
+        const long w = n < 16 ? n : 16;                                                                           \
         for (long l = 0; l < w; l++) lane[l] = x[l];                                                              \
-        for (long j = W; j < n; j += W) UNROLL for (int l = 0; l < W; l++) lane[l] = OP(lane[l], x[j + l]);       \
-        if (n >= W) {                                                                                             \
-            UNROLL for (int l = 0; l < 8; l++) lane[l] = OP(lane[l], lane[l + 8]);                                \
-            UNROLL for (int l = 0; l < 4; l++) lane[l] = OP(lane[l], lane[l + 4]);                                \
-            lane[0] = OP(lane[0], lane[2]), lane[1] = OP(lane[1], lane[3]);                                       \
-            return OP(lane[0], lane[1]);                                                                          \
-        }                                                                                                         \
-        for (long h = w / 2; h > 0; h /= 2) for (long l = 0; l < h; l++) lane[l] = OP(lane[l], lane[l + h]);      \
+        for (long j = 16; j < n; j += 16) for (long l = 0; l < 16; l++) lane[l] = OP(lane[l], x[j + l]);          \
+        HALVES(OP, lane, w)                                                                                       \
         return lane[0];                                                                                           \
     }
-#define ADD(a, b) ((a) + (b))
-#define MUL(a, b) ((a) * (b))
-#define AND(a, b) ((a) & (b))
-#define OR(a, b) ((a) | (b))
-#define XOR(a, b) ((a) ^ (b))
-#define MAXI(a, b) ((a) > (b) ? (a) : (b))
-#define MINI(a, b) ((a) < (b) ? (a) : (b))
-DEFINE_REDUCE(reduce_add_float, float, ADD)
 DEFINE_REDUCE(reduce_add_double, double, ADD)
-DEFINE_REDUCE(reduce_maxnum_float, float, maxnum_float)
 DEFINE_REDUCE(reduce_maxnum_double, double, maxnum_double)
-DEFINE_REDUCE(reduce_minnum_float, float, minnum_float)
 DEFINE_REDUCE(reduce_maximum_float, float, maximum_float)
 DEFINE_REDUCE(reduce_minimum_float, float, minimum_float)
+
+/* The same for floats, in vectors. */
+enum { PARTS = 16 / VL };
+#define DEFINE_REDUCE_V(NAME, T, START, VOP, OP)                                                                  \
+    INLINE float NAME(const float *x, const long n) {                                                             \
+        float lane[16];                                                                                           \
+        if (n < 16) {                                                                                             \
+            for (long l = 0; l < n; l++) lane[l] = START(x[l]);                                                   \
+            HALVES(OP, lane, n)                                                                                   \
+            return lane[0];                                                                                       \
+        }                                                                                                         \
+        vf part[PARTS];                                                                                           \
+        UNROLL for (int p = 0; p < PARTS; p++) part[p] = START(*(const vf *)(x + p * VL));                        \
+        for (long j = 16; j < n; j += 16)                                                                         \
+            UNROLL for (int p = 0; p < PARTS; p++) part[p] = VOP(part[p], *(const vf *)(x + j + p * VL));         \
+        UNROLL for (int h = PARTS / 2; h > 0; h /= 2) UNROLL for (int p = 0; p < h; p++)                          \
+            part[p] = VOP(part[p], part[p + h]);                                                                  \
+        *(vf *)lane = part[0];                                                                                    \
+        HALVES(OP, lane, VL)                                                                                      \
+        return lane[0];                                                                                           \
+    }
+#define SAME(a) (a)
+DEFINE_REDUCE_V(reduce_add_float, float, SAME, ADD, ADD)
+
+/* acc = x > acc ? x : acc never takes a NaN from x, and starts from an infinity, which any number replaces. Where the
+   infinity is left, either it is the answer or all values were NaN. */
+#if defined(__AVX512F__) && !defined(__clang__)
+#define VMAX(acc, x) __builtin_ia32_maxps512_mask(x, acc, acc, (uint16_t)-1, 4)
+#define VMIN(acc, x) __builtin_ia32_minps512_mask(x, acc, acc, (uint16_t)-1, 4)
+#elif defined(__AVX__) && VL == 8
+#define VMAX(acc, x) __builtin_ia32_maxps256(x, acc)
+#define VMIN(acc, x) __builtin_ia32_minps256(x, acc)
+#else
+INLINE vf choose_vf(vi m, vf a, vf b) { return (vf)(((vi)a & m) | ((vi)b & ~m)); }
+#define VMAX(acc, x) choose_vf((vi)((x) > (acc)), x, acc)
+#define VMIN(acc, x) choose_vf((vi)((x) < (acc)), x, acc)
+#endif
+#define SMAX(acc, x) ((x) > (acc) ? (x) : (acc))
+#define SMIN(acc, x) ((x) < (acc) ? (x) : (acc))
+#define LOWEST(x) VMAX((vf){0} - __builtin_inff(), x)
+#define HIGHEST(x) VMIN((vf){0} + __builtin_inff(), x)
+INLINE float keep_nan(float r, float start, const float *x, long n) {
+    if (r != start) return r;
+    for (long j = 0; j < n; j++) if (x[j] == x[j]) return r;
+    return x[0];
+}
+#define DEFINE_REDUCE_M(NAME, START, FIRST, VOP, OP)                                                              \
+    INLINE float NAME(const float *x, const long n) {                                                             \
+        float lane[16];                                                                                           \
+        if (n < 16) {                                                                                             \
+            for (long l = 0; l < n; l++) lane[l] = OP(START, x[l]);                                               \
+            HALVES(OP, lane, n)                                                                                   \
+            return keep_nan(lane[0], START, x, n);                                                                \
+        }                                                                                                         \
+        vf part[PARTS];                                                                                           \
+        UNROLL for (int p = 0; p < PARTS; p++) part[p] = FIRST(*(const vf *)(x + p * VL));                        \
+        for (long j = 16; j < n; j += 16)                                                                         \
+            UNROLL for (int p = 0; p < PARTS; p++) part[p] = VOP(part[p], *(const vf *)(x + j + p * VL));         \
+        UNROLL for (int h = PARTS / 2; h > 0; h /= 2) UNROLL for (int p = 0; p < h; p++)                          \
+            part[p] = VOP(part[p], part[p + h]);                                                                  \
+        *(vf *)lane = part[0];                                                                                    \
+        HALVES(OP, lane, VL)                                                                                      \
+        return keep_nan(lane[0], START, x, n);                                                                    \
+    }
+DEFINE_REDUCE_M(reduce_maxnum_float, -__builtin_inff(), LOWEST, VMAX, SMAX)
+DEFINE_REDUCE_M(reduce_minnum_float, __builtin_inff(), HIGHEST, VMIN, SMIN)

@@ -27,7 +27,7 @@ def dot(emitter: FunctionEmitter, op: Op) -> None:
     if single and precision not in (_TF32, _IEEE):
         raise Unsupported("tt.dot with a precision other than ieee and tf32")
     out = emitter.plan.buffers[result]
-    kernel = {"float": "dot_f32", "double": "dot_f64", "int32_t": "dot_i32"}.get(out.c_type)
+    kernel = {"float": "effattn_dot_f32", "double": "effattn_dot_f64", "int32_t": "effattn_dot_i32"}.get(out.c_type)
     if kernel is None or value_type(a.type.elem) != value_type(b.type.elem):
         raise Unsupported(f"tt.dot of {a.type.elem} and {b.type.elem} into {result.type.elem}")
     half = result.type.elem in ("f16", "bf16")

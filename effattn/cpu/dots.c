@@ -1,0 +1,87 @@
+/* Tile products of the CPU backend, compiled once into the runtime library. */
+
+#include "prelude.h"
+
+#if defined(__clang__)
+INLINE vf fma_vf(vf a, vf b, vf c) { return __builtin_elementwise_fma(a, b, c); }
+INLINE vf4 fma_vf4(vf4 a, vf4 b, vf4 c) { return __builtin_elementwise_fma(a, b, c); }
+INLINE vd fma_vd(vd a, vd b, vd c) { return __builtin_elementwise_fma(a, b, c); }
+#elif defined(__AVX512F__)
+INLINE vf fma_vf(vf a, vf b, vf c) { return __builtin_ia32_vfmaddps512_mask(a, b, c, (uint16_t)-1, 4); }
+INLINE vd fma_vd(vd a, vd b, vd c) { return __builtin_ia32_vfmaddpd512_mask(a, b, c, (uint8_t)-1, 4); }
+INLINE vf4 fma_vf4(vf4 a, vf4 b, vf4 c) { return __builtin_ia32_vfmaddps(a, b, c); }
+#elif defined(__AVX__) && defined(__FMA__)
+INLINE vf fma_vf(vf a, vf b, vf c) { return __builtin_ia32_vfmaddps256(a, b, c); }
+INLINE vd fma_vd(vd a, vd b, vd c) { return __builtin_ia32_vfmaddpd256(a, b, c); }
+INLINE vf4 fma_vf4(vf4 a, vf4 b, vf4 c) { return __builtin_ia32_vfmaddps(a, b, c); }
+#else
+#define DEFINE_FMA(V, F)                                                                                          \
+    INLINE V fma_##V(V a, V b, V c) {                                                                             \
+        for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); i++) c[i] = F(a[i], b[i], c[i]);                       \
+        return c;                                                                                                 \
+    }
+DEFINE_FMA(vf, __builtin_fmaf)
+DEFINE_FMA(vf4, __builtin_fmaf)
+DEFINE_FMA(vd, __builtin_fma)
+#endif
+INLINE vi fma_vi(vi a, vi b, vi c) { return a * b + c; }
+
+/* C[M x N] (+)= A[M x K] B[K x N], row-major, contiguous. Each element is one chain, in the order of k,
+
+       c = fma(a[i][k], b[k][j], c)
+
+   whatever the tiling, so the bits do not depend on the machine's vector length. fp16 and bf16 products are exact in
+   fp32, so fused and unfused agree there. `zero` starts from 0 instead of from C.
+
+   Registers: 2 x 4 vectors of accumulators where there are 16 vector registers, since a broadcast of A costs more
+   than a load of B; 4 x 4 where there are 32. */
+#if defined(__AVX512F__) || defined(__aarch64__)
+enum { WIDE_ROWS = 4 };
+#else
+enum { WIDE_ROWS = 2 };
+#endif
+
+#define DOT_PANEL(T, V, FMAV, ROWS, COLS)                                                                         \
+    {                                                                                                             \
+        V c[ROWS][COLS];                                                                                          \
+        UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int s = 0; s < COLS; s++) c[r][s] =                     \
+            zero ? (V){0} : *(const V *)(C + (i + r) * N + j + s * L);                                            \
+        _Pragma("GCC unroll 2") for (long k = 0; k < K; k++) {                                                    \
+            V b[COLS];                                                                                            \
+            UNROLL for (int s = 0; s < COLS; s++) b[s] = *(const V *)(B + k * N + j + s * L);                     \
+            UNROLL for (int r = 0; r < ROWS; r++) {                                                               \
+                V a = A[(i + r) * K + k] - (V){0}; /* x - 0 is x, -0 included */                                  \
+                UNROLL for (int s = 0; s < COLS; s++) c[r][s] = FMAV(a, b[s], c[r][s]);                           \
+            }                                                                                                     \
+        }                                                                                                         \
+        UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int s = 0; s < COLS; s++)                               \
+            *(V *)(C + (i + r) * N + j + s * L) = c[r][s];                                                        \
+    }
+#define DOT_COLUMNS(T, V, FMAV, ROWS, COLS)                                                                       \
+    {                                                                                                             \
+        enum { L = sizeof(V) / sizeof(T) };                                                                       \
+        for (; j + COLS * L <= N; j += COLS * L) {                                                                \
+            long i = 0;                                                                                           \
+            for (; i + ROWS <= M; i += ROWS) DOT_PANEL(T, V, FMAV, ROWS, COLS)                                    \
+            for (; i < M; i++) DOT_PANEL(T, V, FMAV, 1, COLS)                                                     \
+        }                                                                                                         \
+    }
+#define DEFINE_DOT(NAME, T, V, FMAV, V1, FMA1, TAIL)                                                              \
+    EXPORT void NAME(const T *A, const T *B, T *C, const long M, const long N, const long K, const int zero) {    \
+        long j = 0;                                                                                               \
+        DOT_COLUMNS(T, V, FMAV, WIDE_ROWS, 4)                                                                     \
+        DOT_COLUMNS(T, V, FMAV, 4, 2)                                                                             \
+        DOT_COLUMNS(T, V, FMAV, 4, 1)                                                                             \
+        TAIL                                                                                                      \
+        for (; j < N; j++)                                                                                        \
+            for (long i = 0; i < M; i++) {                                                                        \
+                T c = zero ? (T)0 : C[i * N + j];                                                                 \
+                for (long k = 0; k < K; k++) c = FMA1(A[i * K + k], B[k * N + j], c);                             \
+                C[i * N + j] = c;                                                                                 \
+            }                                                                                                     \
+    }
+#define MULADD(a, b, c) ((a) * (b) + (c))
+DEFINE_DOT(effattn_dot_f32, float, vf, fma_vf, float, __builtin_fmaf, DOT_COLUMNS(float, vf4, fma_vf4, 4, 1))
+DEFINE_DOT(effattn_dot_f64, double, vd, fma_vd, double, __builtin_fma, )
+DEFINE_DOT(effattn_dot_i32, int32_t, vi, fma_vi, int32_t, MULADD, )
+
