@@ -116,7 +116,7 @@ def place(layout: Layout, shape: tuple[int, ...], *, expand: bool) -> Placement:
 
 
 def build(
-    bits: NDArray[np.uint16] | NDArray[np.uint32],
+    bits: NDArray[np.uint16 | np.uint32],
     layout: Layout,
     *,
     dtype: str,

@@ -36,7 +36,7 @@ def _odd_float32_bits(x: NDArray[np.float64]) -> NDArray[np.uint32]:
     return bits
 
 
-def round_bits(x: NDArray[np.float64], dtype: str) -> NDArray[np.uint16] | NDArray[np.uint32]:
+def round_bits(x: NDArray[np.float64], dtype: str) -> NDArray[np.uint16 | np.uint32]:
     """The bit patterns of `x` rounded once to `dtype` ("fp16", "bf16" or "fp32"); NaN becomes a quiet NaN.
 
     Beyond the largest number by half a spacing or more, the result is an infinity, as IEEE 754 has it.

@@ -98,6 +98,11 @@ class Rows:
     def _heads(self) -> slice:
         return slice(self._kv_heads.start * self._group, self._kv_heads.stop * self._group)
 
+    @property
+    def v_dim(self) -> int:
+        """The length of a row of v."""
+        return self._v.shape[3]
+
     def tiles(self) -> Iterator[Tile]:
         """The tiles of keys that at least one of the rows sees, from key 0 upwards."""
         kv_len = self._k.shape[2]

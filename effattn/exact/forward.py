@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from effattn.exact.blocks import Rows, row_blocks, rows_without_keys
+from effattn.exact.blocks import Rows, Tile, row_blocks, rows_without_keys
 
 
 class Exact(NamedTuple):
@@ -81,41 +81,37 @@ def attention(
 def _finite(rows: Rows, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp of a block of rows whose inputs are finite; if some aren't, out isn't."""
     q = rows.q * scale
-    top = total = acc = None
-    for tile in rows.tiles():
-        p = torch.bmm(q, tile.k.mT)
-        if tile.hidden is not None:
-            p.masked_fill_(tile.hidden, -math.inf)
-        highest = p.amax(dim=-1, keepdim=True)
-        if top is None:
-            top = highest
-            p.sub_(top).exp_()
-            total = p.sum(dim=-1, keepdim=True)
-            acc = torch.bmm(p, tile.v)
-            continue
-        highest = torch.maximum(top, highest)
+    tiles = rows.tiles()
+    tile = next(tiles)  # there is one: every row of a block sees key 0
+    p = _scores(q, tile)
+    top = p.amax(dim=-1, keepdim=True)
+    p.sub_(top).exp_()
+    total = p.sum(dim=-1, keepdim=True)
+    acc = torch.bmm(p, tile.v)
+    for tile in tiles:
+        p = _scores(q, tile)
+        highest = torch.maximum(top, p.amax(dim=-1, keepdim=True))
         p.sub_(highest).exp_()
         shrink = (top - highest).exp_()
         top = highest
         total.mul_(shrink).add_(p.sum(dim=-1, keepdim=True))
         acc.mul_(shrink).baddbmm_(p, tile.v)
-    assert top is not None, "every row of a block sees key 0"
     return acc.div_(total), total.log_().add_(top).squeeze(-1)
 
 
 def _any(rows: Rows, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp of a block of rows by the rules at the head of this module."""
     q = rows.q * scale
-    shape = (*q.shape[:2], 1)
-    top = q.new_full(shape, -math.inf)
-    total = q.new_zeros(shape)
-    acc = plus = minus = undefined = None
+    top = q.new_full((*q.shape[:2], 1), -math.inf)
+    total = q.new_zeros((*q.shape[:2], 1))
+    acc = q.new_zeros((*q.shape[:2], rows.v_dim))
+    # How many values that aren't finite does a row use? Counts, so that a matrix product finds out.
+    plus, minus, undefined = torch.zeros_like(acc), torch.zeros_like(acc), torch.zeros_like(acc)
     for tile in rows.tiles():
-        scores = torch.bmm(q, tile.k.mT)
+        scores = _scores(q, tile)
         visible = torch.ones_like(scores, dtype=torch.bool)
         if tile.hidden is not None:
             visible &= ~tile.hidden
-        scores = torch.where(visible, scores, -math.inf)
         highest = torch.maximum(top, scores.amax(dim=-1, keepdim=True))
         # All logits so far may be -inf, and -inf - -inf isn't 0.
         base = torch.where(highest == -math.inf, 0.0, highest)
@@ -123,23 +119,25 @@ def _any(rows: Rows, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         shrink = (top - base).exp_()
         top = highest
         total = total * shrink + p.sum(dim=-1, keepdim=True)
-        value = torch.where(tile.v.isfinite(), tile.v, 0.0)
-        sums = torch.bmm(p, value)
-        acc = sums if acc is None else acc * shrink + sums
-        # Which of the values that aren't finite does a row use? Counts of them, so as to use bmm.
+        finite = tile.v.isfinite()
+        acc = acc * shrink + torch.bmm(p, torch.where(finite, tile.v, 0.0))
         weighs = (visible & (scores != -math.inf)).to(torch.float64)
         weightless = (visible & (scores == -math.inf)).to(torch.float64)
-        more = torch.bmm(weighs, (tile.v == math.inf).to(torch.float64))
-        less = torch.bmm(weighs, (tile.v == -math.inf).to(torch.float64))
-        bad = torch.bmm(weighs, tile.v.isnan().to(torch.float64))
-        bad += torch.bmm(weightless, (~tile.v.isfinite()).to(torch.float64))
-        plus = more if plus is None else plus + more
-        minus = less if minus is None else minus + less
-        undefined = bad if undefined is None else undefined + bad
-    assert acc is not None, "every row of a block sees key 0"
+        plus += torch.bmm(weighs, (tile.v == math.inf).to(torch.float64))
+        minus += torch.bmm(weighs, (tile.v == -math.inf).to(torch.float64))
+        undefined += torch.bmm(weighs, tile.v.isnan().to(torch.float64))
+        undefined += torch.bmm(weightless, (~finite).to(torch.float64))
     out = acc / total
     out = torch.where(plus > 0, out + math.inf, out)
     out = torch.where(minus > 0, out - math.inf, out)
     out = torch.where(undefined > 0, math.nan, out)
     lse = torch.where(top == math.inf, math.inf, top + total.log())
     return out, lse.squeeze(-1)
+
+
+def _scores(q: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """The logits of a tile, -inf where the mask hides the pair, whatever the key."""
+    scores = torch.bmm(q, tile.k.mT)
+    if tile.hidden is not None:
+        scores.masked_fill_(tile.hidden, -math.inf)
+    return scores
