@@ -6,18 +6,25 @@ can disagree with another.
 
 torch converts float64 to fp16 and bf16 through fp32, which rounds twice and is wrong for values that fp32 rounds
 onto a tie. `round_to` rounds once.
+
+Functions of arrays take torch tensors on any device and numpy arrays, and give back the same kind.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from effattn.errors import RequestError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
+
+    #: float64 values, in either kind of array
+    Array = TypeVar("Array", torch.Tensor, NDArray[np.float64])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,75 +79,86 @@ class Format:
 
         return getattr(torch, self.torch_name or self.holder or "float64")
 
-    def ulp(self, x: torch.Tensor) -> torch.Tensor:
-        """The spacing of the format at |x|: 2**(max(floor(log2 |x|), emin) - precision + 1), as float64.
+    def ulp(self, x: Array) -> Array:
+        """The spacing of the format at |x|: 2**(max(floor(log2 |x|), emin) - precision + 1).
 
-        x: float64 tensor of any shape. At 0 and below the normal range this is the smallest subnormal; beyond
-        the largest number it is the spacing of the top binade; NaN gives the same (test for NaN beforehand).
+        x: float64 of any shape. At 0 and below the normal range this is the smallest subnormal; beyond the largest
+        number it is the spacing of the top binade; NaN gives the same (test for NaN beforehand).
         """
-        return _binade(x, self).mul_(2.0 ** (1 - self.precision))
+        spacing = _binade(x, self)
+        spacing *= 2.0 ** (1 - self.precision)
+        return spacing
 
-    def round(self, x: torch.Tensor) -> torch.Tensor:
+    def round(self, x: Array) -> Array:
         """x (float64) rounded to nearest, ties to even, once; the result stays float64.
 
         Values that round beyond the largest number become infinite (NaN in a format without infinity);
         the sign of zero, infinities and NaN are kept.
         """
-        import torch
-
         if self.name == "fp64":
-            return x.clone()
-        if self.name == "fp32":
-            return x.to(torch.float32).to(torch.float64)
+            return x + 0.0
         # Adding 1.5 * 2**52 spacings makes one float64 ulp equal to one spacing of the format, so that
         # float64's own rounding (nearest, ties to even) does the work; subtracting again is exact.
-        shift = _binade(x, self).mul_(1.5 * 2.0 ** (53 - self.precision))
-        rounded = (x + shift).sub_(shift)
-        beyond = rounded.abs() > self.largest
+        shift = _binade(x, self)
+        shift *= 1.5 * 2.0 ** (53 - self.precision)
+        rounded = x + shift
+        rounded -= shift
         overflow = float("inf") if self.has_inf else float("nan")
-        return torch.copysign(rounded.masked_fill_(beyond, overflow), x)
+        import numpy as np
 
-    def distance(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """How many steps of the format lie between a and b, as float64; +0 and -0 are the same number.
+        if isinstance(rounded, np.ndarray):
+            rounded[np.abs(rounded) > self.largest] = overflow
+            return np.copysign(rounded, x)
+        import torch
 
-        a, b: tensors whose values belong to the format (any dtype). Infinity counts as one step beyond the
-        largest number; NaN gives NaN.
+        rounded.masked_fill_(rounded.abs() > self.largest, overflow)
+        return torch.copysign(rounded, x)
+
+    def order(self, x: Array) -> Array:
+        """The number's place in the format's order, 0 at zero: neighbours differ by 1, infinity follows the largest.
+
+        x: float64 values that belong to the format. Exact in float64 for precisions up to 42 bits.
         """
-        step = self._ordinal(a).sub_(self._ordinal(b)).abs_()
-        unordered = (a != a) | (b != b)  # noqa: PLR0124  (NaN is what differs from itself)
-        return step.masked_fill_(unordered, float("nan"))
-
-    def _ordinal(self, x: torch.Tensor) -> torch.Tensor:
-        """The number's place in the format's order, 0 at zero, as float64 (exact up to fp32: 2**31 places)."""
-        import torch
-
-        if self.torch_name is None:
-            return self._ordinal_by_parts(x.to(torch.float64))
-        x = x.to(self.torch_dtype)
-        # The bit patterns below the sign bit are in the order of the magnitudes.
-        integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-        bits = x.contiguous().view(integer)
-        place = (bits & torch.iinfo(integer).max).to(torch.float64)
-        return place.mul_((bits >= 0).to(torch.float64).mul_(2.0).sub_(1.0))
-
-    def _ordinal_by_parts(self, x: torch.Tensor) -> torch.Tensor:
-        """The same from exponent and mantissa, for formats whose bit pattern torch does not know."""
-        import torch
-
         binade = _binade(x, self)
-        exponent = torch.frexp(binade).exponent.to(torch.float64).sub_(1.0)
-        mantissa = x.abs().clamp_(max=2.0 * 2.0**self.emax) / binade
-        # In the lowest binade the mantissa runs from 0 (subnormals) to 2, in every other one from 1 to 2.
-        place = (exponent - self.emin + mantissa) * 2.0 ** (self.precision - 1)
+        # In the lowest binade the significand runs from 0 (subnormals) to 2, in every other one from 1 to 2. With
+        # the exponent read off the bits, place = (exponent - emin + |significand|) 2^(precision - 1).
+        import numpy as np
+
+        if isinstance(binade, np.ndarray):
+            exponent = binade.view(np.int64) >> 52
+            place = np.minimum(np.abs(x), 2.0 * 2.0**self.emax) / binade
+            place += exponent - (self.emin + 1023)
+            place *= 2.0 ** (self.precision - 1)
+            return np.copysign(place, x)
+        import torch
+
+        exponent = binade.view(torch.int64) >> 52
+        place = x.abs().clamp_(max=2.0 * 2.0**self.emax) / binade
+        place += exponent - (self.emin + 1023)
+        place *= 2.0 ** (self.precision - 1)
         return torch.copysign(place, x)
 
+    def distance(self, a: Array, b: Array) -> Array:
+        """How many steps of the format lie between a and b; +0 and -0 are the same number, NaN gives NaN.
 
-def _binade(x: torch.Tensor, fmt: Format) -> torch.Tensor:
+        a, b: float64 values that belong to the format. Infinity counts as one step beyond the largest number.
+        """
+        return abs(self.order(a) - self.order(b))
+
+
+def _binade(x: Array, fmt: Format) -> Array:
     """2**floor(log2 |x|) clamped to the format's normal range, read off the exponent bits of float64."""
+    import numpy as np
+
+    low, high = 2.0**fmt.emin, 2.0**fmt.emax
+    if isinstance(x, np.ndarray):
+        bits = np.ascontiguousarray(x).view(np.int64) & 0x7FF0_0000_0000_0000
+        binade = bits.view(np.float64)
+        return np.minimum(np.maximum(binade, low, out=binade), high, out=binade)
     import torch
 
-    exponent_bits = x.contiguous().view(torch.int64) & 0x7FF0_0000_0000_0000
-    return exponent_bits.view(torch.float64).clamp_(min=2.0**fmt.emin, max=2.0**fmt.emax)
+    bits = x.contiguous().view(torch.int64) & 0x7FF0_0000_0000_0000
+    return bits.view(torch.float64).clamp_(min=low, max=high)
 
 
 #: name -> format. IEEE 754 for fp64, fp32 and fp16; NVIDIA's PTX ISA for tf32 and bf16; the OCP 8-bit floating
