@@ -109,16 +109,16 @@ def collect(request: Request) -> list[Case]:
         if not request.values:
             collected.extend(drawn)
         collected.extend(profiles.with_values(drawn, generated))
-        collected.extend(_real_cases(real, dtype=dtype, profile=request.profile))
+        collected.extend(_real_cases(real, dtype=dtype))
     return collected
 
 
-def _real_cases(names: Sequence[str], *, dtype: str, profile: str) -> list[Case]:
+def _real_cases(names: Sequence[str], *, dtype: str) -> list[Case]:
     if not names:
         return []
     from effattn import real
 
-    return [case for name in names for case in real.cases(name, dtype=dtype, profile=profile)]
+    return [case for name in names for case in real.cases(name, dtype)]
 
 
 def run_gate(
