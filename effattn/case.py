@@ -127,7 +127,8 @@ class Case:
             scale = math.inf
         if not math.isfinite(scale):
             raise RequestError(f"scale {scale!r}: expected a finite number, or nothing for head_dim ** -0.5.")
-        return None if scale == self._usual_scale else scale
+        # head_dim ** -0.5 and 1 / sqrt(head_dim) may differ in the last bit, and mean the same.
+        return None if math.isclose(scale, self._usual_scale, rel_tol=2.0**-51, abs_tol=0.0) else scale
 
     @property
     def _usual_scale(self) -> float:
@@ -296,6 +297,11 @@ class Case:
         device = _device(device)
         placed = layout.parse(self.layout)
         try:
+            if (
+                self.batch * self.heads * max(self.q_len, self.kv_len) * max(self.head_dim, self.v_dim)
+                > 2**44
+            ):
+                raise MemoryError  # numpy has another error for sizes that no address can reach
             drawn = values.get(self.values).draw(values.Recipe(self))
             tensors = []
             for name, data, shape in (

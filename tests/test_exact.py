@@ -99,7 +99,17 @@ def test_blocks_bound_what_is_looked_at_together() -> None:
 
 def test_agrees_with_fifty_digits() -> None:
     """Against mpmath, which shares nothing with torch: tiny, but with logits from -25 to 25."""
-    case = Case(heads=2, kv_heads=1, q_len=4, kv_len=5, head_dim=3, v_dim=2, dtype="fp32", causal="bottom-right", scale=7.0)  # fmt: skip
+    case = Case(
+        heads=2,
+        kv_heads=1,
+        q_len=4,
+        kv_len=5,
+        head_dim=3,
+        v_dim=2,
+        dtype="fp32",
+        causal="bottom-right",
+        scale=7.0,
+    )
     q, k, v = case.tensors()
     got = exact.attention(q, k, v, causal=case.causal, scale=case.scale, block=(2, 2))
     with mpmath.workdps(50):
