@@ -1,0 +1,658 @@
+"""A method's output on one case, judged: the outcome, the evidence, and the line that repeats it.
+
+Outcomes in the order in which they are decided: not supported, crashed, wrong shape or dtype, non-finite, inaccurate
+(an error above the hard bound), biased (within the bound, but not what rounding makes), not judged (ill-conditioned
+in this dtype), pass.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effattn.errors import NotSupported, RequestError, WrongReturn
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from effattn.case import Case, Inputs
+    from effattn.exact import Exact
+    from effattn.methods.base import Method, Output
+    from effattn.tolerances.envelope import Envelope
+    from effattn.tolerances.formats import Format
+    from effattn.tolerances.numerics import Numerics
+    from effattn.tolerances.statistics import Finding, Prediction
+
+    Floats = NDArray[np.float64]
+
+
+class Outcome(StrEnum):
+    """What a verdict says."""
+
+    #: within the bound, and the errors look like rounding
+    PASS = "pass"
+    #: an error above the bound of a correct kernel
+    INACCURATE = "inaccurate"
+    #: within the bound, but too large on the whole, of one sign, or in proportion to something
+    BIASED = "biased"
+    #: NaN, or an infinity where the exact value is a finite number of the dtype
+    NON_FINITE = "non-finite"
+    #: no tensor, or one of the wrong shape, dtype or device
+    WRONG_SHAPE = "wrong shape or dtype"
+    #: the method does not offer what the case asks for
+    NOT_SUPPORTED = "not supported"
+    #: rounding in this dtype may do anything, so there is nothing to hold the method to
+    NOT_JUDGED = "not judged"
+    #: the method raised
+    CRASHED = "crashed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """The errors of one output, "out" or "lse", in numbers. None where there is no element to count."""
+
+    name: str
+    #: elements judged; elements set aside because their row is ill-conditioned
+    count: int
+    set_aside: int = 0
+    #: largest error / bound
+    fraction: float | None = None
+    #: share of elements equal to the correctly rounded exact value
+    bit_equal: float | None = None
+    #: distance from the correctly rounded exact value in units in the last place: quantiles and largest
+    ulp_p50: float | None = None
+    ulp_p99: float | None = None
+    ulp_max: float | None = None
+    #: error / expected deviation: root mean square, the largest in magnitude with its sign, mean
+    z_rms: float | None = None
+    z_max: float | None = None
+    z_mean: float | None = None
+    #: where error / bound is largest, and what is there
+    worst: tuple[int, ...] | None = None
+    got: float | None = None
+    exact: float | None = None
+    allowed: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What came out of one case."""
+
+    case: Case
+    #: the method's name
+    method: str
+    outcome: Outcome
+    #: what, where, got, expected, allowed and why; one line for a pass
+    message: str
+    quantities: tuple[Quantity, ...] = ()
+    #: the statistical tests that failed
+    findings: tuple[Finding, ...] = ()
+    #: seconds by stage: inputs, method, exact, envelope, verdict
+    seconds: dict[str, float] = field(default_factory=dict)
+    #: the command line that judges the case again
+    replay: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; infinities and NaN become the strings "inf", "-inf" and "nan"."""
+        return {
+            "case": self.case.to_dict(),
+            "method": self.method,
+            "outcome": str(self.outcome),
+            "message": self.message,
+            "quantities": [_plain(q) for q in self.quantities],
+            "findings": [_plain(f) for f in self.findings],
+            "seconds": {name: _number_out(s) for name, s in self.seconds.items()},
+            "replay": self.replay,
+        }
+
+    @classmethod
+    def from_dict(cls, data: object) -> Verdict:
+        """The verdict that `to_dict` described; RequestError for anything else."""
+        from effattn.case import Case
+        from effattn.tolerances.statistics import Finding
+
+        if not isinstance(data, dict):
+            raise RequestError(f"a verdict given as {type(data).__name__}: expected a JSON object.")
+        expected = [f.name for f in fields(cls)]
+        if sorted(data) != sorted(expected):
+            raise RequestError(
+                f"a verdict with the fields {', '.join(sorted(map(str, data)))}: expected {', '.join(expected)}."
+                " Was it written by another version of effattn?"
+            )
+        try:
+            return cls(
+                case=Case.from_dict(data["case"]),
+                method=_text(data["method"]),
+                outcome=Outcome(data["outcome"]),
+                message=_text(data["message"]),
+                quantities=tuple(_rebuild(Quantity, q) for q in data["quantities"]),
+                findings=tuple(_rebuild(Finding, f) for f in data["findings"]),
+                seconds={_text(name): float(s) for name, s in data["seconds"].items()},
+                replay=_text(data["replay"]),
+            )
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            if isinstance(error, RequestError):
+                raise
+            raise RequestError(f"a verdict that cannot be read: {error}.") from None
+
+
+def _plain(item: Any) -> dict[str, Any]:
+    data = {f.name: getattr(item, f.name) for f in fields(item)}
+    return {name: list(x) if isinstance(x, tuple) else _number_out(x) for name, x in data.items()}
+
+
+def _number_out(x: Any) -> Any:
+    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def _text(x: object) -> str:
+    if not isinstance(x, str):
+        raise ValueError(f"{x!r} where a text is expected")
+    return x
+
+
+def _rebuild(cls: type, data: dict[str, Any]) -> Any:
+    if not isinstance(data, dict):
+        raise ValueError(f"{data!r} where an object is expected")
+    unknown = set(data) - {f.name for f in fields(cls)}
+    if unknown:
+        raise ValueError(f"unknown field {', '.join(sorted(unknown))}")
+    values: dict[str, Any] = {}
+    for name, x in data.items():
+        if name == "name":
+            values[name] = _text(x)
+        elif name == "worst":
+            values[name] = None if x is None else tuple(int(i) for i in x)
+        elif name in ("count", "set_aside"):
+            values[name] = int(x)
+        else:
+            values[name] = None if x is None else float(x)
+    return cls(**values)
+
+
+def judge(case: Case, method: Method, *, device: str = "cpu") -> Verdict:
+    """Run the method on the case and judge what it gives.
+
+    Never raises for what the method does, except KeyboardInterrupt. RequestError where the request itself is wrong: a
+    device that is not there, numerics that contradict themselves.
+    """
+    seconds: dict[str, float] = {}
+    reason = method.unsupported(case)
+    if reason is not None:
+        return _short(case, method, Outcome.NOT_SUPPORTED, f"not supported: {reason}", seconds)
+    numerics = method.numerics(case)
+    with _timed(seconds, "inputs"):
+        inputs = case.tensors(device)
+        # The method gets its own copies, in the layout of the case; the reference never sees what it held.
+        kept = _copies(inputs)
+    try:
+        with _timed(seconds, "method"):
+            output = method(case, inputs)
+    except (NotSupported, NotImplementedError) as error:
+        message = f"not supported: {error}" if str(error) else f"not supported: {type(error).__name__}"
+        return _short(case, method, Outcome.NOT_SUPPORTED, message, seconds)
+    except WrongReturn as error:
+        return _short(case, method, Outcome.WRONG_SHAPE, str(error), seconds)
+    except (Exception, SystemExit) as error:
+        return _short(case, method, Outcome.CRASHED, _crash(error), seconds)
+    changed = _changed(inputs, kept)
+    if changed is not None:
+        message = (
+            f"the method wrote to its input {changed}; expected inputs as they were, since a caller goes on using them"
+        )
+        return _short(case, method, Outcome.INACCURATE, message, seconds)
+    return _judge(case, kept, output, numerics, method.name, _replay(case, method.spec, device), seconds)
+
+
+def judge_output(
+    case: Case, inputs: Inputs, output: Output, numerics: Numerics, *, method: str = "output", device: str = "cpu"
+) -> Verdict:
+    """Judge an output that is there already. `inputs` are those of the case, unchanged."""
+    return _judge(case, inputs, output, numerics, method, _replay(case, method, device), {})
+
+
+def _judge(
+    case: Case,
+    inputs: Inputs,
+    output: Output,
+    numerics: Numerics,
+    method: str,
+    replay: str,
+    seconds: dict[str, float],
+) -> Verdict:
+    from effattn import exact as reference
+    from effattn.tolerances.envelope import forward_envelope
+
+    problem = _wrong_form(case, inputs, output, numerics)
+    if problem is not None:
+        return Verdict(
+            case=case, method=method, outcome=Outcome.WRONG_SHAPE, message=problem, seconds=seconds, replay=replay
+        )
+    with _timed(seconds, "exact"):
+        exact = reference.attention(*inputs, causal=case.causal, scale=case.softmax_scale)
+    with _timed(seconds, "envelope"):
+        envelope = forward_envelope(
+            *inputs, causal=case.causal, scale=case.softmax_scale, numerics=numerics, exact=exact
+        )
+    with _timed(seconds, "verdict"):
+        outcome, message, quantities, findings = _Judgement(case, inputs, output, numerics, exact, envelope).decide()
+    return Verdict(
+        case=case,
+        method=method,
+        outcome=outcome,
+        message=message,
+        quantities=tuple(quantities),
+        findings=tuple(findings),
+        seconds=seconds,
+        replay=replay,
+    )
+
+
+class _Part:
+    """One output, "out" or "lse", beside what it should be; all numpy float64 of one shape."""
+
+    def __init__(
+        self, name: str, got: torch.Tensor, exact: torch.Tensor, bound: Floats, sigma: Floats, format: Format
+    ) -> None:
+        import numpy as np
+        import torch
+
+        self.name = name
+        self.format = format
+        self.got = got.detach().to(torch.float64).cpu().numpy()
+        self.exact = exact.cpu().numpy()
+        self.bound, self.sigma = bound, sigma
+        with np.errstate(invalid="ignore"):
+            self.error = self.got - self.exact
+
+    def at(self, index: tuple[int, ...]) -> str:
+        """Where, got and exact, for a message."""
+        place = ", ".join(map(str, index))
+        return f"{self.name}[{place}] is {_show(self.got[index])}, exact is {_show(self.exact[index])}"
+
+
+class _Judgement:
+    """The steps from an output of the right form to an outcome."""
+
+    def __init__(
+        self, case: Case, inputs: Inputs, output: Output, numerics: Numerics, exact: Exact, envelope: Envelope
+    ) -> None:
+        self.case, self.inputs, self.numerics = case, inputs, numerics
+        self.exact, self.envelope = exact, envelope
+        self.out = _Part(
+            "out", output.out, exact.out, envelope.out_bound, envelope.out_sigma, numerics.format("output")
+        )
+        self.lse = None
+        if output.lse is not None:
+            self.lse = _Part(
+                "lse", output.lse, exact.lse, envelope.lse_bound, envelope.lse_sigma, numerics.format("lse")
+            )
+        self.parts = [part for part in (self.out, self.lse) if part is not None]
+
+    def decide(self) -> tuple[Outcome, str, list[Quantity], list[Finding]]:
+        import numpy as np
+
+        if not self.out.got.size and not (self.lse is not None and self.lse.got.size):
+            shape = " x ".join(map(str, self.out.got.shape))
+            return Outcome.PASS, f"the output is empty, {shape}, as it should be", self._empty(), []
+        for part in self.parts:
+            message = self._non_finite(part)
+            if message is not None:
+                return Outcome.NON_FINITE, message, [], []
+        with np.errstate(invalid="ignore", divide="ignore"):
+            measured = [self._measure(part) for part in self.parts]
+        quantities = [quantity for quantity, _ in measured]
+        beyond = [(q, part) for q, part in zip(quantities, self.parts, strict=True) if (q.fraction or 0.0) > 1.0]
+        if beyond:
+            return Outcome.INACCURATE, "\n".join(self._inaccurate(q, part) for q, part in beyond), quantities, []
+        if quantities[0].count == 0 and self.out.got.size:
+            return Outcome.NOT_JUDGED, self._ill_conditioned(), quantities, []
+        findings = self._findings()
+        if findings:
+            return Outcome.BIASED, self._biased(findings), quantities, findings
+        aside = f"; {quantities[0].set_aside} elements set aside: {self._ill_conditioned()}"
+        message = f"largest error {max(q.fraction or 0.0 for q in quantities):.2g} of the bound"
+        return Outcome.PASS, message + (aside if quantities[0].set_aside else ""), quantities, []
+
+    def _empty(self) -> list[Quantity]:
+        return [Quantity(name=part.name, count=0) for part in self.parts]
+
+    def _non_finite(self, part: _Part) -> str | None:
+        """The first element that is not finite though it should be; a value beyond the format may be infinite."""
+        import numpy as np
+
+        # A sum is finite only if all its terms are, and one reduction is quicker than a mask.
+        if math.isfinite(float(part.error.sum())):
+            return None
+        bad = ~np.isfinite(part.got)
+        # An infinity is right where a correct kernel may round beyond the largest number, and in empty rows' lse.
+        limit = part.format.largest + 0.5 * part.format.ulp(np.array([part.format.largest]))[0]
+        with np.errstate(invalid="ignore"):
+            reach = self.envelope.out_reach if part.name == "out" else part.bound
+            reaches = (np.abs(part.exact) + reach >= limit) | ~np.isfinite(part.exact)
+            right = np.isinf(part.got) & reaches & (np.sign(part.got) == np.sign(part.exact))
+        right |= np.isnan(part.got) & np.isnan(part.exact)
+        # A finite number where the exact one is infinite, as in the lse of a row that sees no key, is wrong as well.
+        wrong = (bad & ~right) | (~bad & ~np.isfinite(part.exact))
+        if not wrong.any():
+            part.error = np.where(bad, 0.0, part.error)
+            part.got = np.where(bad, part.exact, part.got)
+            return None
+        index = _index(int(wrong.argmax()), wrong.shape)
+        some = f"{int(wrong.sum())} of {wrong.size} elements"
+        return f"{part.at(index)}\n{some} of {part.name} are not finite where they should be, or the other way round"
+
+    def _measure(self, part: _Part) -> tuple[Quantity, Floats]:
+        import numpy as np
+
+        judged = self.envelope.judged
+        everything = bool(judged.all())
+        size = np.abs(part.error)
+        # Rows that see no key have bound 0: any error there is beyond it.
+        fraction = np.divide(size, part.bound, out=np.where(size > 0.0, math.inf, 0.0), where=part.bound > 0.0)
+        if not everything:
+            fraction[~judged] = -1.0
+        flat = int(fraction.argmax()) if fraction.size else 0
+        count = part.got.size if everything else int(judged.sum()) * (part.got.size // max(1, judged.size))
+        if count == 0:
+            return Quantity(name=part.name, count=0, set_aside=part.got.size), fraction
+        index = _index(flat, fraction.shape)
+        z = np.divide(part.error, part.sigma, out=np.zeros_like(size), where=part.sigma > 0.0)
+        ulps = part.format.distance(part.got, part.format.round(part.exact))
+        np.nan_to_num(ulps, copy=False, nan=0.0)  # rows that see no key: -inf is at no distance from -inf
+        if not everything:
+            z, ulps = z[judged], ulps[judged]
+        z, ulps = z.ravel(), ulps.ravel()
+        middle, high = (count - 1) // 2, math.ceil(0.99 * (count - 1))
+        ordered = np.partition(ulps, (middle, high)) if count > 1 else ulps
+        return Quantity(
+            name=part.name,
+            count=count,
+            set_aside=part.got.size - count,
+            fraction=float(fraction[index]),
+            bit_equal=1.0 - int(np.count_nonzero(ulps)) / count,
+            ulp_p50=float(ordered[middle]),
+            ulp_p99=float(ordered[high]),
+            ulp_max=float(ulps.max()),
+            z_rms=math.sqrt(float(z @ z) / count),
+            z_max=float(max(z.max(), z.min(), key=abs)),
+            z_mean=float(z.mean()),
+            worst=index,
+            got=float(part.got[index]),
+            exact=float(part.exact[index]),
+            allowed=float(part.bound[index]),
+        ), fraction
+
+    def _findings(self) -> list[Finding]:
+        from effattn.tolerances import statistics
+
+        errors = self._errors_of_out()
+        if errors is None:
+            return []
+        found = statistics.examine(errors)
+        if self.lse is not None:
+            lse = self._errors_of_lse()
+            if lse is not None:
+                found += statistics.examine(lse)
+        return found
+
+    def _rows(self, x: Floats, columns: int) -> Floats:
+        """(batch, heads, q_len[, columns]) as (rows, columns), without rows that see no key or are not judged."""
+        empty = self.envelope.empty_rows
+        if empty:
+            x = x[:, :, empty:]
+        x = x.reshape(-1, columns)
+        if not self.envelope.judged.all():
+            x = x[self.envelope.judged[:, :, empty:].reshape(-1)]
+        return x
+
+    def _errors_of_out(self) -> Any:
+        import numpy as np
+
+        from effattn.tolerances.statistics import Errors
+
+        envelope, n = self.envelope, self.case.v_dim
+        exact = self._rows(self.out.exact, n)
+        if not len(exact):
+            return None
+        v_mean = self.inputs.v.double().mean(2, keepdim=True).cpu().numpy()
+        v_mean = np.repeat(v_mean, self.case.heads // self.case.kv_heads, axis=1)
+        directions = {
+            "mean": np.ones((1, n)),
+            "v-mean": self._rows(np.broadcast_to(v_mean, self.out.exact.shape), n),
+            "output": exact,
+            "top key": self._rows(envelope.along_top, n),
+        }
+        if envelope.along_scale is not None:
+            directions["scale"] = self._rows(envelope.along_scale, n)
+        return Errors(
+            name="out",
+            error=self._rows(self.out.error, n),
+            exact=exact,
+            sigma=self._rows(envelope.out_sigma, n),
+            noise=self._rows(envelope.out_noise, n),
+            inner=self._rows(envelope.out_inner, n),
+            steady=self._rows(envelope.out_steady, n),
+            format=self.out.format,
+            directions=directions,
+            predictions=self._predictions,
+        )
+
+    def _predictions(self) -> Iterator[Prediction]:
+        from effattn.tolerances.predict import roundings_of_p
+
+        shape = (*self.envelope.judged.shape, self.case.v_dim)
+        for error, variance in roundings_of_p(
+            *self.inputs,
+            numerics=self.numerics,
+            exact=self.exact,
+            causal=self.case.causal,
+            scale=self.case.softmax_scale,
+        ):
+            n = self.case.v_dim
+            yield _prediction(self._rows(error.reshape(shape), n), self._rows(variance.reshape(shape), n))
+
+    def _errors_of_lse(self) -> Any:
+        from effattn.tolerances.statistics import Errors
+
+        assert self.lse is not None
+        exact = self._rows(self.lse.exact, 1)
+        if not len(exact):
+            return None
+        sigma = self._rows(self.envelope.lse_sigma, 1)
+        noise = sigma * sigma
+        return Errors(
+            name="lse",
+            error=self._rows(self.lse.error, 1),
+            exact=exact,
+            sigma=sigma,
+            noise=noise,
+            inner=noise,
+            steady=None,
+            format=self.lse.format,
+            directions={},
+            predictions=lambda: iter(()),
+        )
+
+    def _inaccurate(self, q: Quantity, part: _Part) -> str:
+        assert q.worst is not None and q.got is not None and q.exact is not None and q.allowed is not None
+        error = abs(q.got - q.exact)
+        hint = ""
+        if part.name == "lse" and abs(q.got * math.log(2.0) - q.exact) <= q.allowed:
+            hint = "\nit would be right in base 2; expected the natural logarithm"
+        return (
+            f"{part.at(q.worst)}: the error {error:.3g} is {_times(q.fraction)} what is allowed, {q.allowed:.3g}\n"
+            f"{self._allowance(part, q.worst)}{hint}"
+        )
+
+    def _allowance(self, part: _Part, index: tuple[int, ...]) -> str:
+        numerics, case = self.numerics, self.case
+        keys = self._keys_seen(index[2])
+        if keys == 0:
+            return "allowed is 0: the row sees no key, so its output is 0 and its lse -inf, exactly"
+        rounding = 0.5 * float(part.format.ulp(_one(part.exact[index]))[0])
+        rest = part.bound[index] - rounding
+        p = numerics.format("p")
+        weights = (
+            f"weights rounded to {p.name} (u = {p.unit_roundoff_text})" if numerics.rounds_p else f"weights in {p.name}"
+        )
+        return (
+            f"allowed is {rounding:.2g} for rounding to {part.format.name} and {rest:.2g} for what goes before: scores of"
+            f" {case.head_dim} terms and sums over {keys} keys in {numerics.acc}, {weights} (numerics {numerics.name!r})"
+        )
+
+    def _keys_seen(self, query: int) -> int:
+        case = self.case
+        if case.causal == "none":
+            return case.kv_len
+        shift = case.kv_len - case.q_len if case.causal == "bottom-right" else 0
+        return max(0, min(case.kv_len, query + 1 + shift))
+
+    def _ill_conditioned(self) -> str:
+        from effattn.tolerances.envelope import LARGEST_WEIGHT_ERROR
+
+        worst = float(self.envelope.condition.max())
+        return (
+            f"condition number {worst:.3g}: in {self.numerics.acc}, rounding the scores may change weights by more than"
+            f" {LARGEST_WEIGHT_ERROR:.0%}, so any output would do. Take smaller inputs or a smaller scale."
+        )
+
+    def _biased(self, findings: list[Finding]) -> str:
+        return "within the bound, but the errors are not rounding: " + "; ".join(
+            _explain(finding) for finding in findings
+        )
+
+
+def _prediction(error: Floats, variance: Floats) -> Prediction:
+    from effattn.tolerances.statistics import Prediction
+
+    return Prediction(error, variance)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = time.perf_counter() - start
+
+
+def _copies(inputs: Inputs) -> Inputs:
+    import torch
+
+    return type(inputs)(*(x.clone(memory_format=torch.contiguous_format) for x in inputs))
+
+
+def _one(x: Any) -> Any:
+    import numpy as np
+
+    return np.array([x], dtype=np.float64)
+
+
+#: what each direction stands for, in words
+_DIRECTIONS = {
+    "mean": "the errors have one sign",
+    "v-mean": "the errors go along the mean of V, as if the weights were biased",
+    "output": "the errors are proportional to the output",
+    "top key": "the errors go with the largest weight, as if it alone were weighed differently",
+    "scale": "the errors are those of a slightly different scale",
+}
+
+
+def _explain(finding: Finding) -> str:
+    name, _, test = finding.name.partition(" ")
+    chance = f"p {finding.p_value:.1e}, alarm below {finding.threshold:.1e}"
+    if test == "size":
+        return f"the errors of {name} are {finding.statistic:.2f} times as large as rounding makes them ({chance})"
+    if test == "largest":
+        return f"an error of {name} is {finding.statistic:.1f} deviations beyond its last rounding ({chance})"
+    return f"{_DIRECTIONS.get(test, test)} ({name}, t = {finding.statistic:+.1f}, {chance})"
+
+
+def _times(fraction: float | None) -> str:
+    if fraction is None or not math.isfinite(fraction):
+        return "beyond"
+    return f"{fraction:.3g} times"
+
+
+def _show(x: float) -> str:
+    return repr(float(x))
+
+
+def _index(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    import numpy as np
+
+    return tuple(int(i) for i in np.unravel_index(flat, shape))
+
+
+def _wrong_form(case: Case, inputs: Inputs, output: Output, numerics: Numerics) -> str | None:
+    """What is wrong with the tensors of the output, or None."""
+    import torch
+
+    shape = (case.batch, case.heads, case.q_len, case.v_dim)
+    tensors = [("out", output.out, shape, "(batch, heads, q_len, v_dim)", numerics.format("output").torch_dtype)]
+    if output.lse is not None:
+        tensors.append(("lse", output.lse, shape[:3], "(batch, heads, q_len)", numerics.format("lse").torch_dtype))
+    for name, x, expected, axes, dtype in tensors:
+        if not isinstance(x, torch.Tensor):
+            return f"{name} is {type(x).__name__}; expected a torch.Tensor of shape {expected}"
+        if tuple(x.shape) != expected:
+            return f"{name} has shape {tuple(x.shape)}; expected {expected}, {axes}"
+        if x.dtype != dtype:
+            given, wanted = str(x.dtype).removeprefix("torch."), str(dtype).removeprefix("torch.")
+            return f"{name} has dtype {given}; expected {wanted} (numerics {numerics.name!r})"
+        if x.device != inputs.q.device:
+            return f"{name} is on {x.device}; expected it where the inputs are, on {inputs.q.device}"
+        if x.layout != torch.strided:
+            return f"{name} is a {str(x.layout).removeprefix('torch.')} tensor; expected a dense one"
+    return None
+
+
+def _changed(inputs: Inputs, kept: Inputs) -> str | None:
+    import torch
+
+    for name, now, before in zip("qkv", inputs, kept, strict=True):
+        if now.shape != before.shape or not torch.equal(now, before):
+            return name
+    return None
+
+
+def _crash(error: BaseException) -> str:
+    """The exception and the last places it passed, in few lines."""
+    text = "".join(traceback.format_exception_only(error)).strip()
+    frames = traceback.extract_tb(error.__traceback__)
+    here = Path(__file__)
+    places = [f"{Path(f.filename).name}:{f.lineno} in {f.name}" for f in frames if Path(f.filename) != here]
+    first, *more = text.splitlines() or [type(error).__name__]
+    lines = [f"the method raised {first}", *more[:8]]
+    if places:
+        lines.append("at " + ", from ".join(reversed(places[-3:])))
+    return "\n".join(lines)
+
+
+def _short(case: Case, method: Method, outcome: Outcome, message: str, seconds: dict[str, float]) -> Verdict:
+    return Verdict(
+        case=case,
+        method=method.name,
+        outcome=outcome,
+        message=message,
+        seconds=seconds,
+        replay=_replay(case, method.spec, "cpu"),
+    )
+
+
+def _replay(case: Case, spec: str, device: str) -> str:
+    line = f"effattn replay {shlex.quote(case.to_json())} {shlex.quote(spec)}"
+    return line if device == "cpu" else f"{line} --device {shlex.quote(device)}"

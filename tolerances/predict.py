@@ -1,0 +1,94 @@
+"""The rounding of P, predicted from the inputs for several orders of the keys.
+
+A weight is rounded relative to the maximum known at its time: that of all keys, or of the blocks so far. Where the
+maximum barely grows, or the weights lie on few values, the roundings of a correct kernel are not random but known, and
+may all have one sign. These predictions are what `statistics` takes out before it calls an error a bias.
+
+Everything is float64 except for the one rounding into P's format.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from effattn.exact.blocks import row_blocks
+from effattn.tolerances.statistics import Prediction
+
+if TYPE_CHECKING:
+    from effattn.exact import Exact
+    from effattn.tolerances.numerics import Numerics
+
+#: (keys a step, from the last key): None for a maximum that is known before the first weight
+ORDERS: tuple[tuple[int | None, bool], ...] = (
+    (None, False),
+    (64, False),
+    (16, False),
+    (32, False),
+    (128, False),
+    (64, True),
+    (32, True),
+    (128, True),
+)
+
+#: scores at a time
+_SCORES = 1 << 20
+
+
+@torch.no_grad()
+def roundings_of_p(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    numerics: Numerics,
+    exact: Exact,
+    causal: str,
+    scale: float,
+) -> Iterator[Prediction]:
+    """For each order: error and variance of the output before it is rounded, (batch * heads * q_len, v_dim) each.
+
+    Nothing where the numerics do not round P. Rows that see no key have error 0.
+    """
+    if not numerics.rounds_p:
+        return
+    orders: list[tuple[int | None, bool] | str] = []
+    if numerics.normalise != "before":
+        orders += [o for o in ORDERS if o[0] is None or o[0] < k.shape[2]]
+    if numerics.normalise != "after":
+        orders.append("normalised")
+    for order in orders:
+        error = torch.zeros((*q.shape[:3], v.shape[3]), dtype=torch.float64, device=q.device)
+        variance = torch.zeros_like(error)
+        block = (max(1, _SCORES // (k.shape[2] * (q.shape[1] // k.shape[1]))), k.shape[2])
+        for rows in row_blocks(q, k, v, causal=causal, block=block):
+            lse = rows.read(exact.lse).unsqueeze(-1)
+            (tile,) = rows.tiles()
+            s = torch.bmm(rows.q * scale, tile.k.mT)
+            if tile.hidden is not None:
+                s.masked_fill_(tile.hidden, -math.inf)
+            w = (s - lse).exp_()
+            p = w if order == "normalised" else (s - _maximum(s, *order)).exp_()  # type: ignore[misc]
+            rounded = numerics.format("p").round(p)
+            spacing = numerics.format("p").ulp(p).masked_fill_(p == rounded, 0.0)
+            share = torch.where(p > 0.0, w / p, 0.0)
+            rows.write(error, torch.bmm((rounded - p) * share, tile.v))
+            rows.write(variance, torch.bmm((spacing * share).square_().div_(12.0), tile.v.square()))
+        columns = v.shape[3]
+        yield Prediction(error.reshape(-1, columns).cpu().numpy(), variance.reshape(-1, columns).cpu().numpy())
+
+
+def _maximum(s: torch.Tensor, block: int | None, from_last: bool) -> torch.Tensor:
+    """The maximum that each weight is taken relative to: of all keys, or of the blocks up to its own."""
+    if block is None:
+        return s.amax(-1, keepdim=True)
+    n = s.shape[-1]
+    padded = torch.nn.functional.pad(s, (0, -n % block), value=-math.inf)
+    tops = padded.unflatten(-1, (-1, block)).amax(-1)
+    tops = tops.flip(-1).cummax(-1).values.flip(-1) if from_last else tops.cummax(-1).values
+    top = tops.repeat_interleave(block, dim=-1)[..., :n]
+    # Before the first visible key there is no maximum, and no weight either.
+    return torch.where(top == -math.inf, 0.0, top)

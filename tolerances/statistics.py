@@ -1,0 +1,258 @@
+"""Tests on the errors of one output: are they what rounding makes, in size and in direction?
+
+Every test has a false-alarm probability, `ALARM` a verdict in all, shared equally between the tests. No test takes
+errors for normal or the elements of a row for independent; this is what is used instead.
+
+Rows. All v_dim errors of a row share the roundings of its P and its l, and may be correlated at will. Different rows
+round different numbers. Rows whose exact outputs lie closer together than `CELL` deviations may not (the same query
+twice, equal weights, a scale near 0); they are put into one cell, and what is in a cell may be correlated at will too.
+
+Size. For errors with the tail of a normal distribution of the predicted deviation, E exp(y z^2) <= (1 - 2 y)^(-1/2);
+the mean over a row keeps that by Jensen's inequality, and a weighted sum over cells by convexity, the largest weight
+counting for all. So the mean square S over R rows, with n = R / (rows of the largest cell), has
+P(S > x) <= exp(-n (x - 1 - ln x) / 2): Chernoff's bound for chi-squared, for fully correlated rows.
+
+Direction. For a direction c of each row, y = e.c. Roundings to nearest are as likely up as down, so the y of
+different cells are symmetric and independent, whatever their sizes. Given |y|, their signs are fair coins, and by
+Hoeffding's inequality P(sum y > t sqrt(sum y^2)) <= exp(-t^2 / 2) (B. Efron, J. Am. Stat. Assoc. 64, 1969). This
+uses no predicted deviation at all. It can alarm from about 50 rows on. The directions:
+
+    mean        1, ..., 1              errors of one sign
+    v-mean      mean of V              a bias of P shows along what all keys have in common
+    output      o                      the output times a factor near 1
+    top key     w (v - o) of the key of largest weight: P right for exact ones only
+    scale       sum w s (v - o)        what a wrong scale, or a wrong log2(e), does
+
+Largest. An error needs a deviation of |e| - (half a spacing of the output) before the output was rounded. Weighted
+sums of roundings are sub-Gaussian with variance at most 1.85 times the predicted (uniform error, the unluckiest
+mantissa, u^2 / 3 against 0.18 u^2), so P(any > x) <= 2 N exp(-x^2 / 3.7) over N elements.
+
+Harmless one-sided errors. A folded constant is rounded once for all, exp errs to one side, equal terms round alike.
+What may do so is `Envelope.out_inner` and `Envelope.out_steady`, errors of the accumulators' format: their full size,
+with all elements aligned, is taken off before the direction is tested.
+
+Two errors are not random given the inputs: that of rounding the output (known, if the kernel's own error is small
+beside it), and that of rounding P (known, if the maximum is found first). Where many weights lie closer together
+than P's spacing, or many outputs than the output's, they have one sign in a correct kernel. So nothing is an alarm
+until it still is one with these known errors taken out, for each of several orders of the keys (`predicted`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from effattn.tolerances.formats import Format
+
+    Floats = NDArray[np.float64]
+
+#: probability that a verdict on a correct kernel is `biased`
+ALARM = 1e-9
+
+#: the most tests that one verdict runs: size, largest and five directions of out, size of the log-sum-exp
+TESTS = 8
+
+#: ratio of the largest variance of a rounding to its variance for log-uniform mantissas
+UNLUCKY = (1.0 / 3.0) / (0.125 / math.log(2.0))
+
+#: rows closer than so many deviations may round alike
+CELL = 8.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A test that failed."""
+
+    name: str
+    #: size: rms of error / expected deviation; direction: t; largest: deviations
+    statistic: float
+    #: an upper limit of the probability that a correct kernel shows as much
+    p_value: float
+    #: it is an alarm below this
+    threshold: float
+
+
+class Prediction(NamedTuple):
+    """What rounding P does for one order of the keys, (rows, v_dim): known from the inputs alone."""
+
+    #: the error before the output is rounded
+    error: Floats
+    #: its variance if every rounding had its own spacing and a random place in it
+    variance: Floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Errors:
+    """The errors of one output and what is expected of them; rows by columns, without rows that see no key."""
+
+    #: "out" or "lse"
+    name: str
+    error: Floats
+    exact: Floats
+    #: Envelope.out_sigma, out_noise, out_inner, out_steady
+    sigma: Floats
+    noise: Floats
+    inner: Floats
+    steady: Floats | None
+    format: Format
+    #: name -> direction for each row, or one for all
+    directions: dict[str, Floats]
+    #: orders of the keys, each with what it rounds; only looked at if there may be an alarm
+    predictions: Callable[[], Iterator[Prediction]]
+
+
+def examine(errors: Errors, *, alarm: float = ALARM / TESTS) -> list[Finding]:
+    """The tests that fail, each at the false-alarm probability `alarm`. Needs at least one row and finite numbers."""
+    findings = []
+    z2 = errors.error / errors.sigma
+    z2 *= z2
+    size = _size(z2, None, alarm, errors.name)
+    # Keys that are alike have the same error in their score, and the log-sum-exp does not average it away.
+    largest = _largest(errors.error, errors, alarm) if errors.name == "out" else None
+    slopes = [
+        (name, *_slope(errors.error, direction, errors, None, alarm)) for name, direction in errors.directions.items()
+    ]
+    if not (size or largest or any(p < alarm for _, _, p in slopes)):
+        return findings
+    # Something looks wrong. From here on time is no matter.
+    cells = _cells(errors)
+    known = list(errors.predictions())
+    rounding = errors.format.round(errors.exact) - errors.exact
+    if size:
+        finding = _size_in_spite(errors, cells, known, rounding, alarm)
+        if finding is not None:
+            findings.append(finding)
+    if largest:
+        found = [_largest(errors.error - p.error, errors, alarm) for p in known]
+        if all(found):
+            findings.append(_weakest([largest, *filter(None, found)]))
+    variants = [errors.error, errors.error - rounding]
+    for p in known:
+        variants.append(errors.error - p.error)
+        variants.append(errors.exact + errors.error - errors.format.round(errors.exact + p.error))
+    for name, t, p in slopes:
+        if p >= alarm:
+            continue
+        results = [_slope(v, errors.directions[name], errors, cells, alarm) for v in variants]
+        weakest = max(results, key=lambda r: r[1])
+        if weakest[1] < alarm and all(math.copysign(1.0, r[0]) == math.copysign(1.0, t) for r in results):
+            findings.append(
+                Finding(name=f"{errors.name} {name}", statistic=weakest[0], p_value=weakest[1], threshold=alarm)
+            )
+    return findings
+
+
+def _weakest(findings: Sequence[Finding]) -> Finding:
+    return max(findings, key=lambda f: f.p_value)
+
+
+def _size(z2: Floats, cells: Cells | None, alarm: float, name: str) -> Finding | None:
+    """Is the mean of z^2 larger than chance explains?"""
+    rows = z2.shape[0]
+    x = float(z2.mean())
+    independent = rows / cells.largest if cells is not None else float(rows)
+    if x <= 1.0:
+        return None
+    log_p = -0.5 * independent * (x - 1.0 - math.log(x))
+    if log_p >= math.log(alarm):
+        return None
+    return Finding(name=f"{name} size", statistic=math.sqrt(x), p_value=math.exp(log_p), threshold=alarm)
+
+
+def _size_in_spite(
+    errors: Errors, cells: Cells, known: Sequence[Prediction], rounding: Floats, alarm: float
+) -> Finding | None:
+    """The size test with cells, and with each known error taken out along with its variance."""
+    spacing = errors.format.ulp(errors.exact)
+    rounded = np.maximum(spacing * spacing / 12.0, rounding * rounding)
+    found = [_size(errors.error**2 / (errors.noise + rounded), cells, alarm, errors.name)]
+    for p in known:
+        # P's rounding with its own spacings, and P's rounding gone: either explains a correct kernel.
+        variance = errors.inner + rounded
+        found.append(_size(errors.error**2 / (variance + p.variance), cells, alarm, errors.name))
+        found.append(_size((errors.error - p.error) ** 2 / variance, cells, alarm, errors.name))
+    return None if None in found else _weakest([f for f in found if f is not None])
+
+
+def _slope(
+    error: Floats, direction: Floats, errors: Errors, cells: Cells | None, alarm: float
+) -> tuple[float, float]:
+    """t of the errors along a direction, and the limit of its two-sided p.
+
+    Rows are weighted by their expected deviation along the direction. Without cells, a quick look that errs towards
+    alarm; with cells, the steady part of the error is taken off.
+    """
+    spread = direction * errors.sigma
+    norm = np.sqrt(np.einsum("ij,ij->i", spread, spread))
+    weight = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0.0)
+    if direction.shape[0] == 1:
+        along = (error @ direction[0]) * weight
+    else:
+        along = np.einsum("ij,ij->i", error, direction) * weight
+    total = float(along.sum())
+    if cells is None:
+        square = float(along @ along)
+    else:
+        steady = np.sqrt(errors.inner)
+        if errors.steady is not None:
+            steady = steady + errors.steady
+        allowed = np.einsum("ij,ij->i", np.broadcast_to(np.abs(direction), steady.shape), steady) * weight
+        together = np.abs(cells.sum(along)) + cells.sum(allowed)
+        square = float(together @ together)
+        total = math.copysign(max(0.0, abs(total) - float(allowed.sum())), total)
+    if square == 0.0:
+        return 0.0, 1.0
+    t = total / math.sqrt(square)
+    return t, min(1.0, 2.0 * math.exp(-0.5 * t * t))
+
+
+def _largest(error: Floats, errors: Errors, alarm: float) -> Finding | None:
+    """Is any single error larger than chance explains? `steady` is allowed on top."""
+    size = np.abs(error)
+    spacing = errors.format.ulp(np.abs(errors.exact) + size)
+    spacing *= 0.5
+    size -= spacing
+    if errors.steady is not None:
+        size -= errors.steady
+    deviation = np.sqrt(errors.noise)
+    x = float(np.divide(size, deviation, out=np.zeros_like(size), where=deviation > 0.0).max())
+    log_p = math.log(2.0 * error.size) - x * x / (2.0 * UNLUCKY)
+    if x <= 0.0 or log_p >= math.log(alarm):
+        return None
+    return Finding(name=f"{errors.name} largest", statistic=x, p_value=math.exp(log_p), threshold=alarm)
+
+
+class Cells:
+    """Rows sorted into cells: `index` the cell of each row."""
+
+    def __init__(self, index: NDArray[np.int64]) -> None:
+        self.index = index
+        self.counts = np.bincount(index)
+        #: rows of the largest cell
+        self.largest = int(self.counts.max())
+
+    def sum(self, per_row: Floats) -> Floats:
+        """Sums over each cell."""
+        return np.bincount(self.index, weights=per_row, minlength=len(self.counts))
+
+
+def _cells(errors: Errors) -> Cells:
+    """Rows with the same exact output up to `CELL` deviations, by their place on a grid in two fixed directions.
+
+    Two directions tell rows apart that differ anywhere; rows that are the same up to rounding nearly always meet.
+    """
+    columns = errors.exact.shape[1]
+    angles = np.arange(1, columns + 1) * (math.pi * (math.sqrt(5.0) - 1.0))
+    places = []
+    for direction in (np.cos(angles), np.sin(angles)):
+        grid = CELL * math.sqrt(float(np.mean(errors.sigma**2 @ direction**2)))
+        places.append(np.floor((errors.exact @ direction) / grid + 0.5) if grid > 0.0 else np.zeros(len(errors.exact)))
+    _, index = np.unique(np.stack(places, axis=1), axis=0, return_inverse=True)
+    return Cells(index.reshape(-1))
