@@ -10,7 +10,8 @@ through `effattn.cpu`, on the CPU.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -29,8 +30,8 @@ class Tiles:
 
     block_m: int  #: queries a program owns
     block_n: int  #: keys a step of its loop takes
-    num_warps: int  #: of 32 threads each; GPUs only
-    num_stages: int  #: steps whose loads are in flight at once; GPUs only
+    #: what else a launch says to Triton
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def tiles(head_dim: int, v_dim: int, dtype: torch.dtype, device_type: str = "cuda") -> Tiles:
@@ -47,19 +48,26 @@ def tiles(head_dim: int, v_dim: int, dtype: torch.dtype, device_type: str = "cud
     Each entry compiles without spilling for compute capability 80, 90 and 100.
     """
     if device_type == "cpu":
-        return Tiles(block_m=64, block_n=64, num_warps=1, num_stages=1)
+        return Tiles(block_m=64, block_n=64)
     width = max(_padded(head_dim), _padded(v_dim))
     if dtype == torch.float32:
         if width <= 64:
-            return Tiles(block_m=64, block_n=32, num_warps=8, num_stages=2)
+            return _gpu_tiles(64, 32, num_warps=8, num_stages=2)
         if width <= 128:
-            return Tiles(block_m=32, block_n=16, num_warps=8, num_stages=2)
-        return Tiles(block_m=16, block_n=32, num_warps=8, num_stages=2)
+            return _gpu_tiles(32, 16, num_warps=8, num_stages=2)
+        return _gpu_tiles(16, 32, num_warps=8, num_stages=2)
     if width <= 64:
-        return Tiles(block_m=128, block_n=64, num_warps=4, num_stages=3)
+        return _gpu_tiles(128, 64, num_warps=4, num_stages=3)
     if width <= 128:
-        return Tiles(block_m=128, block_n=64, num_warps=8, num_stages=3)
-    return Tiles(block_m=64, block_n=32, num_warps=8, num_stages=2)
+        return _gpu_tiles(128, 64, num_warps=8, num_stages=3)
+    return _gpu_tiles(64, 32, num_warps=8, num_stages=2)
+
+
+def _gpu_tiles(block_m: int, block_n: int, *, num_warps: int, num_stages: int) -> Tiles:
+    # Fused multiply-adds make the scaled score minus its maximum one instruction, and round once less. Triton
+    # 3.9 warns where this is left to its default.
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    return Tiles(block_m=block_m, block_n=block_n, options=options)
 
 
 def flash_attention_forward(
@@ -144,8 +152,9 @@ def flash_attention_forward(
     # One axis, since only the first of a CUDA grid may pass 65,535.
     programs = triton.cdiv(problem.q_len, block_m) * problem.batch * problem.heads
     q_strides, k_strides, v_strides = _strides(q), _strides(k), _strides(v)
+    kernel = forward_kernel_cpu if q.device.type == "cpu" else forward_kernel_gpu
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        _forward_kernel[(programs,)](
+        kernel[(programs,)](
             q,
             k,
             v,
@@ -168,8 +177,7 @@ def flash_attention_forward(
                 block_n=block_n,
                 wide=any(_is_wide(t, block) for t, block in ((q, block_m), (k, block_n), (v, block_n))),
             ),
-            num_warps=cut.num_warps,
-            num_stages=cut.num_stages,
+            **cut.options,
         )
     return out, lse
 
@@ -210,10 +218,6 @@ def _is_wide(x: torch.Tensor, rows: int) -> bool:
     return (rows - 1) * row_stride + (_padded(x.shape[-1]) - 1) * column_stride >= 2**31
 
 
-# Of the integers only strides and head sizes are worth a specialisation: divisibility by 16 decides how wide
-# a load may be, and a last stride of 1 makes it a load of consecutive elements. The rest would only add
-# compilations.
-@triton.jit(do_not_specialize=["q_len", "kv_len", "causal_shift", "heads", "group"])
 def _forward_kernel(
     q,
     k,
@@ -319,6 +323,22 @@ def _forward_kernel(
         acc.to(out.dtype.element_ty),
         mask=inside[:, None] & (columns[None, :] < v_dim),
     )
+
+
+# One kernel, specialised twice. Triton compiles anew for every combination of arguments that are 1 or
+# divisible by 16. On a GPU that decides how wide a load of a row may be, so strides, pointers and head sizes
+# keep it. On a CPU it decides nothing, except that a last stride of 1 makes a load one of consecutive
+# elements: compiling once for all shapes is worth more there.
+_LENGTHS = ["q_len", "kv_len", "causal_shift", "heads", "group"]
+_POINTERS = ["q", "k", "v", "out", "lse"]
+_OUTER_STRIDES = [f"{x}_stride_{axis}" for x in "qkv" for axis in ("b", "h", "m" if x == "q" else "n")]
+_LAST_STRIDES = [f"{x}_stride_d" for x in "qkv"]
+forward_kernel_gpu = triton.jit(_forward_kernel, do_not_specialize=_LENGTHS)
+forward_kernel_cpu = triton.jit(
+    _forward_kernel,
+    do_not_specialize=[*_LENGTHS, *_OUTER_STRIDES, "head_dim", "v_dim"],
+    do_not_specialize_on_alignment=[*_POINTERS, *_LAST_STRIDES],
+)
 
 
 @triton.jit
