@@ -29,7 +29,9 @@ def output_of(command: str, folder: Path) -> str:
     if program != "effattn":
         raise SystemExit(f"{command!r}: only effattn commands can be run here")
     shutil.copytree(ROOT / "docs" / "examples", folder / "docs" / "examples", dirs_exist_ok=True)
-    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "FORCE_COLOR")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("COLUMNS", "FORCE_COLOR")
+    }
     done = subprocess.run(
         [sys.executable, "-c", "import sys; from effattn.cli import main; sys.exit(main())", *arguments],
         cwd=folder, capture_output=True, text=True, check=False, env=environment,

@@ -38,8 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = cli.main(args=given, prog_name="effattn", standalone_mode=False, obj=given)
+        # Not `cli.main`, which exits with 1 when a pipe breaks: that would say that the method failed.
+        with cli.make_context("effattn", given, obj=tuple(given)) as context:
+            code = cli.invoke(context)
         sys.stdout.flush()
+    except click.exceptions.Exit as leaving:
+        return leaving.exit_code
     except RequestError as error:
         _complain(str(error))
         return WRONG_REQUEST

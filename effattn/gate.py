@@ -166,19 +166,15 @@ def _failures(verdicts: Sequence[Verdict], request: Request) -> list[Failure]:
     for verdict in verdicts:
         if summary.failed(verdict.outcome):
             groups.setdefault((verdict.case.dtype, str(verdict.outcome)), []).append(verdict)
-    return [
-        Failure(
-            dtype=dtype,
-            outcome=outcome,
-            verdicts=tuple(members),
-            worst=max(members, key=severity),
-            # The smallest failing case is the best start: every step from there leads to a smaller one.
-            shrunk=shrink(
-                min(members, key=_size), lambda case: judge(case, request.method, device=request.device)
-            ),
+    failures = []
+    for (dtype, outcome), members in groups.items():
+        # The worst case is the best start: it goes on failing for longest while it gets smaller.
+        worst = max(members, key=severity)
+        shrunk = shrink(worst, lambda case: judge(case, request.method, device=request.device))
+        failures.append(
+            Failure(dtype=dtype, outcome=outcome, verdicts=tuple(members), worst=worst, shrunk=shrunk)
         )
-        for (dtype, outcome), members in groups.items()
-    ]
+    return failures
 
 
 def severity(verdict: Verdict) -> tuple[float, float]:
@@ -190,12 +186,6 @@ def severity(verdict: Verdict) -> tuple[float, float]:
     if str(verdict.outcome) == "biased":
         return (-least, worst)
     return (worst, -least)
-
-
-def _size(verdict: Verdict) -> int:
-    case = verdict.case
-    per_head = case.q_len * case.kv_len + (case.q_len + case.kv_len) * case.head_dim
-    return case.batch * case.heads * per_head
 
 
 def _nothing_judged(verdicts: Sequence[Verdict], request: Request) -> list[str]:

@@ -21,19 +21,24 @@ if TYPE_CHECKING:
     from effattn.judge import Verdict
     from effattn.report.summary import Row
 
-#: The width of output that is not a terminal: the whole table on a line.
-PIPED_WIDTH = 120
+#: The width of output that is not a terminal: nothing is wrapped or cut, since programs read it too.
+PIPED_WIDTH = 10_000
 
 VERDICT_COLUMNS = ("judged", "passed", "failed", "not supported", "not judged", "time")
 ACCURACY_COLUMNS = ("error/bound", "z rms", "z max", "bit-equal", "ulp p50/p99/max")
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Called where rich has caught a broken pipe: hand it on, instead of exiting with 1."""
+        raise  # noqa: PLE0704
+
+
 def console(*, stderr: bool = False, width: int | None = None) -> Console:
-    """The console for all output: as wide as the terminal, or `PIPED_WIDTH` and plain where it is none."""
-    probe = Console(stderr=stderr)
-    if width is None and not probe.is_terminal:
+    """The console for all output: as wide as the terminal, or endlessly wide and plain where it is none."""
+    if width is None and not Console(stderr=stderr).is_terminal:
         width = PIPED_WIDTH
-    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
+    return _Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
 
 
 def print_result(out: Console, result: Result, *, by_values: bool = False) -> None:
@@ -51,11 +56,22 @@ def print_result(out: Console, result: Result, *, by_values: bool = False) -> No
 def print_rows(out: Console, rows: Sequence[Row], labels: Sequence[str]) -> None:
     """The rows as one table, or as two below each other where the terminal is narrow."""
     whole = _table(labels, (*VERDICT_COLUMNS[:-1], *ACCURACY_COLUMNS, VERDICT_COLUMNS[-1]), rows)
-    if out.measure(whole).minimum <= out.width:
-        out.print(whole)
+    if out.measure(whole).maximum <= out.width:
+        _print_table(out, whole)
         return
     for columns in (VERDICT_COLUMNS, ACCURACY_COLUMNS):
-        out.print(_table(labels, columns, rows))
+        _print_table(out, _table(labels, columns, rows))
+
+
+def _print_table(out: Console, table: Table) -> None:
+    """Print a table, without the blanks at the end of its lines where it goes into a file."""
+    if out.is_terminal:
+        out.print(table)
+        return
+    with out.capture() as captured:
+        out.print(table)
+    for line in captured.get().splitlines():
+        out.print(Text(line.rstrip()))
 
 
 def print_set_aside(out: Console, verdicts: Sequence[Verdict]) -> None:
@@ -63,7 +79,8 @@ def print_set_aside(out: Console, verdicts: Sequence[Verdict]) -> None:
     reasons: dict[tuple[str, str], int] = {}
     for verdict in verdicts:
         if str(verdict.outcome) in ("not supported", "not judged"):
-            key = (str(verdict.outcome), text.one_line(verdict.message))
+            reason = text.one_line(verdict.message).removeprefix(f"{verdict.outcome}: ")
+            key = (str(verdict.outcome), reason)
             reasons[key] = reasons.get(key, 0) + 1
     shown = sorted(reasons.items(), key=lambda item: -item[1])
     for (outcome, reason), n in shown[:8]:
@@ -109,7 +126,7 @@ def print_details(out: Console, verdict: Verdict, *, folder: Path | None = None)
         table = _plain_table("", *(q.name for q in verdict.quantities))
         for label, cell in _QUANTITY_ROWS:
             table.add_row(label, *(cell(q) for q in verdict.quantities))
-        out.print(table)
+        _print_table(out, table)
     for finding in verdict.findings:
         out.print(
             Text(
@@ -129,14 +146,14 @@ def print_details(out: Console, verdict: Verdict, *, folder: Path | None = None)
 _QUANTITY_ROWS = (
     ("elements", lambda q: str(q.count)),
     ("largest error/bound", lambda q: text.number(q.fraction, digits=3)),
-    ("  at", lambda q: str(tuple(q.worst)) if q.worst is not None else text.MISSING),
+    ("  at", lambda q: text.MISSING if q.worst is None else str(q.worst)),
     ("  got", lambda q: _exactly(q.got)),
     ("  exact", lambda q: _exactly(q.exact)),
     ("  allowed error", lambda q: text.number(q.allowed)),
     ("bit-equal", lambda q: text.share(q.bit_equal)),
-    ("ulp p50", lambda q: text.number(q.ulp_p50)),
-    ("ulp p99", lambda q: text.number(q.ulp_p99)),
-    ("ulp max", lambda q: text.number(q.ulp_max)),
+    ("ulp p50", lambda q: text.ulps(q.ulp_p50)),
+    ("ulp p99", lambda q: text.ulps(q.ulp_p99)),
+    ("ulp max", lambda q: text.ulps(q.ulp_max)),
     ("z rms", lambda q: text.number(q.z_rms)),
     ("z mean", lambda q: text.number(q.z_mean, digits=3)),
     ("z max", lambda q: text.number(q.z_max)),
@@ -193,5 +210,5 @@ def cell(row: Row, column: str) -> str:
         case "bit-equal":
             return text.share(row.bit_equal)
         case "ulp p50/p99/max":
-            return " / ".join(text.number(x, digits=1) for x in (row.ulp_p50, row.ulp_p99, row.ulp_max))
+            return " / ".join(text.ulps(x) for x in (row.ulp_p50, row.ulp_p99, row.ulp_max))
     raise ValueError(f"unknown column {column!r}")

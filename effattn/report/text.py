@@ -5,14 +5,15 @@ Names and messages come from users' files: `plain` makes them harmless on a term
 
 from __future__ import annotations
 
-import html
 import math
 import unicodedata
 from collections.abc import Mapping
 
 MISSING = "-"
-#: ASCII punctuation that means something in Markdown, in a table or in a link.
-_MARKDOWN = frozenset("\\`*_{}[]()<>#+-!|~@:&$^")
+#: What means something inside a line of Markdown: emphasis, code, links, table cells, mathematics.
+_MARKDOWN = frozenset("\\`*_[]|~$")
+#: What would become HTML, or notify the person of that name.
+_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "@": "&#64;"}
 
 
 def number(x: float | None, *, digits: int = 2) -> str:
@@ -27,6 +28,18 @@ def number(x: float | None, *, digits: int = 2) -> str:
     if 100 <= magnitude < 100_000:
         return f"{x:.0f}"
     return f"{x:.1e}"
+
+
+def ulps(x: float | None) -> str:
+    """A distance in units of the last place: 0, 1.5, 85, 5e6."""
+    if x is None:
+        return MISSING
+    if math.isnan(x) or math.isinf(x):
+        return str(x)
+    if x >= 100_000:
+        mantissa, exponent = f"{x:.0e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    return f"{x:.0f}" if x >= 10 or x == int(x) else f"{x:.1f}"
 
 
 def share(x: float | None) -> str:
@@ -66,7 +79,10 @@ def one_line(text: str) -> str:
 
 def markdown(text: str) -> str:
     """The text as Markdown that shows it as it is: no markup, no HTML, no table cell ended early."""
-    return "".join("\\" + c if c in _MARKDOWN and c not in "<>&" else html.escape(c) for c in one_line(text))
+    line = one_line(text)
+    shown = "".join("\\" + c if c in _MARKDOWN else _ENTITIES.get(c, c) for c in line)
+    # At the start of a line: headings and lists.
+    return "\\" + shown if line[:1] in ("#", "+", "-") else shown
 
 
 def code(text: str) -> str:
