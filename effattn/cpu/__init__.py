@@ -11,7 +11,8 @@ What is exact and what is declared:
     wrap; there is no contraction.
   - `tl.dot` is one chain per element in the order of k, c = fma(a, b, c), starting from the accumulator. A precision
     that the kernel does not name means IEEE here; on NVIDIA GPUs Triton's own default for fp32 is tf32.
-  - a reduction along rows uses min(n, 16) lanes and then halves; along other axes it is sequential.
+  - a sum of fp32 or fp64 along the last axis (of more than one element) uses min(n, 16) lanes, lane l taking the
+    elements l, l + 16, ..., and then adds halves; any other reduction, and every scan, goes through the axis in order.
   - exp2 and exp are polynomials below 1 ulp; other functions are the C library's.
 
 Triton imports this package while it imports itself, so nothing here imports triton, torch or numpy at the top.

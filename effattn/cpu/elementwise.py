@@ -147,11 +147,11 @@ def _truncf(op: Op, a: list[str]) -> str:
 
 
 def _fp_to_fp(op: Op, a: list[str]) -> str:
-    source, target = op.operands[0].type, op.results[0].type
     mode = op.attrs.get("rounding", "1")
-    if source.bits > target.bits and not mode.startswith("1"):
+    if not mode.startswith("1"):
         raise Unsupported(f"tt.fp_to_fp with rounding mode {mode} (only to nearest even is)")
-    return _truncf(op, a) if source.bits > target.bits else f"({_carrier(op)}){a[0]}"
+    # Any pair of formats, those of the same width (fp16 and bf16) included: what fits is unchanged by rounding.
+    return _truncf(op, a) if op.results[0].type.bits < 64 else f"(double){a[0]}"
 
 
 def _bitcast(op: Op, a: list[str]) -> str:
@@ -335,6 +335,6 @@ VIEWS = frozenset(
         "tt.join",
         "tt.split",
         "tt.cat",
-        "tt.unsplat",
+        "ub.poison",
     }
 )

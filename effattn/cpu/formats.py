@@ -10,7 +10,7 @@ from effattn.cpu.ir import Type
 
 
 class Unsupported(Exception):
-    """An operation or type that this backend does not know. Carries what, and where if known."""
+    """An operation or type that this backend does not know: says what; whoever knows adds where."""
 
 
 #: element type -> C type of values and of working buffers
@@ -54,6 +54,14 @@ def value_type(elem: str) -> str:
         return _VALUE[elem]
     except KeyError:
         raise Unsupported(f"the type {elem}") from None
+
+
+def c_type_of_dot(a: str, b: str, result: str) -> str:
+    """C type in which a product of tiles of these element types is summed."""
+    kinds = (value_type(a), value_type(b), value_type(result))
+    if kinds in (("float",) * 3, ("double",) * 3, ("int8_t", "int8_t", "int32_t")):
+        return kinds[2]
+    raise Unsupported(f"tt.dot of {a} and {b} into {result}")
 
 
 def size_of(c_type: str) -> int:

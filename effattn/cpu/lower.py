@@ -12,14 +12,11 @@ from typing import Any
 
 from effattn.cpu import elementwise, memory, tile
 from effattn.cpu.formats import Unsupported, rounded, splat_literal, value_type
-from effattn.cpu.ir import Block, Module, Op, Type, Value, generic_text, parse
-from effattn.cpu.nest import compute_into
+from effattn.cpu.ir import Block, Module, Op, Value, generic_text, parse
+from effattn.cpu.nest import Nest, compute_into
 from effattn.cpu.plan import Buffer, Plan, make_plan
+from effattn.cpu.support import UnsupportedKernel, check, kernel_name
 from effattn.errors import RequestError
-
-
-class UnsupportedKernel(RequestError):
-    """A kernel uses an operation or a type that the CPU backend does not offer."""
 
 
 _RESERVED = frozenset(
@@ -145,9 +142,7 @@ class FunctionEmitter:
             try:
                 self.op(op)
             except Unsupported as error:
-                raise UnsupportedKernel(
-                    f"kernel {kernel_name(self.function)}, {op.loc}: {error} is not supported by the CPU backend"
-                ) from error
+                raise UnsupportedKernel(kernel_name(self.function), op.loc, str(error)) from error
 
     def op(self, op: Op) -> None:
         handler = _HANDLERS.get(op.name)
@@ -311,8 +306,6 @@ def _cond_br(e: FunctionEmitter, op: Op) -> None:
 
 
 def _return(e: FunctionEmitter, op: Op) -> None:
-    if op.operands:
-        raise Unsupported("a function that returns values")
     e.line("return;")
 
 
@@ -326,10 +319,12 @@ def _num_programs(e: FunctionEmitter, op: Op) -> None:
 
 def _unsplat(e: FunctionEmitter, op: Op) -> None:
     source = op.operands[0]
-    buffer = e.plan.buffers.get(source)
-    if buffer is None:
-        raise Unsupported("tt.unsplat of a computed value")
-    e.define(op.results[0], f"{e.array(buffer)}[0]")
+    nest = Nest(e, source.type.shape, ())
+    name = e.declare(op.results[0])
+    value = nest.eval(source, tuple(nest.index))
+    e.open("")
+    nest.emit([f"{name} = {value.text};"])
+    e.close()
 
 
 def _nothing(e: FunctionEmitter, op: Op) -> None:
@@ -362,10 +357,6 @@ _HANDLERS: dict[str, Callable[[FunctionEmitter, Op], None]] = {
 # ---------------------------------------------------------------------------------------- whole file
 
 
-def kernel_name(function: Op) -> str:
-    return function.attrs["sym_name"].strip('"')
-
-
 def _argument(index: int, value: Value, name: str) -> str:
     type_ = value.type
     c_type = value_type(type_.elem)
@@ -385,6 +376,7 @@ def _argument(index: int, value: Value, name: str) -> str:
 def kernel_source(module: Module, name: str) -> tuple[str, Plan]:
     """The C file of one kernel, and its plan."""
     function = module.function(name)
+    check(function, _HANDLERS)
     plan = make_plan(function)
     e = FunctionEmitter(function, plan)
     entry = function.regions[0].blocks[0]
@@ -436,7 +428,7 @@ def entry_name(module: Module) -> str:
     """The kernel of a module: its public function, or its only one."""
     public = [f for f in module.functions if f.attrs.get("sym_visibility") == '"public"'] or module.functions
     if len(public) != 1:
-        raise UnsupportedKernel(f"expected one kernel in the module, found {[kernel_name(f) for f in public]}")
+        raise RequestError(f"expected one kernel in the module, found {[kernel_name(f) for f in public]}")
     return kernel_name(public[0])
 
 
@@ -457,4 +449,4 @@ def to_c(mod: Any, metadata: dict[str, Any]) -> str:
     return source
 
 
-__all__ = ["FunctionEmitter", "Type", "UnsupportedKernel", "kernel_source", "to_c"]
+__all__ = ["FunctionEmitter", "UnsupportedKernel", "kernel_source", "to_c"]

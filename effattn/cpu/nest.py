@@ -170,6 +170,10 @@ def _constant(nest: Nest, op: Op, value: Value, index: Index, inner: Scope | Non
     return Expr(f"{array}[{where.text}]", where.level)
 
 
+def _poison(nest: Nest, op: Op, value: Value, index: Index, inner: Scope | None) -> Expr:
+    return ZERO
+
+
 def _splat(nest: Nest, op: Op, value: Value, index: Index, inner: Scope | None) -> Expr:
     return Expr(nest.emitter.scalar(op.operands[0]))
 
@@ -252,6 +256,7 @@ def _cat(nest: Nest, op: Op, value: Value, index: Index, inner: Scope | None) ->
 
 _VIEWS = {
     "arith.constant": _constant,
+    "ub.poison": _poison,
     "tt.splat": _splat,
     "tt.make_range": _make_range,
     "tt.broadcast": _broadcast,

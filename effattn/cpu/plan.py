@@ -17,7 +17,10 @@ from dataclasses import dataclass, field
 
 from effattn.cpu import elementwise
 from effattn.cpu.formats import size_of, value_type
-from effattn.cpu.ir import Block, Op, Type, Value
+from effattn.cpu.ir import Block, Op, Type, Value, walk
+
+#: tt.InputPrecision
+TF32, IEEE = 0, 2
 
 LOOPS = ("scf.for", "scf.while")
 
@@ -71,6 +74,10 @@ def natural(type_: Type) -> tuple[int, ...]:
 
 # ------------------------------------------------------------------------------------------ decisions
 
+#: Operations that a virtual value may stand for: beyond it, computing it again costs more than keeping it, and the
+#: expressions grow without bound. Where a value has one use nothing is computed twice, so more are allowed.
+_MOST_SHARED, _MOST = 32, 128
+
 
 def _is_elementwise(op: Op) -> bool:
     return op.name in elementwise.RULES
@@ -80,73 +87,58 @@ def _single_elementwise_user(value: Value) -> bool:
     """One use, in the same block, by something that visits each element once."""
     if len(value.uses) != 1:
         return False
-    user, position = value.uses[0]
+    user, _ = value.uses[0]
+    assert value.op is not None
     if user.block is not value.op.block:
         return False
-    if _is_elementwise(user) or user.name in ("tt.store", "tt.reduce", "tt.trans"):
-        return True
-    if user.name == "tt.dot":
-        return True
     # A loop's own yield may compute it straight into the loop-carried buffer.
-    return user.name == "scf.yield"
+    return _is_elementwise(user) or user.name in ("tt.store", "tt.reduce", "tt.trans", "tt.dot", "scf.yield")
 
 
-def is_virtual(value: Value) -> bool:
-    """Whether a tensor value is recomputed where it is used, instead of kept in memory."""
-    op = value.op
-    if op is None:
-        return False
+def _virtual_values(function: Op) -> set[Value]:
+    """The tensor values that are computed where they are used, instead of kept in memory."""
+    virtual: set[Value] = set()
+    cost: dict[Value, int] = {}
+    for op in walk(function):
+        for value in op.results:
+            if not value.type.is_tensor:
+                continue
+            total = sum(cost.get(x, 0) for x in op.operands) + _is_elementwise(op)
+            if _may_be_virtual(op, value, total):
+                virtual.add(value)
+                cost[value] = total
+    return virtual
+
+
+def _may_be_virtual(op: Op, value: Value, cost: int) -> bool:
     if op.name == "arith.constant" or op.name in elementwise.VIEWS:
         return True
-    if not _is_elementwise(op):
+    if not _is_elementwise(op) or cost > _MOST:
         return False
-    if op.name in elementwise.CHEAP:
+    if _single_elementwise_user(value):
         return True
-    if op.name == "arith.select" and not op.results[0].type.is_float:
-        return True
-    return _single_elementwise_user(value)
+    cheap = op.name in elementwise.CHEAP or (op.name == "arith.select" and not value.type.is_float)
+    return cheap and cost <= _MOST_SHARED
 
 
-def _transposed_use(value: Value) -> tuple[int, int]:
-    """How many products use a rank-2 value as it is, and how many use its transpose."""
-    straight = crossed = 0
-    for user, _ in value.uses:
-        if user.name == "tt.dot":
-            straight += 1
-        elif user.name == "tt.trans" and is_virtual(user.results[0]):
-            a, b = _transposed_use(user.results[0])
-            straight += b
-            crossed += a
-        elif _is_elementwise(user) and is_virtual(user.results[0]):
-            a, b = _transposed_use(user.results[0])
-            straight += a
-            crossed += b
-    return straight, crossed
-
-
-def _order(value: Value) -> tuple[int, ...]:
-    order = natural(value.type)
-    if len(order) == 2 and value.op is not None and value.op.name != "tt.dot":
-        straight, crossed = _transposed_use(value)
-        if crossed and not straight:
-            return (1, 0)
-    return order
-
-
-def leaves(value: Value, plan: Plan, found: dict[Value, bool] | None = None, same_index: bool = True) -> dict[Value, bool]:
+def leaves(value: Value, plan: Plan) -> dict[Value, bool]:
     """The kept values that computing `value` reads; True where each is read at the same index only."""
-    if found is None:
-        found = {}
-    if not value.type.is_tensor:
-        return found
-    if plan.kept(value):
-        found[value] = found.get(value, True) and same_index
-        return found
-    op = value.op
-    assert op is not None
-    inner = same_index and _is_elementwise(op)
-    for operand in op.operands:
-        leaves(operand, plan, found, inner)
+    found: dict[Value, bool] = {}
+    seen: set[tuple[Value, bool]] = set()
+    todo = [(value, True)]
+    while todo:
+        item = todo.pop()
+        current, same_index = item
+        if item in seen or not current.type.is_tensor:
+            continue
+        seen.add(item)
+        if plan.kept(current):
+            found[current] = found.get(current, True) and same_index
+            continue
+        op = current.op
+        assert op is not None
+        inner = same_index and _is_elementwise(op)
+        todo += [(operand, inner) for operand in op.operands]
     return found
 
 
@@ -160,6 +152,8 @@ class _Planner:
         self.names: set[str] = set()
         self.blocks_of: dict[Op, list[Op]] = {}
         self.reads: dict[Value, list[tuple[int, Op, bool]]] = {}
+        self.virtual = _virtual_values(function)
+        self.products: dict[Value, tuple[bool, bool]] = {}
 
     def run(self) -> Plan:
         fn = self.plan.function
@@ -178,8 +172,6 @@ class _Planner:
         self.blocks_of[op] = loops
         self.counter += 1
         inside = [*loops, op] if op.name in LOOPS else loops
-        if op.name == "tt.func" and len(op.regions[0].blocks) > 1 and _has_back_edge(op):
-            inside = [op]
         for region in op.regions:
             for block in region.blocks:
                 for inner in block.ops:
@@ -213,14 +205,42 @@ class _Planner:
                         buffers[arg] = self.new(arg)
         else:
             for result in op.results:
-                if result.type.is_tensor and not is_virtual(result):
-                    buffers[result] = self.new(result, _order(result))
+                if result.type.is_tensor and result not in self.virtual:
+                    buffers[result] = self.new(result, self.order(result))
         for region in op.regions:
             if op.name in ("tt.reduce", "tt.scan"):
                 continue
             for block in region.blocks:
                 for inner in block.ops:
                     self.assign(inner)
+
+    def order(self, value: Value) -> tuple[int, ...]:
+        """A tile that is only multiplied as its transpose is stored transposed."""
+        order = natural(value.type)
+        if len(order) == 2 and value.op is not None and value.op.name != "tt.dot":
+            straight, crossed = self.product_uses(value)
+            if crossed and not straight:
+                return (1, 0)
+        return order
+
+    def product_uses(self, value: Value) -> tuple[bool, bool]:
+        """Whether products use a rank-2 value as it is, and whether they use its transpose."""
+        found = self.products.get(value)
+        if found is None:
+            straight = crossed = False
+            for user, _ in value.uses:
+                if user.name == "tt.dot":
+                    straight = True
+                elif user.results and user.results[0] in self.virtual:
+                    if user.name == "tt.trans":
+                        b, a = self.product_uses(user.results[0])
+                    elif _is_elementwise(user):
+                        a, b = self.product_uses(user.results[0])
+                    else:
+                        continue
+                    straight, crossed = straight or a, crossed or b
+            found = self.products[value] = (straight, crossed)
+        return found
 
     # -- who reads what, when
 
@@ -353,7 +373,7 @@ class _Planner:
                 self.touch(buffer, start, plan.end[owner])
             self.touch(buffer, start, max(start, self.last_read(value, owner)))
             # A definition inside a loop whose buffer is shared with something outside is covered by that value.
-        for inner in _walk(op):
+        for inner in walk(op):
             if inner.name == "tt.dot":
                 for index in (0, 1):
                     self._pack(inner, index)
@@ -368,13 +388,13 @@ class _Planner:
         self.plan.packs[op, index] = buffer
 
     def _pack(self, dot: Op, index: int) -> None:
-        """A factor that is not already a row-major buffer is copied into one."""
-        value = dot.operands[index]
-        precision = dot.int_attr("inputPrecision", 2)
-        rounds = precision != 2 and value.type.elem == "f32"
-        if not rounds and operand_in_place(value, self.plan) is not None:
-            return
-        self._temporary(dot, index, self.new(value))
+        """A factor that is not already a row-major buffer of the type that is multiplied is copied into one."""
+        value, result = dot.operands[index], dot.results[0]
+        rounds = value.type.elem == "f32" and dot.int_attr("inputPrecision", IEEE) == TF32
+        widens = value_type(value.type.elem) != value_type(result.type.elem)
+        if rounds or widens or operand_in_place(value, self.plan) is None:
+            elem = result.type.elem if widens else value.type.elem
+            self._temporary(dot, index, Buffer(value.name, Type(elem, value.type.shape), natural(value.type)))
 
     def place(self) -> None:
         """First fit, by start of life."""
@@ -404,22 +424,6 @@ def operand_in_place(value: Value, plan: Plan) -> Buffer | None:
         value = op.operands[0]
     buffer = plan.buffers[value]
     return buffer if buffer.order == tuple(order) else None
-
-
-def _walk(op: Op) -> list[Op]:
-    out = [op]
-    for region in op.regions:
-        for block in region.blocks:
-            for inner in block.ops:
-                out.extend(_walk(inner))
-    return out
-
-
-def _has_back_edge(fn: Op) -> bool:
-    labels = {block.label: i for i, block in enumerate(fn.regions[0].blocks)}
-    return any(
-        labels[target] <= i for i, block in enumerate(fn.regions[0].blocks) for target in block.terminator.successors
-    )
 
 
 def make_plan(function: Op) -> Plan:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from effattn.cpu import elementwise
-from effattn.cpu.formats import Unsupported, size_of, splat_literal, value_type
+from effattn.cpu.formats import c_type_of_dot, splat_literal, value_type
 from effattn.cpu.ir import Op, Value
 from effattn.cpu.nest import Expr, Nest, Scope, compute_into, linear
-from effattn.cpu.plan import operand_in_place
+from effattn.cpu.plan import IEEE, TF32, operand_in_place
 
 if TYPE_CHECKING:
     from effattn.cpu.lower import FunctionEmitter
 
-#: tt.InputPrecision
-_TF32, _IEEE = 0, 2
+_DOTS = {"float": "effattn_dot_f32", "double": "effattn_dot_f64", "int32_t": "effattn_dot_i32"}
 
 
 def dot(emitter: FunctionEmitter, op: Op) -> None:
@@ -22,36 +22,22 @@ def dot(emitter: FunctionEmitter, op: Op) -> None:
     result = op.results[0]
     *batch, m, n = result.type.shape
     k = a.type.shape[-1]
-    precision = op.int_attr("inputPrecision", _IEEE)
-    single = a.type.elem == "f32"
-    if single and precision not in (_TF32, _IEEE):
-        raise Unsupported("tt.dot with a precision other than ieee and tf32")
+    kernel = _DOTS[c_type_of_dot(a.type.elem, b.type.elem, result.type.elem)]
     out = emitter.plan.buffers[result]
-    kernel = {"float": "effattn_dot_f32", "double": "effattn_dot_f64", "int32_t": "effattn_dot_i32"}.get(out.c_type)
-    if kernel is None or value_type(a.type.elem) != value_type(b.type.elem):
-        raise Unsupported(f"tt.dot of {a.type.elem} and {b.type.elem} into {result.type.elem}")
-    half = result.type.elem in ("f16", "bf16")
     zero = _is_zero(c)
-    source = emitter.plan.buffers.get(c)
-    if not zero and source is not out:
+    if not zero and emitter.plan.buffers.get(c) is not out:
         compute_into(emitter, out, c, fresh=False)
+    tf32 = a.type.elem == "f32" and op.int_attr("inputPrecision", IEEE) == TF32
     names = []
     for index, factor in enumerate((a, b)):
-        packed = emitter.plan.packs.get((op, index))
-        if packed is None:
+        buffer = emitter.plan.packs.get((op, index))
+        if buffer is None:
             buffer = operand_in_place(factor, emitter.plan)
             assert buffer is not None
         else:
-            buffer = packed
-            wrap = "round_tf32({})" if single and precision == _TF32 else "{}"
-            compute_into(emitter, buffer, factor, fresh=False, wrap=wrap)
-        name = emitter.array(buffer)
-        if buffer.c_type != out.c_type:
-            name = _converted(emitter, buffer, out.c_type, m * k if index == 0 else k * n)
-        names.append(name)
-    count = 1
-    for x in batch:
-        count *= x
+            compute_into(emitter, buffer, factor, fresh=False, wrap="round_tf32({})" if tf32 else "{}")
+        names.append(emitter.array(buffer))
+    count = math.prod(batch)
     target = emitter.array(out)
     if count == 1:
         emitter.line(f"{kernel}({names[0]}, {names[1]}, {target}, {m}, {n}, {k}, {int(zero)});")
@@ -60,15 +46,11 @@ def dot(emitter: FunctionEmitter, op: Op) -> None:
             f"for (long b = 0; b < {count}; b++) {kernel}({names[0]} + b * {m * k}, {names[1]} + b * {k * n}, "
             f"{target} + b * {m * n}, {m}, {n}, {k}, {int(zero)});"
         )
-    if half:
+    if result.type.elem in ("f16", "bf16"):
         total = count * m * n
         emitter.line(
             f"INDEPENDENT for (long i = 0; i < {total}; i++) {target}[i] = round_{result.type.elem}({target}[i]);"
         )
-
-
-def _converted(emitter: FunctionEmitter, buffer: object, c_type: str, count: int) -> str:
-    raise Unsupported("tt.dot of operands narrower than its accumulator, other than fp16, bf16 and fp32")
 
 
 def _is_zero(value: Value) -> bool:
@@ -117,8 +99,8 @@ def reduce(emitter: FunctionEmitter, op: Op) -> None:
     elem = source.type.elem
     name = _single_combine(op)
     row = f"{_ROWS[name]}_{value_type(elem)}" if name in _ROWS else ""
-    kept = emitter.plan.buffers.get(source)
-    along_rows = kept is None or kept.order[-1] == axis or source.type.shape[kept.order[-1]] == 1
+    # The order of a sum is part of its meaning: it may depend on the operation's type, never on how the plan keeps it.
+    along_rows = all(n == 1 for n in source.type.shape[axis + 1 :])
     if row in _HELPERS and elem in ("f32", "f64") and along_rows:
         _reduce_rows(emitter, op, axis, row)
     else:
@@ -204,9 +186,7 @@ def combine_lines(emitter: FunctionEmitter, nest: Nest, op: Op, left: list[str],
         if inner.name == "arith.constant":
             names[inner.results[0]] = splat_literal(inner.attrs["value"], inner.results[0].type) or "0"
             continue
-        rule = elementwise.RULES.get(inner.name)
-        if rule is None:
-            raise Unsupported(f"{inner.name} inside the combine region of {op.name}")
+        rule = elementwise.RULES[inner.name]
         args = [names[x] if x in names else emitter.scalar(x) for x in inner.operands]
         name = nest.name(inner.results[0].name)
         lines.append(f"const {value_type(inner.results[0].type.elem)} {name} = {rule(inner, args)};")
@@ -240,6 +220,3 @@ def scan(emitter: FunctionEmitter, op: Op) -> None:
     emitter.open("")
     nest.emit([*declare, *nest.loop(axis, inner, statements, independent=False)])
     emitter.close()
-
-
-__all__ = ["combine_lines", "dot", "reduce", "scan", "size_of"]

@@ -1,0 +1,90 @@
+"""What this backend runs, checked before anything is generated, so that a refusal names the operation's own line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+
+from effattn.cpu import elementwise
+from effattn.cpu.formats import Unsupported, c_type_of_dot, splat_literal, value_type
+from effattn.cpu.ir import Op, walk
+from effattn.cpu.plan import IEEE, TF32
+from effattn.errors import RequestError
+
+
+class UnsupportedKernel(RequestError):
+    """A kernel uses an operation or a type that the CPU backend does not offer."""
+
+    def __init__(self, kernel: str, where: object, what: str) -> None:
+        super().__init__(f"kernel {kernel}, {where}: {what} is not supported by the CPU backend")
+
+
+def check(function: Op, handled: Container[str]) -> None:
+    """Raise UnsupportedKernel for the first operation of a function that cannot be run.
+
+    `handled`: names of the operations that are neither elementwise nor views.
+    """
+    for op in walk(function):
+        try:
+            _check(op, handled)
+        except Unsupported as error:
+            raise UnsupportedKernel(kernel_name(function), op.loc, str(error)) from error
+
+
+def kernel_name(function: Op) -> str:
+    return function.attrs["sym_name"].strip('"')
+
+
+def _check(op: Op, handled: Container[str]) -> None:
+    name = op.name
+    known = name in elementwise.RULES or name in elementwise.VIEWS or name in handled
+    if not known and name not in ("tt.func", "arith.constant", "tt.reduce.return", "tt.scan.return"):
+        raise Unsupported(f"the operation {name}")
+    for value in (*op.operands, *op.results, *(a for r in op.regions for b in r.blocks for a in b.args)):
+        value_type(value.type.elem)
+    if name in elementwise.RULES:
+        elementwise.RULES[name](op, ["0"] * len(op.operands))
+    special = _CHECKS.get(name)
+    if special is not None:
+        special(op)
+
+
+def _function(op: Op) -> None:
+    blocks = op.regions[0].blocks
+    labels = {block.label: i for i, block in enumerate(blocks)}
+    for i, block in enumerate(blocks):
+        # Lifetimes follow the order of the text.
+        if any(labels[target] <= i for target in block.terminator.successors):
+            raise Unsupported("a loop made of branches")
+
+
+def _constant(op: Op) -> None:
+    splat_literal(op.attrs["value"], op.results[0].type)
+
+
+def _dot(op: Op) -> None:
+    a, b, _ = op.operands
+    precision = op.int_attr("inputPrecision", IEEE)
+    if a.type.elem == "f32" and precision not in (TF32, IEEE):
+        raise Unsupported("tt.dot with a precision other than ieee and tf32")
+    c_type_of_dot(a.type.elem, b.type.elem, op.results[0].type.elem)
+
+
+def _combine(op: Op) -> None:
+    for inner in op.body.ops[:-1]:
+        if inner.name not in elementwise.RULES and inner.name != "arith.constant":
+            raise Unsupported(f"{inner.name} inside the combine region of {op.name}")
+
+
+def _return(op: Op) -> None:
+    if op.operands:
+        raise Unsupported("a function that returns values")
+
+
+_CHECKS: dict[str, Callable[[Op], None]] = {
+    "tt.func": _function,
+    "arith.constant": _constant,
+    "tt.dot": _dot,
+    "tt.reduce": _combine,
+    "tt.scan": _combine,
+    "tt.return": _return,
+}
