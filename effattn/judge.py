@@ -185,7 +185,8 @@ def judge(case: Case, method: Method, *, device: str = "cpu") -> Verdict:
     """Run the method on the case and judge what it gives.
 
     Never raises for what the method does, except KeyboardInterrupt. RequestError where the request itself is wrong: a
-    device that is not there, numerics that contradict themselves.
+    device that is not there, numerics that contradict themselves, no C compiler, a kernel with an operation that the CPU
+    backend does not offer.
     """
     seconds: dict[str, float] = {}
     reason = method.unsupported(case)
@@ -204,6 +205,9 @@ def judge(case: Case, method: Method, *, device: str = "cpu") -> Verdict:
         return _short(case, method, Outcome.NOT_SUPPORTED, message, seconds)
     except WrongReturn as error:
         return _short(case, method, Outcome.WRONG_SHAPE, str(error), seconds)
+    except RequestError:
+        # Not what the method does: no C compiler, an operation that the CPU backend does not offer.
+        raise
     except (Exception, SystemExit) as error:
         return _short(case, method, Outcome.CRASHED, _crash(error), seconds)
     changed = _changed(inputs, kept)

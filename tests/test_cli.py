@@ -70,6 +70,9 @@ def interrupts(q, k, v, *, causal=False, scale=None):
     return right(q, k, v, causal=causal, scale=scale)
 """
 
+#: The command line in a process of its own.
+MAIN = "import sys; from effattn.cli import main; sys.exit(main())"
+
 CASE = '{"schema":1,"heads":2,"q_len":20,"kv_len":33,"head_dim":16,"dtype":"fp16"}'
 
 
@@ -284,7 +287,7 @@ def test_folder_of_somebody_else_is_never_overwritten(
 def test_missing_compiler_is_named(methods_file: Path) -> None:
     # In a process of its own: this one has compiled kernels.
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; from effattn.cli import main; sys.exit(main())", "gate", "flash"],
+        [sys.executable, "-c", MAIN, "gate", "flash"],
         capture_output=True, text=True, check=False,
         env={**os.environ, "CC": "/nowhere/cc", "TRITON_CACHE_DIR": str(methods_file.parent / "cache")},
     )  # fmt: skip
@@ -292,6 +295,36 @@ def test_missing_compiler_is_named(methods_file: Path) -> None:
     assert "/nowhere/cc" in done.stderr
     assert "Traceback" not in done.stderr
     assert not Path("effattn-runs").exists()
+
+
+TRITON_WITH_ASSEMBLY = """
+import torch, triton
+import triton.language as tl
+
+
+@triton.jit
+def _kernel(x, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    value = tl.load(x + i, mask=i < n)
+    value = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=tl.float32, is_pure=True, pack=1)
+    tl.store(x + i, value, mask=i < n)
+
+
+def attention(q, k, v, *, causal=False, scale=None):
+    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float32)
+    _kernel[(1,)](out, 1, BLOCK=16)
+    return out.to(q.dtype)
+"""
+
+
+def test_operation_that_the_backend_does_not_offer_is_named(
+    effattn_command: Command, methods_file: Path
+) -> None:
+    Path("assembly.py").write_text(TRITON_WITH_ASSEMBLY)
+    message = refused(effattn_command, "gate", "assembly.py:attention", "--dtype", "fp32", "--out", "run")
+    assert "inline" in message
+    assert "_kernel" in message
+    assert "line 10" in message or "assembly.py:10" in message
 
 
 # The method's fault: exit code 1
@@ -404,7 +437,7 @@ def test_replay_of_an_unsupported_case_is_no_pass(effattn_command: Command, meth
 
 def test_piped_output_is_plain_and_has_no_progress_bar(methods_file: Path) -> None:
     done = python(
-        "import sys; from effattn.cli import main; sys.exit(main())",
+        MAIN,
         "gate", "mine.py:right", "--dtype", "fp32", "--out", "run",
         TERM="xterm-256color",
     )  # fmt: skip
@@ -422,8 +455,7 @@ def test_piped_output_is_plain_and_has_no_progress_bar(methods_file: Path) -> No
 def test_terminal_has_progress_and_lines_that_fit(methods_file: Path, columns: int) -> None:
     main, side = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from effattn.cli import main; sys.exit(main())"]
-        + ["gate", "mine.py:right", "--dtype", "fp32", "--out", "run"],
+        [sys.executable, "-c", MAIN, "gate", "mine.py:right", "--dtype", "fp32", "--out", "run"],
         stdin=side, stdout=side, stderr=side,
         env={**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "40"},
     )  # fmt: skip
@@ -452,9 +484,8 @@ def test_terminal_has_progress_and_lines_that_fit(methods_file: Path, columns: i
 
 
 def test_reader_that_goes_away_is_no_error() -> None:
-    code = "import sys; from effattn.cli import main; sys.exit(main())"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "values"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", MAIN, "values"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stderr is not None

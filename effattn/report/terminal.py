@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -31,7 +32,7 @@ ACCURACY_COLUMNS = ("error/bound", "z rms", "z max", "bit-equal", "ulp p50/p99/m
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Called where rich has caught a broken pipe: hand it on, instead of exiting with 1."""
-        raise  # noqa: PLE0704
+        raise
 
 
 def console(*, stderr: bool = False, width: int | None = None) -> Console:
@@ -56,11 +57,20 @@ def print_result(out: Console, result: Result, *, by_values: bool = False) -> No
 def print_rows(out: Console, rows: Sequence[Row], labels: Sequence[str]) -> None:
     """The rows as one table, or as two below each other where the terminal is narrow."""
     whole = _table(labels, (*VERDICT_COLUMNS[:-1], *ACCURACY_COLUMNS, VERDICT_COLUMNS[-1]), rows)
-    if out.measure(whole).maximum <= out.width:
+    if _fits(out, whole):
         _print_table(out, whole)
         return
     for columns in (VERDICT_COLUMNS, ACCURACY_COLUMNS):
-        _print_table(out, _table(labels, columns, rows))
+        table = _table(labels, columns, rows)
+        if not _fits(out, table):
+            # Very narrow: headers and cells on several lines, at their blanks.
+            table = _table(labels, columns, rows, wrap=True)
+        _print_table(out, table)
+
+
+def _fits(out: Console, table: Table) -> bool:
+    # `Console.measure` would never say more than the console's width.
+    return Measurement.get(out, out.options.update(max_width=PIPED_WIDTH), table).maximum <= out.width
 
 
 def _print_table(out: Console, table: Table) -> None:
@@ -164,18 +174,17 @@ def _exactly(x: float | None) -> str:
     return text.MISSING if x is None else repr(x)
 
 
-def _plain_table(*columns: str) -> Table:
-    # Cells are not wrapped: a number that is cut or broken is worse than a line that is too long.
+def _plain_table(*columns: str, wrap: bool = False) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0)
     )
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=not wrap, overflow="fold")
     return table
 
 
-def _table(labels: Sequence[str], columns: Sequence[str], rows: Sequence[Row]) -> Table:
-    table = _plain_table(*labels, *columns)
+def _table(labels: Sequence[str], columns: Sequence[str], rows: Sequence[Row], *, wrap: bool = False) -> Table:
+    table = _plain_table(*labels, *columns, wrap=wrap)
     for row in rows:
         style = "red" if row.failed else "yellow" if row.judged == 0 else None
         table.add_row(
