@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,23 @@ class Method(ABC):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.spec}>"
+
+
+@contextmanager
+def triton_on(device: torch.device) -> Iterator[None]:
+    """Run Triton kernels inside on the kind of device that the tensors are on.
+
+    Without a GPU there is nothing to choose. With one, Triton would be given tensors in host memory.
+    """
+    import torch
+
+    if device.type != "cpu" or not torch.cuda.is_available():
+        yield
+        return
+    from effattn import cpu
+
+    with cpu.active():
+        yield
 
 
 def as_output(result: Any) -> Output:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from effattn.methods.base import Method, Output
+from effattn.methods.base import Method, Output, triton_on
 
 if TYPE_CHECKING:
     from effattn.case import Case, Inputs
@@ -32,12 +32,13 @@ class Flash(Method):
     def __call__(self, case: Case, inputs: Inputs) -> Output:
         from effattn.kernels.flash_attention import flash_attention_forward
 
-        out, lse = flash_attention_forward(
-            inputs.q,
-            inputs.k,
-            inputs.v,
-            causal=case.causal != "none",
-            scale=case.softmax_scale,
-            causal_alignment=case.causal if case.causal != "none" else "bottom-right",
-        )
+        with triton_on(inputs.q.device):
+            out, lse = flash_attention_forward(
+                inputs.q,
+                inputs.k,
+                inputs.v,
+                causal=case.causal != "none",
+                scale=case.softmax_scale,
+                causal_alignment=case.causal if case.causal != "none" else "bottom-right",
+            )
         return Output(out, lse)

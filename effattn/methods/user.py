@@ -16,7 +16,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from effattn.errors import RequestError
-from effattn.methods.base import Method, Output, as_output, kind
+from effattn.methods.base import Method, Output, as_output, kind, triton_on
 from effattn.methods.declare import declaration
 from effattn.methods.load import load_function
 
@@ -111,7 +111,8 @@ class UserFunction(Method):
             "causal_alignment": case.causal if case.causal != "none" else DEFAULT_ALIGNMENT,
         }
         keywords = {name: value for name, value in offered.items() if name in self.keywords}
-        return as_output(self.function(inputs.q, inputs.k, inputs.v, **keywords))
+        with triton_on(inputs.q.device):
+            return as_output(self.function(inputs.q, inputs.k, inputs.v, **keywords))
 
 
 def load(spec: str) -> UserFunction:
