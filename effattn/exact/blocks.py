@@ -119,7 +119,7 @@ class Rows:
             yield Tile(self._pairs(self._k, keys), self._pairs(self._v, keys), hidden, keys)
 
     def _pairs(self, x: torch.Tensor, keys: slice) -> torch.Tensor:
-        x = _cut(x, self._batch, self._kv_heads, keys).to(torch.float64)
+        x = _cut(x, self._batch, self._kv_heads, keys).double()
         return x.reshape(-1, x.shape[2], x.shape[3])
 
     def read(self, source: torch.Tensor) -> torch.Tensor:
@@ -210,7 +210,7 @@ def _row_blocks(
             for i in range(empty, q_len, rows):
                 queries = slice(i, min(i + rows, q_len))
                 heads_of = slice(in_heads.start * group, in_heads.stop * group)
-                part = _cut(q, in_batch, heads_of, queries).to(torch.float64)
+                part = _cut(q, in_batch, heads_of, queries).double()
                 stacked = part.reshape(-1, group * part.shape[2], part.shape[3])
                 yield Rows(
                     q=stacked,
