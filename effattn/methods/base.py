@@ -87,7 +87,9 @@ def as_output(result: Any) -> Output:
         out, lse = result.out, result.lse
     elif isinstance(result, torch.Tensor):
         out, lse = result, None
-    elif isinstance(result, tuple) and not _has_out(result):
+    elif _has_out(result):
+        out, lse = result.out, getattr(result, "lse", None)
+    elif isinstance(result, tuple):
         if len(result) != 2:
             raise WrongReturn(f"it returned {kind(result)}; {expected}")
         out, lse = result
@@ -98,8 +100,6 @@ def as_output(result: Any) -> Output:
                 f"it returned {kind(result)} with {names}; {expected}, or the keys 'out' and 'lse'"
             )
         out, lse = result["out"], result.get("lse")
-    elif _has_out(result):
-        out, lse = result.out, getattr(result, "lse", None)
     else:
         raise WrongReturn(f"it returned {kind(result)}; {expected}")
     if not isinstance(out, torch.Tensor):
