@@ -75,6 +75,8 @@ def _minmax_float(name: str) -> Rule:
 def _minmax_int(symbol: str, unsigned: bool) -> Rule:
     def rule(op: Op, a: list[str]) -> str:
         cast = f"({_UNSIGNED[_carrier(op)]})" if unsigned else ""
+        if _result(op) == "i1" and not unsigned:
+            cast = "-"  # a signed i1 is 0 or -1
         return f"({cast}{a[0]} {symbol} {cast}{a[1]} ? {a[0]} : {a[1]})"
 
     return rule
@@ -113,8 +115,10 @@ def _trunci(op: Op, a: list[str]) -> str:
 def _float_from_int(op: Op, expr: str) -> str:
     elem = _result(op)
     if elem in ("f16", "bf16"):
-        # Through double: exact up to 53 bits, so the type's own rounding is the only one.
-        return f"f64_to_{elem}((double){expr})"
+        # Through double, exactly or rounded to odd, so that the type's own rounding is the only one.
+        bits = op.operands[0].type.bits
+        wide = f"(double){expr}" if bits < 64 else f"{'i' if op.name == 'arith.sitofp' else 'u'}64_odd({expr})"
+        return f"f64_to_{elem}({wide})"
     return f"({_carrier(op)}){expr}"
 
 
@@ -206,8 +210,7 @@ def _fma(op: Op, a: list[str]) -> str:
         return f"__builtin_fmaf({', '.join(a)})"
     if elem == "f64":
         return f"__builtin_fma({', '.join(a)})"
-    # The product of two such numbers is exact in double.
-    return f"f64_to_{elem}((double){a[0]} * {a[1]} + {a[2]})"
+    return f"f64_to_{elem}(fma_odd({', '.join(a)}))"
 
 
 def _clampf(op: Op, a: list[str]) -> str:

@@ -5,12 +5,13 @@ The C keeps the names of the kernel's source and notes the source line before ea
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from effattn.cpu import elementwise, memory, tile
+from effattn.cpu import elementwise, induction, memory, tile
 from effattn.cpu.formats import Unsupported, rounded, splat_literal, value_type
 from effattn.cpu.ir import Block, Module, Op, Value, generic_text, parse
 from effattn.cpu.nest import Nest, compute_into
@@ -19,13 +20,21 @@ from effattn.cpu.support import UnsupportedKernel, check, kernel_name
 from effattn.errors import RequestError
 
 
-_RESERVED = frozenset(
+_KEYWORDS = frozenset(
     """auto break case char const continue default do double else enum extern float for goto if inline int long
     register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while asm
-    typeof VL MR vf vd vi vf4 FMA ADD MUL AND OR XOR MAXI MINI MULADD INLINE EXPORT UNROLL INDEPENDENT args arena
-    exp exp2 log log2 sin cos erf tanh fmod logf log2f sinf cosf erff tanhf fmodf count head unix linux""".split()
+    typeof args arena count head unix linux""".split()
 )
-_PRELUDE_NAMES = re.compile(r"(i\d+|pid_[xyz]|grid_[xyz])$")
+#: what the emitter itself names, and what macros of the prelude define for each C type
+_OWN_NAMES = re.compile(r"(i\d+|pid_[xyz]|grid_[xyz]|(.*_)?(float|double|u?int\d+_t|b?f\d+|[iu]\d+))$")
+
+
+@functools.cache
+def _prelude() -> tuple[str, frozenset[str]]:
+    """The text that every C file starts with, and the functions, macros and types that it defines."""
+    text = Path(__file__).with_name("prelude.h").read_text()
+    names = re.findall(r"#define (\w+)|\b(\w+)\(|typedef [^;]*?\b(\w+)(?: __attribute__[^;]*)?;", text)
+    return text, _KEYWORDS.union(*names)
 
 
 class FunctionEmitter:
@@ -73,7 +82,7 @@ class FunctionEmitter:
         name = re.sub(r"\W", "_", hint)
         if not name or name[0].isdigit():
             name = f"v{name}"
-        if name in _RESERVED or _PRELUDE_NAMES.match(name):
+        if name in _prelude()[1] or _OWN_NAMES.match(name):
             name += "_"
         return name
 
@@ -377,6 +386,7 @@ def kernel_source(module: Module, name: str) -> tuple[str, Plan]:
     """The C file of one kernel, and its plan."""
     function = module.function(name)
     check(function, _HANDLERS)
+    induction.rewrite(function)
     plan = make_plan(function)
     e = FunctionEmitter(function, plan)
     entry = function.regions[0].blocks[0]
@@ -405,10 +415,9 @@ def kernel_source(module: Module, name: str) -> tuple[str, Plan]:
     ]
     hoisted = ["    " + x for x in e.hoisted]
     safe = re.sub(r"[^\w.]", "_", name)
-    prelude = Path(__file__).with_name("prelude.h").read_text()
     source = "\n".join(
         [
-            prelude,
+            _prelude()[0],
             f"/* ---- kernel {safe} ---- */",
             *e.statics,
             "EXPORT void effattn_kernel(const int64_t *args, int32_t pid_x, int32_t pid_y, int32_t pid_z,",

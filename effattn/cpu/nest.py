@@ -67,7 +67,8 @@ class Nest:
     def name(self, hint: str) -> str:
         base = self.emitter.local(hint)
         name, k = base, 1
-        while name in self.used:
+        # A constant in a loop must not hide a scalar or an array that an expression in the loop names.
+        while name in self.used or name in self.emitter.taken:
             k += 1
             name = f"{base}_{k}"
         self.used.add(name)

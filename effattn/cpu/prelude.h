@@ -79,6 +79,23 @@ INLINE float f64_to_bf16(double x) {
     return round_bf16(f);
 }
 
+/* Integers too long for a double, rounded to odd: a later rounding to fewer bits comes out right. */
+INLINE double u64_odd(uint64_t a) {
+    uint64_t odd = (a | ((a & 0x7ffu) ? 0x800u : 0u)) & ~(uint64_t)0x7ffu;
+    return (double)(a >> 53 ? odd : a);
+}
+INLINE double i64_odd(int64_t a) { return a < 0 ? -u64_odd(0 - (uint64_t)a) : u64_odd((uint64_t)a); }
+
+/* a * b + c of 16-bit floats, rounded to odd: the product is exact in double, and the error of the sum is known
+   (Knuth's two-sum). */
+INLINE double fma_odd(float a, float b, float c) {
+    double p = (double)a * b, s = p + c, t = s - p;
+    double e = (p - (s - t)) + (c - t);
+    uint64_t u = bits64_of(s);
+    uint64_t nearer = (e > 0) == (s > 0) ? u + 1 : u - 1;
+    return (e < 0) | (e > 0) && !(u & 1u) ? f64_of(nearer) : s;
+}
+
 /* tf32: 10 fraction bits, to nearest, ties away from zero, as cvt.rna.tf32 does. */
 INLINE float round_tf32(float x) {
     uint32_t u = bits_of(x);
@@ -105,8 +122,6 @@ INLINE int fits_i8(int64_t x) { return x == (int8_t)x; }
 INLINE int fits_i16(int64_t x) { return x == (int16_t)x; }
 INLINE int fits_i32(int64_t x) { return x == (int32_t)x; }
 
-INLINE int64_t ceildiv_i64(int64_t a, int64_t b) { return a / b + (a % b > 0); }
-
 /* Float to integer: toward zero, saturating, NaN to 0, as PTX's cvt.rzi does. */
 #define DEFINE_FPTOSI(N, T, LO, HI)                                                                               \
     INLINE T fptosi_##N(double x) { return x != x ? (T)0 : (x <= (double)(LO) ? (T)(LO) : (x >= (double)(HI) ? (T)(HI) : (T)x)); }
@@ -121,14 +136,15 @@ DEFINE_FPTOSI(u64, uint64_t, 0, UINT64_MAX)
 
 /* ------------------------------------------------------------------------------- maximum and minimum */
 
-/* maxnum, minnum: a NaN loses. maximum, minimum: a NaN wins. */
-#define DEFINE_MINMAX(T)                                                                                          \
+/* maxnum, minnum: a NaN loses, and which of two zeros is returned is left open. maximum, minimum: a NaN wins, and -0
+   is less than +0. Equal numbers have equal bits unless they are zeros. */
+#define DEFINE_MINMAX(T, OF, BITS)                                                                                \
     INLINE T maxnum_##T(T a, T b) { return (a > b) | (b != b) ? a : b; }                                          \
     INLINE T minnum_##T(T a, T b) { return (a < b) | (b != b) ? a : b; }                                          \
-    INLINE T maximum_##T(T a, T b) { return (a > b) | (a != a) ? a : b; }                                         \
-    INLINE T minimum_##T(T a, T b) { return (a < b) | (a != a) ? a : b; }
-DEFINE_MINMAX(float)
-DEFINE_MINMAX(double)
+    INLINE T maximum_##T(T a, T b) { return a == b ? OF(BITS(a) & BITS(b)) : ((a > b) | (a != a) ? a : b); }      \
+    INLINE T minimum_##T(T a, T b) { return a == b ? OF(BITS(a) | BITS(b)) : ((a < b) | (a != a) ? a : b); }
+DEFINE_MINMAX(float, f32_of, bits_of)
+DEFINE_MINMAX(double, f64_of, bits64_of)
 
 /* ------------------------------------------------------------------------------- elementary functions */
 
@@ -215,7 +231,13 @@ typedef short v8hi __attribute__((vector_size(16), aligned(2), may_alias));
 typedef float v8sf __attribute__((vector_size(32), aligned(4), may_alias));
 INLINE void load_row_f16(float *to, const uint16_t *from, long n) {
     long j = 0;
-    for (; j + 8 <= n; j += 8) *(v8sf *)(to + j) = __builtin_ia32_vcvtph2ps256(*(const v8hi *)(from + j));
+    for (; j + 8 <= n; j += 8) {
+        v8sf x = __builtin_ia32_vcvtph2ps256(*(const v8hi *)(from + j));
+        *(v8sf *)(to + j) = x;
+        /* The instruction makes signalling NaNs quiet; a copy must not. */
+        if (__builtin_expect(__builtin_ia32_movmskps256(__builtin_ia32_cmpps256(x, x, 3)), 0))
+            for (long l = j; l < j + 8; l++) to[l] = f16_load(from[l]);
+    }
     for (; j < n; j++) to[j] = f16_load(from[j]);
 }
 INLINE void round_row_f16(float *x, long n) {

@@ -1,0 +1,654 @@
+"""Conversions, arithmetic and functions of the CPU backend, bit for bit against references that share no code with it.
+
+Numbers of 16 bits are rounded by looking for the nearest in the table of all their codes; integers are Python's; fused
+operations are fractions. Any NaN equals any NaN, except where a value is only moved.
+"""
+
+from __future__ import annotations
+
+import functools
+from fractions import Fraction
+from typing import Any
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+FLOAT = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
+SIGNED = {f"i{b}": getattr(torch, f"int{b}") for b in (8, 16, 32, 64)}
+UNSIGNED = {f"u{b}": getattr(torch, f"uint{b}") for b in (8, 16, 32, 64)}
+ALL = {**FLOAT, **SIGNED, **UNSIGNED}
+#: significant bits, exponent of the smallest subnormal, exponent beyond the largest number
+FORMAT = {"f16": (11, -24, 16), "bf16": (8, -133, 128), "f32": (24, -149, 128), "f64": (53, -1074, 1024)}
+
+
+def bits_of(name: str) -> int:
+    return 16 if name == "bf16" else int(name[1:])
+
+
+# ---------------------------------------------------------------------------------------------- references
+
+
+def from_codes(name: str, codes: Any) -> torch.Tensor:
+    """A tensor whose elements have these bits."""
+    bits = bits_of(name)
+    raw = np.asarray(codes, dtype=np.uint64).astype(f"uint{bits}").view(f"int{bits}")
+    return torch.from_numpy(raw.copy()).view(ALL[name])
+
+
+def codes_of(x: torch.Tensor) -> np.ndarray:
+    size = x.element_size()
+    return x.contiguous().view(getattr(torch, f"int{8 * size}")).numpy().view(f"uint{8 * size}")
+
+
+@functools.cache
+def table(name: str) -> np.ndarray:
+    """All non-negative numbers of a format of 16 bits in order, and the next power of two for infinity."""
+    finite = from_codes(name, np.arange(0x8000)).double().numpy()
+    finite = finite[np.isfinite(finite)]
+    return np.append(finite, 2.0 ** FORMAT[name][2])
+
+
+def nearest(name: str, x: np.ndarray) -> np.ndarray:
+    """Codes of float64 numbers rounded to a format of 16 bits: to nearest, ties to the even code."""
+    values = table(name)
+    a = np.abs(x)
+    high = np.clip(np.searchsorted(values, a), 1, len(values) - 1)
+    low = high - 1
+    middle = (values[low] + values[high]) / 2
+    code = np.where(a < middle, low, np.where(a > middle, high, low + (low & 1)))
+    code = np.where(a >= values[-1], len(values) - 1, code)
+    code = np.where(np.isnan(x), len(values), code)
+    return (code | np.where(np.signbit(x), 0x8000, 0)).astype(np.uint16)
+
+
+def rounded_fraction(name: str, x: Fraction) -> float:
+    """A fraction rounded once to a format, to nearest even."""
+    bits, least, beyond = FORMAT[name]
+    if x == 0:
+        return 0.0
+    e = abs(x).numerator.bit_length() - abs(x).denominator.bit_length()
+    if abs(x) < Fraction(2) ** e:
+        e -= 1
+    unit = Fraction(2) ** max(e - bits + 1, least)
+    n = round(x / unit)  # ties to even
+    value = n * unit
+    if abs(value) >= Fraction(2) ** beyond:
+        return float("inf") if value > 0 else float("-inf")
+    return float(value)
+
+
+def wrap(n: int, name: str) -> int:
+    bits = bits_of(name)
+    n &= (1 << bits) - 1
+    return n - (1 << bits) if name[0] == "i" and n >> (bits - 1) else n
+
+
+def limits(name: str) -> tuple[int, int]:
+    bits = bits_of(name)
+    return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if name[0] == "i" else (0, (1 << bits) - 1)
+
+
+def to_int(name: str, x: np.ndarray) -> np.ndarray:
+    """Codes: toward zero; saturating; NaN to 0."""
+    low, high = limits(name)
+    y = np.trunc(np.where(np.isnan(x), 0.0, x))
+    over, under = y >= float(high + 1), y < float(low)
+    inside = np.where(over | under, 0.0, y)
+    codes = inside.astype(np.uint64) if name == "u64" else inside.astype(np.int64).astype(np.uint64)
+    mask = (1 << bits_of(name)) - 1
+    codes = np.where(over, np.uint64(high), np.where(under, np.uint64(low & mask), codes & np.uint64(mask)))
+    return codes.astype(f"uint{bits_of(name)}")
+
+
+def expect_codes(got: torch.Tensor, want: Any, *, what: str, zero_sign: bool = True) -> None:
+    """`want`: codes, or float64 numbers that the dtype of `got` holds."""
+    name = next(k for k, v in ALL.items() if v == got.dtype)
+    have = codes_of(got)
+    if isinstance(want, np.ndarray) and want.dtype.kind == "f":
+        want_codes = codes_of(torch.from_numpy(want.astype(np.float64)).to(got.dtype))
+        assert name in FLOAT
+    elif isinstance(want, np.ndarray):
+        want_codes = want
+    else:
+        want_codes = np.asarray([int(w) & ((1 << bits_of(name)) - 1) for w in want], dtype=f"uint{bits_of(name)}")
+    same = have == want_codes
+    if name in FLOAT:
+        a, b = got.double().numpy(), from_codes(name, want_codes).double().numpy()
+        same |= np.isnan(a) & np.isnan(b)
+        if not zero_sign:
+            same |= (a == 0) & (b == 0)
+    assert same.all(), (
+        f"{what}: {int((~same).sum())} of {same.size} wrong, first at {int(np.flatnonzero(~same)[0])}: "
+        f"got {have[~same][0]:#x}, expected {want_codes[~same][0]:#x}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- values
+
+
+def special_codes(name: str) -> list[int]:
+    bits = bits_of(name)
+    if name not in FLOAT:
+        low, high = limits(name)
+        near = [0, 1, 2, 3, 5, 7, 8, 15, 16, 31, 32, 33, 63, 64, 65, low, low + 1, high, high - 1, -1, -2, -3, high // 2]
+        return [n & ((1 << bits) - 1) for n in near]
+    fraction = FORMAT[name][0] - 1
+    sign, inf = 1 << (bits - 1), ((1 << (bits - 1 - fraction)) - 1) << fraction
+    one = (inf >> 1) & ~((1 << fraction) - 1) & ((1 << (bits - 1)) - 1)
+    positive = [0, 1, 2, (1 << fraction) - 1, 1 << fraction, (1 << fraction) + 1, one - 1, one, one + 1, one + (1 << fraction),
+                one + (3 << (fraction - 1)), inf - 1, inf, inf + 1, inf + (1 << (fraction - 1)), inf | ((1 << fraction) - 1)]  # fmt: skip
+    return [c | s for c in positive for s in (0, sign)]
+
+
+def some_codes(name: str, count: int, seed: int) -> np.ndarray:
+    g = np.random.default_rng(seed)
+    bits = bits_of(name)
+    codes = g.integers(0, 1 << bits, count, dtype=np.uint64) if bits < 64 else g.integers(0, 1 << 64, count, dtype=np.uint64)
+    special = np.array(special_codes(name), dtype=np.uint64)
+    pick = g.random(count) < 0.3
+    codes[pick] = special[g.integers(0, len(special), int(pick.sum()))]
+    if name in FLOAT:  # numbers of like size, so that sums cancel and round
+        close = g.random(count) < 0.4
+        values = torch.from_numpy(g.standard_normal(count) * 2.0 ** g.integers(-4, 5, count)).to(FLOAT[name])
+        codes[close] = codes_of(values).astype(np.uint64)[close]
+    elif bits > 8:
+        small = g.random(count) < 0.4
+        codes[small] = (g.integers(-100, 100, count) & ((1 << min(bits, 63)) - 1)).astype(np.uint64)[small]
+    return codes
+
+
+def cross(name: str) -> tuple[np.ndarray, np.ndarray]:
+    s = np.array(special_codes(name), dtype=np.uint64)
+    a, b = np.repeat(s, len(s)), np.tile(s, len(s))
+    return np.concatenate([a, some_codes(name, 4000, 1)]), np.concatenate([b, some_codes(name, 4000, 2)])
+
+
+def pairs(name: str) -> st.SearchStrategy[list[tuple[int, int]]]:
+    code = st.one_of(st.sampled_from(special_codes(name)), st.integers(0, (1 << bits_of(name)) - 1))
+    return st.lists(st.tuples(code, code), min_size=1, max_size=40)
+
+
+# -------------------------------------------------------------------------------------------- conversions
+
+
+@triton.jit
+def convert(x, f64, f32, f16, bf16, i64, i32, i16, i8, u64, u32, u16, u8, i1, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    v = tl.load(x + i, mask=inside)
+    tl.store(f64 + i, v.to(tl.float64), mask=inside)
+    tl.store(f32 + i, v.to(tl.float32), mask=inside)
+    tl.store(f16 + i, v.to(tl.float16), mask=inside)
+    tl.store(bf16 + i, v.to(tl.bfloat16), mask=inside)
+    tl.store(i64 + i, v.to(tl.int64), mask=inside)
+    tl.store(i32 + i, v.to(tl.int32), mask=inside)
+    tl.store(i16 + i, v.to(tl.int16), mask=inside)
+    tl.store(i8 + i, v.to(tl.int8), mask=inside)
+    tl.store(u64 + i, v.to(tl.uint64), mask=inside)
+    tl.store(u32 + i, v.to(tl.uint32), mask=inside)
+    tl.store(u16 + i, v.to(tl.uint16), mask=inside)
+    tl.store(u8 + i, v.to(tl.uint8), mask=inside)
+    tl.store(i1 + i, v.to(tl.int1), mask=inside)
+
+
+TARGETS = ("f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u64", "u32", "u16", "u8")
+
+
+def converted(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    out = {name: torch.zeros(len(x), dtype=ALL[name]) for name in TARGETS}
+    i1 = torch.zeros(len(x), dtype=torch.bool)
+    convert[(triton.cdiv(len(x), 512),)](x, *out.values(), i1, len(x), BLOCK=512)
+    return {**out, "i1": i1}
+
+
+def float_sources(name: str) -> np.ndarray:
+    """Codes: everything for 16 bits; else the rounding boundaries of the narrower formats, and random ones."""
+    if bits_of(name) == 16:
+        return np.arange(1 << 16)
+    found = [np.array(special_codes(name), dtype=np.uint64), some_codes(name, 20000, 5)]
+    edges = []
+    for narrow in ("f16", "bf16"):
+        values = table(narrow)
+        edges.append(np.concatenate([values, (values[1:] + values[:-1]) / 2]))
+    if name == "f64":
+        g = np.random.default_rng(9)
+        singles = from_codes("f32", g.integers(0, 0x7F7FFFFF, 20000)).double().numpy()
+        after = np.nextafter(singles.astype(np.float32), np.float32(np.inf)).astype(np.float64)
+        edges.append((singles + after) / 2)
+        edges.append(np.array([2.0**128 - 2.0**103, 2.0**-150, 2.0**-149 * 1.5]))
+    for power in (7, 8, 15, 16, 31, 32, 63, 64):  # integers end there
+        edges.append(np.array([2.0**power, 2.0**power - 1, 2.0**power + 1, 2.0**power - 0.5]))
+    x = np.concatenate(edges)
+    dtype = np.float32 if name == "f32" else np.float64
+    with np.errstate(over="ignore"):
+        y = x.astype(dtype)
+    around = np.concatenate([y, np.nextafter(y, dtype(0)), np.nextafter(y, dtype(np.inf))])
+    codes = around.view(f"uint{bits_of(name)}").astype(np.uint64)
+    return np.concatenate([*found, codes, codes | np.uint64(1 << (bits_of(name) - 1))])
+
+
+@pytest.mark.parametrize("source", FLOAT)
+def test_conversions_of_floats(source: str) -> None:
+    x = from_codes(source, float_sources(source))
+    out = converted(x)
+    # Every number of every format is one of float64; torch widens exactly.
+    wide = x.double().numpy()
+    with np.errstate(all="ignore"):
+        want: dict[str, Any] = {
+            "f64": wide,
+            "f32": wide.astype(np.float32).view(np.uint32),
+            "f16": nearest("f16", wide),
+            "bf16": nearest("bf16", wide),
+        }
+    for name in TARGETS[4:]:
+        want[name] = to_int(name, wide)
+    for name in TARGETS:
+        expect_codes(out[name], want[name], what=f"{source} to {name}")
+    np.testing.assert_array_equal(out["i1"].numpy(), wide != 0)
+
+
+@pytest.mark.parametrize("name", ["f16", "bf16"])
+def test_a_copy_keeps_every_bit(name: str) -> None:
+    x = from_codes(name, np.arange(1 << 16))
+    np.testing.assert_array_equal(codes_of(converted(x)[name]), np.arange(1 << 16))
+
+
+@pytest.mark.parametrize("source", [*SIGNED, *UNSIGNED])
+def test_conversions_of_integers(source: str) -> None:
+    bits = bits_of(source)
+    codes = np.arange(1 << bits) if bits == 8 else some_codes(source, 3000, 3)
+    near = [2**k + d for k in range(1, bits) for d in (-1, 0, 1)] + [2**k + 2 ** (k - 8) + d for k in range(9, bits - 1) for d in (-1, 0, 1)]
+    codes = np.concatenate([codes, np.array([n & (2**bits - 1) for n in [*near, *[-n for n in near]]], dtype=np.uint64)])
+    x = from_codes(source, codes)
+    numbers = [wrap(int(c), source) for c in codes.tolist()]
+    out = converted(x)
+    for name in TARGETS[:4]:
+        want = np.array([rounded_fraction(name, Fraction(n)) for n in numbers])
+        expect_codes(out[name], want, what=f"{source} to {name}")
+    for name in TARGETS[4:]:
+        expect_codes(out[name], [wrap(n, name) for n in numbers], what=f"{source} to {name}")
+    np.testing.assert_array_equal(out["i1"].numpy(), np.array(numbers, dtype=object) != 0)
+
+
+@triton.jit
+def reinterpret(x, y, z, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(x + i, mask=i < n).to(y.dtype.element_ty, bitcast=True)
+    tl.store(y + i, v, mask=i < n)
+    tl.store(z + i, v.to(z.dtype.element_ty, bitcast=True), mask=i < n)
+
+
+@pytest.mark.parametrize(("name", "other"), [("f16", "i16"), ("bf16", "f16"), ("f32", "i32"), ("f64", "i64")])
+def test_bitcasts_keep_every_bit(name: str, other: str) -> None:
+    codes = np.arange(1 << 16) if bits_of(name) == 16 else some_codes(name, 5000, 4)
+    x = from_codes(name, codes)
+    y, z = torch.zeros(len(x), dtype=ALL[other]), torch.zeros(len(x), dtype=ALL[name])
+    reinterpret[(triton.cdiv(len(x), 512),)](x, y, z, len(x), BLOCK=512)
+    np.testing.assert_array_equal(codes_of(y), codes_of(x))
+    np.testing.assert_array_equal(codes_of(z), codes_of(x))
+
+
+# ----------------------------------------------------------------------------------------------- integers
+
+
+@triton.jit
+def _integer_ops(a, b, o, i, n, inside):
+    kind: tl.constexpr = o.dtype.element_ty
+    tl.store(o + i, a + b, mask=inside)
+    tl.store(o + n + i, a - b, mask=inside)
+    tl.store(o + 2 * n + i, a * b, mask=inside)
+    tl.store(o + 3 * n + i, a // b, mask=inside)
+    tl.store(o + 4 * n + i, a % b, mask=inside)
+    tl.store(o + 5 * n + i, a & b, mask=inside)
+    tl.store(o + 6 * n + i, a | b, mask=inside)
+    tl.store(o + 7 * n + i, a ^ b, mask=inside)
+    tl.store(o + 8 * n + i, a << b, mask=inside)
+    tl.store(o + 9 * n + i, a >> b, mask=inside)
+    tl.store(o + 10 * n + i, tl.maximum(a, b), mask=inside)
+    tl.store(o + 11 * n + i, tl.minimum(a, b), mask=inside)
+    tl.store(o + 12 * n + i, (a < b).to(kind), mask=inside)
+    tl.store(o + 13 * n + i, (a <= b).to(kind), mask=inside)
+    tl.store(o + 14 * n + i, (a > b).to(kind), mask=inside)
+    tl.store(o + 15 * n + i, (a >= b).to(kind), mask=inside)
+    tl.store(o + 16 * n + i, (a == b).to(kind), mask=inside)
+    tl.store(o + 17 * n + i, (a != b).to(kind), mask=inside)
+    tl.store(o + 18 * n + i, tl.where(a < b, a, b + 1), mask=inside)
+    tl.store(o + 19 * n + i, tl.abs(a), mask=inside)
+    tl.store(o + 20 * n + i, ~a, mask=inside)
+    tl.store(o + 21 * n + i, ((a < b) ^ (a == 0)).to(kind) + ((a < b) & (b != 0)).to(kind), mask=inside)
+
+
+@triton.jit
+def integer_tensors(x, y, o, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    _integer_ops(tl.load(x + i, mask=inside), tl.load(y + i, mask=inside), o, i, n, inside)
+
+
+@triton.jit
+def integer_scalars(x, y, o, n):
+    i = tl.program_id(0)
+    _integer_ops(tl.load(x + i), tl.load(y + i), o, i, n, i < n)
+
+
+def _divide(a: int, b: int, name: str) -> int:
+    if b == 0:
+        return -1  # all ones
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
+def _shift(a: int, b: int, name: str, left: bool) -> int:
+    amount = b & ((1 << bits_of(name)) - 1)
+    if amount >= bits_of(name):
+        return 0 if left or a >= 0 else -1
+    return a << amount if left else a >> amount
+
+
+INTEGER_OPS: list[Any] = [
+    lambda a, b, t: a + b,
+    lambda a, b, t: a - b,
+    lambda a, b, t: a * b,
+    _divide,
+    lambda a, b, t: a - b * _divide(a, b, t) if b else a,
+    lambda a, b, t: a & b,
+    lambda a, b, t: a | b,
+    lambda a, b, t: a ^ b,
+    lambda a, b, t: _shift(a, b, t, True),
+    lambda a, b, t: _shift(a, b, t, False),
+    lambda a, b, t: max(a, b),
+    lambda a, b, t: min(a, b),
+    lambda a, b, t: a < b,
+    lambda a, b, t: a <= b,
+    lambda a, b, t: a > b,
+    lambda a, b, t: a >= b,
+    lambda a, b, t: a == b,
+    lambda a, b, t: a != b,
+    lambda a, b, t: a if a < b else b + 1,
+    lambda a, b, t: abs(a),
+    lambda a, b, t: ~a,
+    lambda a, b, t: ((a < b) ^ (a == 0)) + ((a < b) & (b != 0)),
+]
+
+
+def check_integers(name: str, a: Any, b: Any, *, scalars: bool = False) -> None:
+    x, y = from_codes(name, a), from_codes(name, b)
+    n = len(x)
+    out = torch.zeros(len(INTEGER_OPS) * n, dtype=ALL[name])
+    if scalars:
+        integer_scalars[(n,)](x, y, out, n)
+    else:
+        integer_tensors[(triton.cdiv(n, 256),)](x, y, out, n, BLOCK=256)
+    left, right = ([wrap(int(c), name) for c in codes_of(t).tolist()] for t in (x, y))
+    for k, op in enumerate(INTEGER_OPS):
+        want = [wrap(int(op(p, q, name)), name) for p, q in zip(left, right, strict=True)]
+        expect_codes(out[k * n : (k + 1) * n], want, what=f"{name}, operation {k}")
+
+
+@pytest.mark.parametrize("name", [*SIGNED, *UNSIGNED])
+def test_integer_operations(name: str) -> None:
+    check_integers(name, *cross(name))
+
+
+@pytest.mark.parametrize("name", ["i8", "i32", "u32", "i64"])
+def test_integer_operations_on_scalars(name: str) -> None:
+    check_integers(name, *cross(name), scalars=True)
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_integer_operations_drawn(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from([*SIGNED, *UNSIGNED]))
+    drawn = data.draw(pairs(name))
+    check_integers(name, [p for p, _ in drawn], [q for _, q in drawn])
+
+
+@triton.jit
+def high_products(x, y, o, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(o + i, tl.umulhi(tl.load(x + i, mask=i < n), tl.load(y + i, mask=i < n)), mask=i < n)
+
+
+@pytest.mark.parametrize("name", ["u32", "i32", "u64", "i64"])
+def test_high_half_of_products(name: str) -> None:
+    a, b = cross(name)
+    x, y = from_codes(name, a), from_codes(name, b)
+    out = torch.zeros(len(x), dtype=ALL[name])
+    high_products[(triton.cdiv(len(x), 256),)](x, y, out, len(x), BLOCK=256)
+    expect_codes(out, [int(p) * int(q) >> bits_of(name) for p, q in zip(a.tolist(), b.tolist(), strict=True)], what=name)
+
+
+# ------------------------------------------------------------------------------------------------- floats
+
+
+@triton.jit
+def _float_ops(a, b, c, o, i, n, inside):
+    kind: tl.constexpr = o.dtype.element_ty
+    tl.store(o + i, a + b, mask=inside)
+    tl.store(o + n + i, a - b, mask=inside)
+    tl.store(o + 2 * n + i, a * b, mask=inside)
+    tl.store(o + 3 * n + i, a / b, mask=inside)
+    tl.store(o + 4 * n + i, tl.fma(a, b, c), mask=inside)
+    tl.store(o + 5 * n + i, tl.maximum(a, b), mask=inside)
+    tl.store(o + 6 * n + i, tl.minimum(a, b), mask=inside)
+    tl.store(o + 7 * n + i, tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL), mask=inside)
+    tl.store(o + 8 * n + i, tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL), mask=inside)
+    tl.store(o + 9 * n + i, (a < b).to(kind), mask=inside)
+    tl.store(o + 10 * n + i, (a <= b).to(kind), mask=inside)
+    tl.store(o + 11 * n + i, (a > b).to(kind), mask=inside)
+    tl.store(o + 12 * n + i, (a >= b).to(kind), mask=inside)
+    tl.store(o + 13 * n + i, (a == b).to(kind), mask=inside)
+    tl.store(o + 14 * n + i, (a != b).to(kind), mask=inside)
+    tl.store(o + 15 * n + i, tl.where(a < b, a, b), mask=inside)
+    tl.store(o + 16 * n + i, -a, mask=inside)
+    tl.store(o + 17 * n + i, tl.abs(a), mask=inside)
+    tl.store(o + 18 * n + i, (~(a < b)).to(kind) + (not_less(a, b)).to(kind), mask=inside)
+    if kind == tl.float32 or kind == tl.float64:
+        tl.store(o + 19 * n + i, tl.sqrt(a), mask=inside)
+        tl.store(o + 20 * n + i, tl.floor(a), mask=inside)
+        tl.store(o + 21 * n + i, tl.ceil(a), mask=inside)
+        tl.store(o + 22 * n + i, a % b, mask=inside)
+        tl.store(o + 23 * n + i, a * b + c, mask=inside)  # not fused
+    if kind == tl.float32:
+        tl.store(o + 24 * n + i, tl.div_rn(a, b), mask=inside)
+        tl.store(o + 25 * n + i, tl.sqrt_rn(a), mask=inside)
+        tl.store(o + 26 * n + i, tl.clamp(a, -1.0, 2.0), mask=inside)
+        tl.store(o + 27 * n + i, tl.clamp(a, -1.0, 2.0, propagate_nan=tl.PropagateNan.ALL), mask=inside)
+        tl.store(o + 28 * n + i, tl.rsqrt(a), mask=inside)
+
+
+@triton.jit
+def not_less(a, b):
+    return (a < b) == 0
+
+
+@triton.jit
+def float_tensors(x, y, z, o, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    a, b, c = tl.load(x + i, mask=inside), tl.load(y + i, mask=inside), tl.load(z + i, mask=inside)
+    _float_ops(a, b, c, o, i, n, inside)
+
+
+@triton.jit
+def float_scalars(x, y, z, o, n):
+    i = tl.program_id(0)
+    _float_ops(tl.load(x + i), tl.load(y + i), tl.load(z + i), o, i, n, i < n)
+
+
+def exact_fma(name: str, a: float, b: float, c: float) -> float:
+    if not all(map(np.isfinite, (a, b, c))):
+        return float(np.float64(a) * np.float64(b) + np.float64(c)) if np.isfinite(a) and np.isfinite(b) else a * b + c
+    exact = Fraction(a) * Fraction(b) + Fraction(c)
+    if exact == 0:
+        return (a * b if a == 0 or b == 0 else np.copysign(0.0, a) * np.copysign(1.0, b)) + c if a * b == 0 and c == 0 else 0.0
+    value = rounded_fraction(name, exact)
+    return value if value else float(np.copysign(0.0, float(exact > 0) - 0.5))
+
+
+def float_references(name: str, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> dict[int, Any]:
+    """Codes or numbers by operation; float64 in, each operation rounded once."""
+    kind = np.float64 if name == "f64" else np.float32
+
+    def once(x: np.ndarray) -> Any:
+        return nearest(name, x) if bits_of(name) == 16 else x.astype(np.float64)
+
+    # 16 bits: float64 has more than twice the bits, so rounding its result is rounding the exact one.
+    p, q, r = (a, b, c) if bits_of(name) == 16 else (a.astype(kind), b.astype(kind), c.astype(kind))
+    with np.errstate(all="ignore"):
+        greater, smaller = np.fmax(a, b), np.fmin(a, b)
+        nan = np.isnan(a) | np.isnan(b)
+        ordered = np.where((a == b) & (a == 0), np.where(np.signbit(a) & np.signbit(b), -0.0, 0.0), greater)
+        ordered_min = np.where((a == b) & (a == 0), np.where(np.signbit(a) | np.signbit(b), -0.0, 0.0), smaller)
+        want = {
+            0: once(p + q), 1: once(p - q), 2: once(p * q), 3: once(p / q),
+            4: np.array([exact_fma(name, *t) for t in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)]),
+            5: greater, 6: smaller, 7: np.where(nan, np.nan, ordered), 8: np.where(nan, np.nan, ordered_min),
+            9: (a < b) * 1.0, 10: (a <= b) * 1.0, 11: (a > b) * 1.0, 12: (a >= b) * 1.0, 13: (a == b) * 1.0,
+            14: (a != b) * 1.0, 15: np.where(a < b, a, b), 16: -a, 17: np.abs(a), 18: ~(a < b) * 2.0,
+        }  # fmt: skip
+        if name in ("f32", "f64"):
+            want |= {19: once(np.sqrt(p)), 20: np.floor(a), 21: np.ceil(a), 22: once(np.fmod(p, q)), 23: once(p * q + r)}
+        if name == "f32":
+            clamped = np.fmin(np.fmax(a, -1.0), 2.0)
+            inverse = np.float32(1.0) / np.sqrt(p)
+            want |= {24: want[3], 25: want[19], 26: clamped, 27: np.where(np.isnan(a), np.nan, clamped), 28: once(inverse)}
+    return want
+
+
+def check_floats(name: str, a: Any, b: Any, c: Any, *, scalars: bool = False) -> None:
+    x, y, z = (from_codes(name, codes) for codes in (a, b, c))
+    n = len(x)
+    want = float_references(name, *(t.double().numpy() for t in (x, y, z)))
+    out = torch.zeros(len(want) * n, dtype=ALL[name])
+    if scalars:
+        float_scalars[(n,)](x, y, z, out, n)
+    else:
+        float_tensors[(triton.cdiv(n, 256),)](x, y, z, out, n, BLOCK=256)
+    for k, expected in want.items():
+        expect_codes(out[k * n : (k + 1) * n], expected, what=f"{name}, operation {k}", zero_sign=k not in (5, 6))
+
+
+@pytest.mark.parametrize("scalars", [False, True], ids=["tensors", "scalars"])
+@pytest.mark.parametrize("name", FLOAT)
+def test_float_operations(name: str, scalars: bool) -> None:
+    a, b = cross(name)
+    c = np.roll(some_codes(name, len(a), 6), 3)
+    check_floats(name, a, b, c, scalars=scalars)
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_float_operations_drawn(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from([*FLOAT]))
+    drawn = data.draw(pairs(name))
+    third = data.draw(st.lists(st.sampled_from(special_codes(name)), min_size=len(drawn), max_size=len(drawn)))
+    check_floats(name, [p for p, _ in drawn], [q for _, q in drawn], third)
+
+
+# ---------------------------------------------------------------------------------------------- functions
+
+
+@triton.jit
+def functions(x, o, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    v = tl.load(x + i, mask=inside)
+    tl.store(o + i, tl.exp(v), mask=inside)
+    tl.store(o + n + i, tl.exp2(v), mask=inside)
+    tl.store(o + 2 * n + i, tl.log(v), mask=inside)
+    tl.store(o + 3 * n + i, tl.log2(v), mask=inside)
+    tl.store(o + 4 * n + i, tl.sin(v), mask=inside)
+    tl.store(o + 5 * n + i, tl.cos(v), mask=inside)
+    tl.store(o + 6 * n + i, tl.erf(v), mask=inside)
+
+
+#: name -> largest error in units in the last place, fp32 and fp64. exp and exp2 in fp32 are this backend's own, measured
+#: 0.86 and 0.87 over all numbers; the others are the C library's, which documents 1 to 2.
+FUNCTIONS = {"exp": (0.9, 1.0), "exp2": (0.9, 1.0), "log": (1.0, 1.0), "log2": (1.0, 1.5), "sin": (1.0, 1.0), "cos": (1.0, 1.0), "erf": (1.5, 1.5)}  # fmt: skip
+MP = {"exp2": lambda v: mpmath.power(2, v), "log2": lambda v: mpmath.log(v, 2)}
+
+
+def run_functions(x: torch.Tensor) -> np.ndarray:
+    out = torch.zeros(len(FUNCTIONS) * len(x), dtype=x.dtype)
+    functions[(triton.cdiv(len(x), 512),)](x, out, len(x), BLOCK=512)
+    return out.numpy().reshape(len(FUNCTIONS), len(x))
+
+
+def in_ulps(got: np.ndarray, want: np.ndarray, name: str) -> np.ndarray:
+    """Distance from float64 (or long double) numbers in units of the format's last place there."""
+    bits, least, _ = FORMAT[name]
+    _, e = np.frexp(np.abs(want).astype(np.float64))
+    with np.errstate(invalid="ignore"):
+        distance = np.abs(got.astype(np.longdouble) - want)
+    return distance / np.ldexp(1.0, np.maximum(e - bits, least))
+
+
+def test_functions_of_single_precision() -> None:
+    g = np.random.default_rng(8)
+    x = np.concatenate(
+        [
+            g.uniform(-110, 95, 150_000),
+            g.uniform(-1, 1, 50_000),
+            g.uniform(-152, 129, 50_000),
+            np.ldexp(g.uniform(-1, 1, 50_000), g.integers(-149, 127, 50_000)),
+            np.abs(np.ldexp(g.uniform(0.5, 1, 50_000), g.integers(-149, 128, 50_000))),
+            g.uniform(0.7, 1.5, 50_000),
+        ]
+    ).astype(np.float32)
+    out = run_functions(torch.from_numpy(x))
+    wide = x.astype(np.float64)
+    with np.errstate(all="ignore"):
+        erf = torch.erf(torch.from_numpy(wide)).numpy()
+        want = [np.exp(wide), np.exp2(wide), np.log(wide), np.log2(wide), np.sin(wide), np.cos(wide), erf]
+    for k, (name, (bound, _)) in enumerate(FUNCTIONS.items()):
+        nan = np.isnan(want[k])
+        assert (np.isnan(out[k]) == nan).all(), name
+        with np.errstate(all="ignore"):
+            single = want[k].astype(np.float32)
+        finite = np.isfinite(single) & ~nan
+        # Where the exact value rounds to an infinity, or just does not, either is within the bound.
+        edge = np.abs(want[k]) > 2.0**128 * (1 - 2.0**-23)
+        assert ((out[k] == single) | finite | nan | edge).all(), name
+        error = in_ulps(out[k], want[k], "f32")[finite & ~edge]
+        assert error.max() <= bound, f"{name}: {error.max():.3f} ulp at {x[finite & ~edge][int(error.argmax())]!r}"
+
+
+def test_functions_of_double_precision() -> None:
+    g = np.random.default_rng(8)
+    x = np.concatenate([g.uniform(-700, 700, 150), g.uniform(-2, 2, 150), g.uniform(0.5, 2, 100), 2.0 ** g.uniform(-1000, 1000, 50)])
+    out = run_functions(torch.from_numpy(x))
+    with mpmath.workprec(160):
+        for k, (name, (_, bound)) in enumerate(FUNCTIONS.items()):
+            fn = MP.get(name, getattr(mpmath, name, None))
+            for value, got in zip(x.tolist(), out[k].tolist(), strict=True):
+                if name.startswith("log") and value < 0:
+                    assert got != got, (name, value)
+                    continue
+                exact = fn(mpmath.mpf(value))
+                if abs(exact) > mpmath.mpf(2) ** 1024:
+                    assert got == float("inf"), (name, value)
+                    continue
+                unit = mpmath.mpf(2) ** max(mpmath.frexp(exact)[1] - 53, -1074)
+                assert abs(mpmath.mpf(got) - exact) <= bound * unit, (name, value, got)
+
+
+@pytest.mark.parametrize("name", ["f32", "f64"])
+def test_functions_of_special_values(name: str) -> None:
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([0.0, -0.0, inf, -inf, nan, 1.0, -1.0], dtype=FLOAT[name])
+    out = run_functions(x)
+    want = {
+        "exp": [1, 1, inf, 0, nan], "exp2": [1, 1, inf, 0, nan, 2, 0.5], "log": [-inf, -inf, inf, nan, nan, 0, nan],
+        "log2": [-inf, -inf, inf, nan, nan, 0, nan], "sin": [0.0, -0.0, nan, nan, nan], "cos": [1, 1, nan, nan, nan],
+        "erf": [0.0, -0.0, 1, -1, nan],
+    }  # fmt: skip
+    for k, (function, expected) in enumerate(want.items()):
+        got = out[k][: len(expected)]
+        np.testing.assert_array_equal(got, np.array(expected), err_msg=function)
+        np.testing.assert_array_equal(np.signbit(got[:2]), np.signbit(np.array(expected[:2])), err_msg=function)
