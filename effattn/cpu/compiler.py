@@ -78,6 +78,18 @@ class CPUBackend(BaseBackend):
 
     binary_ext = "so"
 
+    # Triton would compile a kernel again for each pattern of which integers and addresses are multiples of 16. Nothing
+    # here depends on that, and each compilation costs most of a second.
+    supports_native_tensor_specialization = False
+
+    @staticmethod
+    def get_int_specialization(arg: int, **kwargs: Any) -> str:
+        return ""
+
+    @staticmethod
+    def get_tensor_specialization(arg: Any, **kwargs: Any) -> str:
+        return ""
+
     @staticmethod
     def supports_target(target: GPUTarget) -> bool:
         return target.backend == BACKEND
