@@ -6,6 +6,8 @@ Triton finds it through the entry point group `triton.backends`. Where no GPU ba
     with effattn.cpu.active():
         kernel[grid](cpu_tensors...)
 
+Code that was written for device "cuda" runs unchanged inside `effattn.cpu.as_cuda()`.
+
 What is exact and what is declared:
   - arithmetic is IEEE in the declared type; conversions to fp16 and bf16 round once, to nearest even; signed integers
     wrap; there is no contraction.
@@ -23,7 +25,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["active", "get_num_threads", "set_num_threads"]
+from effattn.cpu.compat import as_cuda
+
+__all__ = ["active", "as_cuda", "get_num_threads", "set_num_threads"]
 
 
 @contextmanager

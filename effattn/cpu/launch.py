@@ -130,7 +130,7 @@ def _pointer(value: Any, name: str) -> int:
         return 0
     if isinstance(value, int):
         return value
-    if not getattr(value, "is_cpu", True):
+    if not getattr(value, "is_cpu", True) and not getattr(value, "_effattn_in_host_memory", False):
         raise RequestError(
             f"argument {name} is on {value.device}; the CPU backend runs kernels on tensors in host memory: move it with .cpu()"
         )

@@ -1,0 +1,340 @@
+"""What `torch.cuda` and its neighbours answer while a GPU is emulated."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from effattn.cpu.compat_gpus import GPUS
+from effattn.cpu.compat_tensor import DEVICE, Patch, device_generator, is_cuda_device, seed_device, state
+from effattn.errors import NotSupported
+
+
+def device_name(capability: tuple[int, int]) -> str:
+    return f"{GPUS[capability].name} (emulated on the CPU)"
+
+
+class Stream:
+    """A stream on which everything has happened already."""
+
+    cuda_stream = 0
+    stream_id = 0
+    device_index = 0
+    priority = 0
+    device = DEVICE
+    device_type = 1
+
+    def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
+        self.priority = priority
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> Event:
+        event = Event() if event is None else event
+        event.record(self)
+        return event
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream)
+
+    def __hash__(self) -> int:
+        return hash(("effattn stream", 0))
+
+
+class Event:
+    """A moment of the host's clock: kernels have ended when a launch returns."""
+
+    device = DEVICE
+    cuda_event = 0
+
+    def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False, **_: Any) -> None:
+        self.at: float | None = None
+
+    def record(self, stream: Any = None) -> None:
+        self.at = time.perf_counter()
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end_event: Event) -> float:
+        """Milliseconds between two recorded events."""
+        if self.at is None or end_event.at is None:
+            raise ValueError("Both events must be recorded before calculating elapsed time.")
+        return max((end_event.at - self.at) * 1e3, 1e-6)
+
+
+class _Context:
+    """`torch.cuda.device(...)` and its like: there is one device, so nothing changes."""
+
+    def __init__(self, device: Any = None) -> None:
+        if device is not None and not isinstance(device, torch.Tensor) and device != -1:
+            is_cuda_device(device)
+        self.idx = 0
+        self.prev_idx = 0
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> bool:
+        return False
+
+
+def _refuse(what: str) -> Any:
+    class Refused:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            raise NotSupported(f"{what} are not emulated on the CPU: run the code without them")
+
+    Refused.__name__ = what
+    return Refused
+
+
+def _host_memory() -> tuple[int, int]:
+    page = os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+
+
+def _properties(capability: tuple[int, int]) -> SimpleNamespace:
+    gpu = GPUS[capability]
+    return SimpleNamespace(
+        name=device_name(capability),
+        major=capability[0],
+        minor=capability[1],
+        total_memory=_host_memory()[1],
+        multi_processor_count=gpu.multiprocessors,
+        warp_size=32,
+        max_threads_per_block=1024,
+        max_threads_per_multi_processor=gpu.threads_multiprocessor,
+        regs_per_multiprocessor=65536,
+        shared_memory_per_block=48 << 10,
+        shared_memory_per_block_optin=gpu.shared_memory,
+        shared_memory_per_multiprocessor=gpu.shared_memory_multiprocessor,
+        L2_cache_size=gpu.l2_cache,
+        is_integrated=0,
+        is_multi_gpu_board=0,
+        gcnArchName="",
+        uuid="00000000-0000-0000-0000-000000000000",
+        pci_bus_id=0,
+        pci_device_id=0,
+        pci_domain_id=0,
+        clock_rate=0,
+        memory_clock_rate=0,
+        memory_bus_width=0,
+    )
+
+
+def _answers(capability: tuple[int, int], seed: int) -> dict[str, Any]:
+    """Names of `torch.cuda` and what stands there during the emulation."""
+    generator = state.generator = device_generator(seed)
+    initial = [seed]
+    stream = Stream()
+    properties = _properties(capability)
+
+    def nothing(*_: Any, **__: Any) -> None:
+        pass
+
+    def zero(*_: Any, **__: Any) -> int:
+        return 0
+
+    def manual_seed(value: int) -> None:
+        initial[0] = int(value)
+        seed_device(generator, int(value))
+
+    def seed_all() -> None:
+        manual_seed(int.from_bytes(os.urandom(7), "little"))
+
+    def set_rng_state(new: torch.Tensor, device: Any = "cuda") -> None:
+        generator.set_state(new)
+
+    def get_device_capability(device: Any = None) -> tuple[int, int]:
+        is_cuda_device(device)
+        return capability
+
+    def get_device_properties(device: Any = None) -> SimpleNamespace:
+        is_cuda_device(device)
+        return properties
+
+    def get_device_name(device: Any = None) -> str:
+        is_cuda_device(device)
+        return properties.name
+
+    def set_device(device: Any) -> None:
+        is_cuda_device(device)
+
+    @contextmanager
+    def stream_context(_stream: Any = None) -> Iterator[None]:
+        yield
+
+    return {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "is_current_stream_capturing": lambda: False,
+        "is_bf16_supported": lambda including_emulation=True: including_emulation or capability >= (8, 0),
+        "is_tf32_supported": lambda: capability >= (8, 0),
+        "_is_compiled": lambda: True,
+        "_lazy_init": nothing,
+        "_exchange_device": zero,
+        "_maybe_exchange_device": zero,
+        "init": nothing,
+        "device_count": lambda: 1,
+        "current_device": zero,
+        "set_device": set_device,
+        "device": _Context,
+        "device_of": _Context,
+        "_DeviceGuard": _Context,
+        "get_device_capability": get_device_capability,
+        "get_device_properties": get_device_properties,
+        "get_device_name": get_device_name,
+        "get_arch_list": lambda: [f"sm_{capability[0]}{capability[1]}"],
+        "can_device_access_peer": lambda *_: False,
+        "synchronize": nothing,
+        "current_stream": lambda device=None: stream,
+        "default_stream": lambda device=None: stream,
+        "set_stream": nothing,
+        "stream": stream_context,
+        "Stream": Stream,
+        "ExternalStream": Stream,
+        "StreamContext": stream_context,
+        "Event": Event,
+        "CUDAGraph": _refuse("CUDA graphs"),
+        "graph": _refuse("CUDA graphs"),
+        "make_graphed_callables": _refuse("CUDA graphs"),
+        "graph_pool_handle": _refuse("CUDA graphs"),
+        "_compile_kernel": _refuse("kernels in CUDA C++"),
+        "empty_cache": nothing,
+        "ipc_collect": nothing,
+        "reset_peak_memory_stats": nothing,
+        "reset_accumulated_memory_stats": nothing,
+        "reset_max_memory_allocated": nothing,
+        "reset_max_memory_cached": nothing,
+        "set_per_process_memory_fraction": nothing,
+        "mem_get_info": lambda device=None: _host_memory(),
+        "memory_allocated": zero,
+        "max_memory_allocated": zero,
+        "memory_reserved": zero,
+        "max_memory_reserved": zero,
+        "memory_cached": zero,
+        "max_memory_cached": zero,
+        "device_memory_used": zero,
+        "memory_stats": lambda device=None: {},
+        "memory_snapshot": lambda *_, **__: [],
+        "memory_summary": lambda *_, **__: "no memory statistics: the GPU is emulated on the CPU",
+        "utilization": zero,
+        "temperature": zero,
+        "power_draw": zero,
+        "clock_rate": zero,
+        "default_generators": (generator,),
+        "manual_seed": manual_seed,
+        "manual_seed_all": manual_seed,
+        "seed": seed_all,
+        "seed_all": seed_all,
+        "initial_seed": lambda: initial[0],
+        "get_rng_state": lambda device="cuda": generator.get_state(),
+        "get_rng_state_all": lambda: [generator.get_state()],
+        "set_rng_state": set_rng_state,
+        "set_rng_state_all": lambda states: generator.set_state(states[0]),
+    }
+
+
+def _accelerator(answers: dict[str, Any]) -> dict[str, Any]:
+    """The same machine through `torch.accelerator`."""
+    same = {
+        name: answers[name]
+        for name in (
+            "is_available", "device_count", "synchronize", "current_stream", "set_stream", "empty_cache",
+            "memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "memory_stats",
+            "reset_peak_memory_stats", "reset_accumulated_memory_stats", "get_device_capability",
+        )
+    }  # fmt: skip
+    return same | {
+        "current_accelerator": lambda check_available=False: torch.device("cuda"),
+        "current_device_index": answers["current_device"],
+        "current_device_idx": answers["current_device"],
+        "set_device_index": answers["set_device"],
+        "set_device_idx": answers["set_device"],
+        "get_memory_info": answers["mem_get_info"],
+    }
+
+
+def _autocast_class() -> Any:
+    original: Any = torch.autocast
+
+    class autocast(original):
+        """For "cuda" both are switched: what code asks of "cuda", and the CPU's, which does the casting here."""
+
+        def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+            super().__init__(device_type, *args, **kwargs)
+            self._host = None
+            if device_type == "cuda":
+                dtype = self.fast_dtype
+                self._host = original("cpu", dtype=dtype, enabled=self._enabled, cache_enabled=self._cache_enabled)
+
+        def __enter__(self) -> Any:
+            entered = super().__enter__()
+            if self._host is not None:
+                self._host.__enter__()
+            return entered
+
+        def __exit__(self, *error: Any) -> Any:
+            if self._host is not None:
+                self._host.__exit__(*error)
+            return super().__exit__(*error)
+
+    return autocast
+
+
+def _eager(model: Any = None, **_: Any) -> Any:
+    """torch.compile that compiles nothing: what it would generate is code for a GPU."""
+    return (lambda fn: fn) if model is None else model
+
+
+def install(patch: Patch, capability: tuple[int, int]) -> None:
+    """Patch `torch.cuda`, `torch.accelerator`, autocast, the declared versions and torch.compile."""
+    import torch.amp.autocast_mode
+    import torch.cuda.amp
+
+    answers = _answers(capability, torch.initial_seed())
+    for name, value in answers.items():
+        patch(torch.cuda, name, value)
+    for module in (torch.cuda.random, torch.cuda.memory, torch.cuda.streams):
+        for name in answers.keys() & vars(module).keys():
+            patch(module, name, answers[name])
+    if hasattr(torch, "accelerator"):
+        for name, value in _accelerator(answers).items():
+            patch(torch.accelerator, name, value)
+    for name in ("range_push", "range_pop", "mark", "range_start", "range_end"):
+        patch(torch.cuda.nvtx, name, lambda *_, **__: 0)
+    patch(torch.version, "cuda", "12.8")
+    patch(torch.backends.cuda, "is_built", lambda: True)
+    autocast = _autocast_class()
+    patch(torch, "autocast", autocast)
+    patch(torch.amp, "autocast", autocast)
+    patch(torch.amp.autocast_mode, "autocast", autocast)
+    patch(torch, "compile", _eager)
