@@ -2,8 +2,9 @@
 
     python docs/update_transcripts.py
 
-Between `<!-- run: COMMAND -->` and `<!-- end -->` goes the command and what it prints; between `<!-- file: PATH -->`
-and `<!-- end -->` the file. The tests run the commands again and compare (tests/test_readme.py).
+Between `<!-- run: COMMAND -->` and `<!-- end -->` goes the command and what it prints; between
+`<!-- file: PATH -->` and `<!-- end -->` the file. The tests run the commands again and compare
+(tests/test_readme.py).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
             else:
                 copy.write_bytes(original.read_bytes())
     built = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)],
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert built.returncode == 0, built.stdout + built.stderr
@@ -62,6 +62,8 @@ def packages_on_disk() -> set[str]:
 
 
 def test_package_list_is_what_is_on_disk(pyproject: dict) -> None:
+    listed = pyproject["tool"]["setuptools"]["packages"]
+    assert len(set(listed)) == len(listed), "a package is listed twice"
     assert set(pyproject["tool"]["setuptools"]["packages"]) == packages_on_disk()
 
 
@@ -70,7 +72,7 @@ def test_links_lead_to_the_folders_at_the_top() -> None:
         path = ROOT / "effattn" / link
         assert path.is_symlink()
         assert os.readlink(path) == f"../{link}"
-        # An __init__.py would make the folder at the top a package of that name for whoever runs in this folder.
+        # An __init__.py would make the folder at the top a package of that name for whoever runs here.
         assert not (ROOT / link / "__init__.py").exists()
 
 
@@ -117,7 +119,8 @@ def test_wheel_imports_without_the_checkout(wheel: zipfile.ZipFile, tmp_path: Pa
     # -P keeps the current folder out; PYTHONPATH comes before the editable install.
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for file in done.stdout.split():

@@ -73,7 +73,7 @@ def row(label: tuple[str, ...], verdicts: Sequence[Verdict]) -> Row:
     judged = [v for v in verdicts if str(v.outcome) not in SET_ASIDE]
     quantities = [quantity for verdict in judged for quantity in verdict.quantities if quantity.count]
     outs = [quantity for quantity in quantities if quantity.name == "out"]
-    squares = [(q.count, q.z_rms) for q in outs if _is_number(q.z_rms)]
+    squares = [(q.count, q.z_rms) for q in outs if q.z_rms is not None and math.isfinite(q.z_rms)]
     return Row(
         label=label,
         cases=len(verdicts),
@@ -92,10 +92,6 @@ def row(label: tuple[str, ...], verdicts: Sequence[Verdict]) -> Row:
         seconds=sum(sum(v.seconds.values()) for v in verdicts),
         method_seconds=sum(v.seconds.get("method", 0.0) for v in verdicts),
     )
-
-
-def _is_number(x: float | None) -> bool:
-    return x is not None and math.isfinite(x)
 
 
 def _largest(values: Sequence[float | None], *, key: Callable[[float], float] = float) -> float | None:

@@ -183,7 +183,9 @@ def _plain_table(*columns: str, wrap: bool = False) -> Table:
     return table
 
 
-def _table(labels: Sequence[str], columns: Sequence[str], rows: Sequence[Row], *, wrap: bool = False) -> Table:
+def _table(
+    labels: Sequence[str], columns: Sequence[str], rows: Sequence[Row], *, wrap: bool = False
+) -> Table:
     table = _plain_table(*labels, *columns, wrap=wrap)
     for row in rows:
         style = "red" if row.failed else "yellow" if row.judged == 0 else None

@@ -24,7 +24,7 @@ def number(x: float | None, *, digits: int = 2) -> str:
         return str(x)
     magnitude = abs(x)
     if x == 0 or 10**-digits <= magnitude < 100:
-        return f"{x:.{digits}f}"
+        return f"{x + 0.0:.{digits}f}"  # no minus before 0.00
     if 100 <= magnitude < 100_000:
         return f"{x:.0f}"
     return f"{x:.1e}"

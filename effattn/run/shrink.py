@@ -124,7 +124,7 @@ def _changes(case: Case) -> Iterator[dict[str, Any]]:
 
 
 def _fewer_heads(heads: int, kv_heads: int) -> list[tuple[int, int]]:
-    """Fewer (heads, kv_heads), the fewest first: the usual kinds of grouping, and one head or one group less."""
+    """Fewer (heads, kv_heads), the fewest first: the usual kinds of grouping, or one head less."""
     group = heads // kv_heads
     kinds = [(1, 1), (2, 1), (2, 2), (group, 1), (kv_heads, kv_heads), (4, 2)]
     if kv_heads > 1:

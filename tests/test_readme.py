@@ -1,0 +1,164 @@
+"""What the README and docs/ say is what happens: commands, transcripts, listings."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+
+import click
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/gate.md")}
+
+
+@pytest.fixture(scope="module")
+def transcripts() -> ModuleType:
+    """docs/update_transcripts.py, which writes what is compared here."""
+    path = ROOT / "docs" / "update_transcripts.py"
+    spec = importlib.util.spec_from_file_location("update_transcripts", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def marked(name: str) -> str:
+    """The one line of shell between `<!-- NAME -->` and `<!-- end -->`."""
+    (block,) = re.findall(rf"<!-- {name} -->\n```sh\n(.*?)\n```\n<!-- end -->", README, re.DOTALL)
+    assert "\n" not in block
+    return block
+
+
+def printed() -> list[tuple[str, str]]:
+    """Each command of a transcript and what the README says that it prints."""
+    found = re.findall(
+        r"<!-- run: (.+?) -->\n```console\n\$ (.+?)\n(.*?)\n```\n<!-- end -->", README, re.DOTALL
+    )
+    assert all(marker == command for marker, command, _ in found)
+    return [(command, output) for _, command, output in found]
+
+
+def table(output: str) -> list[list[str]]:
+    """The rows of the tables in an output, without the time, which is the last column."""
+    rows = [
+        re.split(r"\s{2,}", line.strip())
+        for line in output.splitlines()
+        if line.startswith(("dtype", "fp", "bf"))
+    ]
+    return [row[:-1] for row in rows]
+
+
+def test_there_are_two_lines_and_each_is_one() -> None:
+    main, test = marked("main command"), marked("test command")
+    assert "effattn gate flash --profile smoke --out" in main
+    assert test.endswith("tox")
+    for line in (main, test):
+        assert line.startswith("python3 -m venv .venv && .venv/bin/pip install -c constraints.txt")
+        for path in re.findall(r"\.venv/bin/(\S+)", line):
+            assert path in ("pip", "effattn", "tox")
+
+
+def test_continuous_integration_runs_the_test_command() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    sed = re.search(r"sed -n '(.+?)' README.md", script)
+    assert sed is not None
+    import subprocess
+
+    shown = subprocess.run(
+        ["sed", "-n", sed[1], "README.md"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.strip() == marked("test command")
+    assert "tox" not in script.replace("test command", ""), (
+        "the script must not have a test command of its own"
+    )
+
+
+def test_main_command_prints_what_the_readme_shows(transcripts: ModuleType, tmp_path: Path) -> None:
+    # The kernel's arithmetic is IEEE in a declared order, so its figures are the same on every machine.
+    command = marked("main command").rpartition(".venv/bin/")[2]
+    (shown,) = (output for given, output in printed() if given == command)
+    got = transcripts.output_of(command, tmp_path)
+    assert table(got) == table(shown)
+    assert got.splitlines()[-2:] == shown.splitlines()[-2:]
+    assert (tmp_path / "effattn-runs" / "flash" / "summary.md").is_file()
+
+
+@pytest.mark.parametrize(("command", "shown"), [pair for pair in printed() if "examples" in pair[0]])
+def test_example_does_what_the_readme_shows(
+    transcripts: ModuleType, tmp_path: Path, command: str, shown: str
+) -> None:
+    # torch sums in another order on another processor, so counts and words are compared, not figures.
+    got = transcripts.output_of(command, tmp_path)
+    assert [row[:3] for row in table(got)[:1]] == [row[:3] for row in table(shown)[:1]]
+    sentence = {True: "passed all", False: "failed"}["passed all" in shown]
+    assert sentence in got
+    assert [line.split(" in ")[0] for line in got.splitlines() if re.match(r"(fp|bf)\d\d: ", line)] == [
+        line.split(" in ")[0] for line in shown.splitlines() if re.match(r"(fp|bf)\d\d: ", line)
+    ]
+
+
+def test_transcripts_cover_the_main_command_a_pass_and_a_failure() -> None:
+    outputs = [output for _, output in printed()]
+    assert len(outputs) == 3
+    assert sum("passed all" in output for output in outputs) == 2
+    assert sum(" failed " in output.splitlines()[-2] for output in outputs) == 1
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_listings_are_the_files(transcripts: ModuleType, name: str) -> None:
+    text = DOCUMENTS[name]
+    kept = dict(re.findall(r"<!-- run: (.+?) -->\n(.*?)<!-- end -->", text, re.DOTALL))
+
+    def as_it_stands(command: str) -> str:
+        return kept[command].removeprefix(f"```console\n$ {command}\n").removesuffix("\n```\n")
+
+    assert transcripts.rewritten(text, as_it_stands) == text
+
+
+def test_example_is_short_and_complete() -> None:
+    lines = (ROOT / "docs" / "examples" / "my_attention.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 16
+    assert lines[0] == "import torch"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_command_and_option_exists(name: str) -> None:
+    from effattn.cli import cli
+
+    text = re.sub(r"\\\n", " ", DOCUMENTS[name])
+    lines = re.findall(r"(?:^|`|bin/|\$ )effattn ([a-z]+[^`\n]*)", text, re.MULTILINE)
+    assert lines
+    for line in lines:
+        command, *rest = line.split()
+        assert command in cli.commands, line
+        options = {option for parameter in cli.commands[command].params for option in parameter.opts}
+        for given in re.findall(r"--[a-z-]+", " ".join(rest)):
+            assert given in options | {"--help"}, line
+    for option in re.findall(r"`(--[a-z-]+)", text):
+        known = {o for c in cli.commands.values() for p in c.params for o in p.opts}
+        assert option in known | {"--no-deps"}, option
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", DOCUMENTS[name]):
+        assert ((ROOT / name).parent / target).exists(), target
+
+
+def test_shell_lines_are_shell() -> None:
+    for line in (marked("main command"), marked("test command")):
+        assert shlex.split(line)
+
+
+def test_every_command_is_in_the_readme() -> None:
+    from effattn.cli import cli
+
+    assert isinstance(cli, click.Group)
+    for command in cli.commands:
+        assert f"effattn {command}" in README
