@@ -200,7 +200,7 @@ def constants(problem: Problem, *, block_m: int, block_n: int, wide: bool = Fals
 
 def _padded(dim: int) -> int:
     """The next power of two, at least 16: what `tl.arange` and `tl.dot` take."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 def _strides(x: torch.Tensor) -> list[int]:
@@ -325,19 +325,15 @@ def _forward_kernel(
     )
 
 
-# One kernel, specialised twice. Triton compiles anew for every combination of arguments that are 1 or
-# divisible by 16. On a GPU that decides how wide a load of a row may be, so strides, pointers and head sizes
-# keep it. On a CPU it decides nothing, except that a last stride of 1 makes a load one of consecutive
-# elements: compiling once for all shapes is worth more there.
+# One kernel, specialised twice. Triton compiles anew for every combination of integers that are 1 or, on a
+# GPU, divisible by 16. There that decides how wide a load of a row may be, so strides and head sizes keep it.
+# On a CPU it decides nothing, except that a last stride of 1 makes a load one of consecutive elements:
+# compiling once for all shapes is worth more there.
 _LENGTHS = ["q_len", "kv_len", "causal_shift", "heads", "group"]
-_POINTERS = ["q", "k", "v", "out", "lse"]
 _OUTER_STRIDES = [f"{x}_stride_{axis}" for x in "qkv" for axis in ("b", "h", "m" if x == "q" else "n")]
-_LAST_STRIDES = [f"{x}_stride_d" for x in "qkv"]
 forward_kernel_gpu = triton.jit(_forward_kernel, do_not_specialize=_LENGTHS)
 forward_kernel_cpu = triton.jit(
-    _forward_kernel,
-    do_not_specialize=[*_LENGTHS, *_OUTER_STRIDES, "head_dim", "v_dim"],
-    do_not_specialize_on_alignment=[*_POINTERS, *_LAST_STRIDES],
+    _forward_kernel, do_not_specialize=[*_LENGTHS, *_OUTER_STRIDES, "head_dim", "v_dim"]
 )
 
 
