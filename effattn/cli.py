@@ -253,6 +253,20 @@ def list_values() -> int:
     return PASSED
 
 
+@cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--capability", default="9.0", show_default=True, metavar="X.Y", help="The GPU that code is told of.")
+@click.option("--autotune", default="first", show_default=True, metavar="first|all", help="Configurations to try.")
+@click.argument("program", nargs=-1, type=click.UNPROCESSED)
+def cpu(program: tuple[str, ...], capability: str, autotune: str) -> int:
+    """Run a Python PROGRAM that was written for device "cuda" on the CPU: effattn cpu -- pytest tests/
+
+    PROGRAM is python, pytest, -m MODULE, a script or a console script, with its arguments; put -- before it.
+    """
+    from effattn.cpu import command
+
+    command.run(program, capability=capability, autotune=autotune)
+
+
 @cli.command()
 def doctor() -> int:
     """Show what this machine can run, and what is missing."""

@@ -18,6 +18,7 @@ operations (the CPU's is used), and names that were bound before (`from torch im
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -81,6 +82,20 @@ def deactivate() -> None:
             assert _undo is not None
             _undo.close()
             _undo = None
+
+
+def settings(*, capability: str, autotune: str) -> str:
+    """The value of VARIABLE. Raises RequestError for settings that are not known."""
+    major, minor = parse_capability(capability)
+    return f"{major}.{minor} {check_autotune(autotune)}"
+
+
+def activate_from_environment() -> None:
+    """Begin the emulation that VARIABLE describes, for good; nothing where it is not set."""
+    given = os.environ.get(VARIABLE)
+    if given:
+        capability, _, autotune = given.partition(" ")
+        activate(capability=capability, autotune=autotune or "first")
 
 
 @contextmanager
