@@ -336,8 +336,9 @@ class Generator:
             if rng.random() < 0.6:
                 return ("fp32", (m, m)), f"tl.dot({a}, {b}, {self.need('fp32', (m, m))})"
             if rng.random() < 0.3:
-                return ("fp32", (m, m)), f"tl.dot({a}, tl.trans({a}))"
-            return ("fp32", (m, m)), f"tl.dot({a}, {b})"
+                b = f"tl.trans({a})"
+            # Negated: Triton turns a product plus a tensor into a product that starts from the tensor.
+            return ("fp32", (m, m)), f"-tl.dot({a}, {b})"
         if roll < 0.86:
             target = rng.choice(["fp32", "fp16", "bf16", "i32", "i64", "i16"])
             source = rng.choice([d for d in ("fp32", "fp16", "bf16", "i32", "i64") if d != target])
