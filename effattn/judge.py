@@ -337,8 +337,9 @@ class _Judgement:
         import numpy as np
 
         # A sum is finite only if all its terms are, and one reduction is quicker than a mask.
-        if math.isfinite(float(part.error.sum())):
-            return None
+        with np.errstate(invalid="ignore", over="ignore"):
+            if math.isfinite(float(part.error.sum())):
+                return None
         bad = ~np.isfinite(part.got)
         # An infinity is right where a correct kernel may round beyond the largest number, and in empty rows' lse.
         limit = part.format.largest + 0.5 * part.format.ulp(np.array([part.format.largest]))[0]
@@ -404,12 +405,7 @@ class _Judgement:
         errors = self._errors_of_out()
         if errors is None:
             return []
-        found = statistics.examine(errors)
-        if self.lse is not None:
-            lse = self._errors_of_lse()
-            if lse is not None:
-                found += statistics.examine(lse)
-        return found
+        return statistics.examine(errors)
 
     def _rows(self, x: Floats, columns: int) -> Floats:
         """(batch, heads, q_len[, columns]) as (rows, columns), without rows that see no key or are not judged."""
@@ -437,11 +433,9 @@ class _Judgement:
             "v-mean": self._rows(np.broadcast_to(v_mean, self.out.exact.shape), n),
             "output": exact,
             "top key": self._rows(envelope.along_top, n),
+            "scale": self._rows(envelope.along_scale, n),
         }
-        if envelope.along_scale is not None:
-            directions["scale"] = self._rows(envelope.along_scale, n)
         return Errors(
-            name="out",
             error=self._rows(self.out.error, n),
             exact=exact,
             sigma=self._rows(envelope.out_sigma, n),
@@ -451,6 +445,7 @@ class _Judgement:
             format=self.out.format,
             directions=directions,
             predictions=self._predictions,
+            places=self._places,
         )
 
     def _predictions(self) -> Iterator[Prediction]:
@@ -467,27 +462,14 @@ class _Judgement:
             n = self.case.v_dim
             yield _prediction(self._rows(error.reshape(shape), n), self._rows(variance.reshape(shape), n))
 
-    def _errors_of_lse(self) -> Any:
-        from effattn.tolerances.statistics import Errors
+    def _places(self) -> Floats:
+        """Queries in units of what moves their scores by `CELL` roundings of P (of the accumulator if P has none)."""
+        from effattn.tolerances.statistics import CELL
 
-        assert self.lse is not None
-        exact = self._rows(self.lse.exact, 1)
-        if not len(exact):
-            return None
-        sigma = self._rows(self.envelope.lse_sigma, 1)
-        noise = sigma * sigma
-        return Errors(
-            name="lse",
-            error=self._rows(self.lse.error, 1),
-            exact=exact,
-            sigma=sigma,
-            noise=noise,
-            inner=noise,
-            steady=None,
-            format=self.lse.format,
-            directions={},
-            predictions=lambda: iter(()),
-        )
+        p = self.numerics.format("p" if self.numerics.rounds_p else "acc")
+        longest = float(self.inputs.k.double().square().sum(-1).max()) ** 0.5
+        per_rounding = abs(self.case.softmax_scale) * longest / (CELL * p.unit_roundoff)
+        return self._rows(self.inputs.q.double().cpu().numpy() * per_rounding, self.case.head_dim)
 
     def _inaccurate(self, q: Quantity, part: _Part) -> str:
         assert q.worst is not None and q.got is not None and q.exact is not None and q.allowed is not None
@@ -533,7 +515,7 @@ class _Judgement:
         )
 
     def _biased(self, findings: list[Finding]) -> str:
-        return "within the bound, but the errors are not rounding: " + "; ".join(
+        return "within the bound, but the errors of out are not those of rounding: " + "; ".join(
             _explain(finding) for finding in findings
         )
 
@@ -567,22 +549,21 @@ def _one(x: Any) -> Any:
 
 #: what each direction stands for, in words
 _DIRECTIONS = {
-    "mean": "the errors have one sign",
-    "v-mean": "the errors go along the mean of V, as if the weights were biased",
-    "output": "the errors are proportional to the output",
-    "top key": "the errors go with the largest weight, as if it alone were weighed differently",
-    "scale": "the errors are those of a slightly different scale",
+    "mean": "they have one sign",
+    "v-mean": "they go along the mean of V, as if the weights were biased",
+    "output": "they are proportional to the output",
+    "top key": "they go with the largest weight, as if it alone were weighed differently",
+    "scale": "they are those of a slightly different scale",
 }
 
 
 def _explain(finding: Finding) -> str:
-    name, _, test = finding.name.partition(" ")
     chance = f"p {finding.p_value:.1e}, alarm below {finding.threshold:.1e}"
-    if test == "size":
-        return f"the errors of {name} are {finding.statistic:.2f} times as large as rounding makes them ({chance})"
-    if test == "largest":
-        return f"an error of {name} is {finding.statistic:.1f} deviations beyond its last rounding ({chance})"
-    return f"{_DIRECTIONS.get(test, test)} ({name}, t = {finding.statistic:+.1f}, {chance})"
+    if finding.name == "size":
+        return f"they are {finding.statistic:.2f} times as large as rounding makes them ({chance})"
+    if finding.name == "largest":
+        return f"one is {finding.statistic:.1f} deviations beyond its last rounding ({chance})"
+    return f"{_DIRECTIONS[finding.name]} (t = {finding.statistic:+.1f}, {chance})"
 
 
 def _times(fraction: float | None) -> str:

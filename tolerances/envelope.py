@@ -79,8 +79,8 @@ class Envelope:
     condition: Floats
     #: bool: False where the weights may be off by more than `LARGEST_WEIGHT_ERROR`
     judged: NDArray[np.bool_]
-    #: direction in which a wrong scale moves the output: sum w s (v - o); None where scores dominate the noise
-    along_scale: Floats | None
+    #: direction in which a wrong scale moves the output: sum w s (v - o)
+    along_scale: Floats
     #: direction in which an error of the largest weight against all others moves it: w (v - o) of that key
     along_top: Floats
     #: leading rows of each head that see no key
@@ -109,24 +109,24 @@ def forward_envelope(
         scale = 1.0 / math.sqrt(q.shape[3])
     shape, dim = tuple(q.shape[:3]), v.shape[3]
     empty = rows_without_keys(q.shape[2], k.shape[2], causal)
-    fields: dict[str, Floats | None] = {}
+    fields: dict[str, Floats] = {}
+    fine = _fine(numerics)
+    alike = _alike(q, k, v) if fine else None
+    errors = _ScoreErrors.of(numerics, q.shape[-1], min(_repeats(q), _repeats(k)) if fine else 1.0)
     for rows in row_blocks(q, k, v, causal=causal, block=block):
-        result = _row_block(rows, numerics, exact, scale)
-        if result["judged"].size == math.prod(shape):  # pyright: ignore[reportOptionalMemberAccess]
-            whole = {name: x if x is None else x.reshape(*shape, *x.shape[2:]) for name, x in result.items()}
+        result = _row_block(rows, numerics, errors, exact, scale, alike)
+        if result["judged"].size == math.prod(shape):
+            whole = {name: x.reshape(*shape, *x.shape[2:]) for name, x in result.items()}
             return Envelope(**whole, empty_rows=0)  # pyright: ignore[reportArgumentType]
         for name, x in result.items():
-            if x is None:
-                fields[name] = None
-                continue
             if name not in fields:
                 fields[name] = np.zeros((*shape, *x.shape[2:]), dtype=x.dtype)
             rows.write(torch.from_numpy(fields[name]), torch.from_numpy(x))
     for name in () if fields else _FIELDS:
         wide = name.startswith(("out", "along"))
         fields[name] = np.zeros((*shape, dim) if wide else shape)
-    if empty or not fields["judged"].any():  # pyright: ignore[reportOptionalMemberAccess]
-        fields["judged"] = fields["judged"].astype(bool)  # pyright: ignore[reportOptionalMemberAccess]
+    if empty or not fields["judged"].any():
+        fields["judged"] = fields["judged"].astype(bool)
         fields["judged"][:, :, :empty] = True
     return Envelope(**fields, empty_rows=empty)  # pyright: ignore[reportArgumentType]
 
@@ -162,10 +162,10 @@ class _Sums:
     #: largest |k|^2 and largest k^2 of a pair
     k_most: torch.Tensor
     k_peak: torch.Tensor
-    #: where scores are judged by rows: sum w s v and sum w s
-    ws_v: torch.Tensor | None = None
-    ws: torch.Tensor | None = None
-    #: where they are judged one by one (see `_fine`): sum w b |v|, sum w b, largest b,
+    #: sum w s v and sum w s
+    ws_v: torch.Tensor
+    ws: torch.Tensor
+    #: where scores are judged one by one (see `_fine`): sum w b |v|, sum w b, largest b,
     #: sum w^2 var v^2, sum w^2 var v, sum w^2 var, sum w var
     wb_abs: torch.Tensor | None = None
     wb: torch.Tensor | None = None
@@ -235,14 +235,14 @@ class _ScoreErrors:
     exp: float
 
     @classmethod
-    def of(cls, numerics: Numerics, d: int) -> _ScoreErrors:
+    def of(cls, numerics: Numerics, d: int, repeats: float) -> _ScoreErrors:
         u = numerics.format("acc").unit_roundoff
         keep, acc = numerics.format("score"), numerics.format("acc")
         u_keep = keep.unit_roundoff if keep.precision < acc.precision else 0.0
         operand = numerics.operand_format
         # Tensor cores truncate operands, hence twice the unit roundoff.
         u_operand = 2.0 * operand.unit_roundoff if operand is not None else 0.0
-        var = ROUNDING_VARIANCE * u * u
+        var = ROUNDING_VARIANCE * u * u * repeats
         inexact = 0.0 if numerics.exact_products else 1.0
         return cls(
             dot=_gamma(d, u) * (1.0 + 2.0 * _gamma(d, u)),
@@ -251,8 +251,8 @@ class _ScoreErrors:
             shifted=3.0 * u,
             terms=var * ((d + 1) / 6.0 + inexact) + 2.0 * ROUNDING_VARIANCE * u_operand**2,
             each=var * ((d + 1) / 3.0 + 1.0) + ROUNDING_VARIANCE * u_keep**2,
-            gap=var,
-            exp=var * max(1.0, numerics.exp_ulps**2),
+            gap=ROUNDING_VARIANCE * u * u,
+            exp=ROUNDING_VARIANCE * u * u * max(1.0, numerics.exp_ulps**2),
         )
 
 
@@ -260,12 +260,47 @@ def _gamma(n: float, u: float) -> float:
     return n * u / (1.0 - n * u) if n * u < 0.5 else math.inf
 
 
-def _row_block(rows: Rows, numerics: Numerics, exact: Exact, scale: float) -> dict[str, Floats | None]:
+def _alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
+    """How many keys are the same as a key on the average, key and value alike, (batch, heads, q_len); None for 1.
+
+    Their scores have the same error, and equal terms of a sum are rounded to one side, so that m equal keys make the
+    variance of all that is done in the accumulators' format m times as large as the sum over m different ones.
+    """
+    if k.shape[2] < 2:
+        return None
+    # A fixed projection of each row: equal rows have equal ones, different rows hardly ever.
+    mark = 0.0
+    for x in (k, v):
+        angles = torch.arange(1, x.shape[3] + 1, dtype=torch.float64, device=x.device)
+        mark = mark + (x.to(torch.float64) * torch.cos(angles * angles + x.shape[3])).sum(-1)
+    assert isinstance(mark, torch.Tensor)
+    ordered = mark.sort(dim=-1).values
+    if not bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+        return None
+    count = k.shape[2]
+    pairs = ordered.reshape(-1, count)
+    squares = [float(row.unique(return_counts=True)[1].double().square().sum()) for row in pairs]
+    mean = torch.tensor(squares, dtype=torch.float64, device=q.device).view(*k.shape[:2]) / count
+    return mean.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None].expand(q.shape[:3])
+
+
+def _repeats(x: torch.Tensor) -> float:
+    """The same for the terms of a dot product: an upper limit from the entries of a row that are equal, zero apart."""
+    if x.shape[-1] < 2 or x.numel() == 0:
+        return 1.0
+    ordered = x.sort(dim=-1).values
+    equal = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != 0.0)
+    pairs = float(equal.sum(-1).max())
+    # So many equal neighbours make at most one run of pairs + 1.
+    return 1.0 + pairs * (pairs + 1.0) / x.shape[-1]
+
+
+def _row_block(
+    rows: Rows, numerics: Numerics, errors: _ScoreErrors, exact: Exact, scale: float, alike: torch.Tensor | None
+) -> dict[str, Floats]:
     q = rows.q * scale
     lse = rows.read(exact.lse).unsqueeze(-1)
-    errors = _ScoreErrors.of(numerics, q.shape[-1])
-    fine = _fine(numerics)
-    squares = (q.abs(), q.square()) if fine else None
+    squares = (q.abs(), q.square()) if _fine(numerics) else None
     sums: _Sums | None = None
     for tile in rows.tiles():
         s = torch.bmm(q, tile.k.mT)
@@ -281,6 +316,7 @@ def _row_block(rows: Rows, numerics: Numerics, exact: Exact, scale: float) -> di
         w2 = w * w
         k2 = tile.k * tile.k
         top, key = w.max(dim=-1, keepdim=True)
+        ws = w * s
         more = _Sums(
             w_abs=torch.bmm(w, v_abs),
             w2_v2=torch.bmm(w2, v2),
@@ -294,6 +330,8 @@ def _row_block(rows: Rows, numerics: Numerics, exact: Exact, scale: float) -> di
             flushed=_flushed(w, low - lse, numerics, count),
             k_most=k2.sum(-1, keepdim=True).amax(1, keepdim=True),
             k_peak=k2.amax((1, 2), keepdim=True),
+            ws_v=torch.bmm(ws, v),
+            ws=ws.sum(-1, keepdim=True),
         )
         if squares is not None:
             gap = s - lse
@@ -308,9 +346,6 @@ def _row_block(rows: Rows, numerics: Numerics, exact: Exact, scale: float) -> di
             more.wb_abs, more.wb = torch.bmm(wb, v_abs), wb.sum(-1, keepdim=True)
             more.g_v2, more.g_v, more.g = torch.bmm(g, v2), torch.bmm(g, v), g.sum(-1, keepdim=True)
             more.w_var = var.mul_(w).sum(-1, keepdim=True)
-        else:
-            ws = s.mul_(w)
-            more.ws_v, more.ws = torch.bmm(ws, v), ws.sum(-1, keepdim=True)
         if sums is None:
             sums = more
         else:
@@ -324,6 +359,7 @@ def _row_block(rows: Rows, numerics: Numerics, exact: Exact, scale: float) -> di
             q2=(q * q).cpu().numpy(),
             o=rows.read(exact.out).cpu().numpy(),
             lse=lse.cpu().numpy(),
+            alike=1.0 if alike is None else rows.read(alike).unsqueeze(-1).cpu().numpy(),
         )
 
 
@@ -345,9 +381,16 @@ def _flushed(w: torch.Tensor, low: torch.Tensor, numerics: Numerics, count: torc
 
 
 def _finish(
-    x: SimpleNamespace, numerics: Numerics, errors: _ScoreErrors, *, q2: Floats, o: Floats, lse: Floats
-) -> dict[str, Floats | None]:
-    """Bound and noise from the sums over the keys; q2 is (scale q)^2."""
+    x: SimpleNamespace,
+    numerics: Numerics,
+    errors: _ScoreErrors,
+    *,
+    q2: Floats,
+    o: Floats,
+    lse: Floats,
+    alike: Floats | float,
+) -> dict[str, Floats]:
+    """Bound and noise from the sums over the keys; q2 is (scale q)^2, `alike` as in `_alike`."""
     acc, p, out, input_ = (numerics.format(name) for name in ("acc", "p", "output", "input"))
     u = acc.unit_roundoff
     u_p = p.unit_roundoff if numerics.rounds_p else 0.0
@@ -412,20 +455,28 @@ def _finish(
     a_terms = a_terms + (0.0 if exact_pv else 1.0) + (1.0 if before and not u_p else 0.0)
     l_var = l_terms * x.w2 + l_sum
     inner += x.w2_v2 * (var * a_terms)
-    inner += o * o * (var * (a_sum + l_var + 2.0))
+    inner += o * o * (var * (a_sum + l_var))
     inner += n * (acc.smallest_subnormal**2 / 12.0)
+    inner *= alike
+    inner += o * o * (2.0 * var)
+    # The scale's constants are rounded once for all pairs: three roundings, u^2 / 3 each with unlucky mantissas.
+    along_scale = x.ws_v - o * x.ws
+    inner += along_scale * along_scale * (u * u)
     # Underflow is as likely up as down, at most half a spacing a key: variance a third of that squared.
     noise = inner + flush * (x.v_most * (p.smallest_subnormal / 6.0))
     if u_v:
         noise += x.w2_v2 * (ROUNDING_VARIANCE * u_v * u_v)
     if u_p:
-        # A weight within u of 1 rounds to 1 and is off by 1 - w only; the largest is the only one that can be.
         cast = ROUNDING_VARIANCE * u_p * u_p
-        spared = x.top * x.top * cast
-        if before:
-            spared = np.maximum(spared - (1.0 - x.top) ** 2, 0.0)
-        cast_sum = x.w2_v2 * cast - spared * x.top_v * x.top_v
-        noise += np.maximum(cast_sum, 0.0, out=cast_sum)
+        cast_sum = x.w2_v2 * cast
+        if numerics.normalise != "any":
+            # P is 1 at the maximum, exactly. Or it is w, and one within u of 1 rounds to 1 and is off by 1 - w only.
+            spared = x.top * x.top * cast
+            if before:
+                spared = np.maximum(spared - (1.0 - x.top) ** 2, 0.0)
+            cast_sum -= spared * x.top_v * x.top_v
+            np.maximum(cast_sum, 0.0, out=cast_sum)
+        noise += cast_sum
     sigma = out.ulp(o_abs)
     sigma *= sigma
     sigma *= 1.0 / 12.0
@@ -440,6 +491,7 @@ def _finish(
     lse_reach *= growth
     lse_bound = lse_reach + 0.5 * lse_format.ulp(lse_abs + lse_reach)
     lse_var = lse_scores + var * (l_var + 3.0 * s_most * s_most + lse_abs * lse_abs) + LOG_ERROR**2 / 12.0
+    lse_var += (2.0 * u * s_most) ** 2  # constants, as above, and ln 2
     lse_var += lse_format.ulp(lse_abs) ** 2 / 12.0
     if sum_of:
         lse_var += ROUNDING_VARIANCE * u_p * u_p * x.w2
@@ -454,7 +506,7 @@ def _finish(
         "lse_sigma": np.sqrt(lse_var)[..., 0],
         "condition": condition[..., 0],
         "judged": judged[..., 0],
-        "along_scale": None if fine else x.ws_v - o * x.ws,
+        "along_scale": along_scale,
         "along_top": x.top * (x.top_v - o),
     }
 

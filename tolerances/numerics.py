@@ -49,7 +49,8 @@ class Numerics:
     lse: str = "fp32"
     #: largest error of exp or exp2 in units in the last place of `acc` (PTX: ex2.approx.f32 within 2)
     exp_ulps: float = 2.0
-    #: "after": (sum p v) / l as flash kernels do; "before": sum round(p / l) v; "any": one of the two
+    #: "after": (sum p v) / l with p = 1 at the maximum, as flash kernels do; "before": sum round(p / l) v; "any": one
+    #: of the two, or p relative to something else than the maximum
     normalise: str = "any"
     #: whether l sums p before or after its rounding to `p`
     sum_of: str = "unrounded"
@@ -136,15 +137,20 @@ def _presets(kind: str, **fields_: Any) -> dict[str, Numerics]:
 
 
 #: What is held against a kernel that declares nothing: scores, weights, l and the output in fp32 until the end, P
-#: rounded to the inputs' dtype for the second product only, before or after it is divided by l, l the sum of the
-#: unrounded weights. Sums may run in any order, key by key at worst.
+#: rounded to the inputs' dtype for the second product only, before or after it is divided by l, relative to the
+#: maximum or not, l the sum of the unrounded weights. Sums may run in any order, key by key at worst.
 DEFAULT: dict[str, Numerics] = _presets("default", p="input")
 
 #: Flash kernels: the same, with l summed block by block.
-FLASH: dict[str, Numerics] = _presets("flash", p="input", smallest_block=16, sum_block=64)
+FLASH: dict[str, Numerics] = _presets(
+    "flash", p="input", normalise="after", smallest_block=16, sum_block=64
+)
 
-#: torch's scaled_dot_product_attention on CPU, fused path: measured to round as FLASH does in all three dtypes.
-TORCH_FLASH: dict[str, Numerics] = _presets("torch-flash", p="input", smallest_block=16, sum_block=64)
+#: torch's scaled_dot_product_attention on CPU, fused path: measured to round as FLASH does in all three dtypes, with
+#: the vectorised exp that torch calls exp_u20, for its 20 units in the last place.
+TORCH_FLASH: dict[str, Numerics] = _presets(
+    "torch-flash", p="input", normalise="after", exp_ulps=20.0, smallest_block=16, sum_block=64
+)
 
 #: torch's math path: fp16 and bf16 are computed in fp32 (torch 2.5 and later), weights normalised before they
 #: multiply V, one rounding at the end.

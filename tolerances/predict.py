@@ -60,6 +60,8 @@ def roundings_of_p(
         orders += [o for o in ORDERS if o[0] is None or o[0] < k.shape[2]]
     if numerics.normalise != "after":
         orders.append("normalised")
+    if numerics.normalise == "any":
+        orders.append("not shifted")
     for order in orders:
         error = torch.zeros((*q.shape[:3], v.shape[3]), dtype=torch.float64, device=q.device)
         variance = torch.zeros_like(error)
@@ -71,8 +73,10 @@ def roundings_of_p(
             if tile.hidden is not None:
                 s.masked_fill_(tile.hidden, -math.inf)
             w = (s - lse).exp_()
-            p = w if order == "normalised" else (s - _maximum(s, *order)).exp_()  # type: ignore[misc]
+            p = w if order == "normalised" else (s if isinstance(order, str) else s - _maximum(s, *order)).exp()
+            p = torch.where(p < math.inf, p, 0.0)
             rounded = numerics.format("p").round(p)
+            rounded = torch.where(rounded < math.inf, rounded, p)  # overflows: such a kernel is another matter
             spacing = numerics.format("p").ulp(p).masked_fill_(p == rounded, 0.0)
             share = torch.where(p > 0.0, w / p, 0.0)
             rows.write(error, torch.bmm((rounded - p) * share, tile.v))

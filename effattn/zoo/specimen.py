@@ -1,0 +1,111 @@
+"""The register of the zoo."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from effattn.errors import RequestError
+
+if TYPE_CHECKING:
+    from effattn.case import Case
+    from effattn.methods.base import Method
+
+ALL = ("fp16", "bf16", "fp32")
+HALF = ("fp16", "bf16")
+
+#: q, k, v and the keywords causal ("none", "bottom-right", "top-left") and scale -> (out, lse)
+Kernel = Callable[..., Any]
+_K = TypeVar("_K", bound=Kernel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Specimen:
+    """A kernel of the zoo."""
+
+    name: str
+    right: bool
+    #: what it does differently, from its docstring
+    what: str
+    kernel: Kernel
+    #: where a wrong one differs enough to be found
+    dtypes: tuple[str, ...]
+    #: cases made to show it; it need not be found in each of them
+    shows: Callable[[Case], bool]
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The kernel with the signature of a user's function."""
+
+        def attention(
+            q: Any,
+            k: Any,
+            v: Any,
+            *,
+            causal: bool = False,
+            scale: float | None = None,
+            causal_alignment: str = "bottom-right",
+        ) -> Any:
+            return self.kernel(q, k, v, causal=causal_alignment if causal else "none", scale=scale)
+
+        attention.__name__ = attention.__qualname__ = self.name.replace("-", "_")
+        attention.__module__ = "effattn.zoo"
+        attention.__doc__ = self.what
+        return attention
+
+    def method(self) -> Method:
+        """The kernel as a method, judged by the numerics of kernels that declare nothing."""
+        from effattn.methods.user import UserFunction
+
+        return UserFunction(self.function, spec=f"effattn.zoo:{self.name.replace('-', '_')}")
+
+
+_REGISTER: dict[str, Specimen] = {}
+
+
+def right(name: str) -> Callable[[_K], _K]:
+    """Register a correct kernel: an instance, or a function."""
+    return lambda kernel: _register(kernel, name, True, ALL, lambda case: True)
+
+
+def wrong(
+    name: str, dtypes: tuple[str, ...] = ALL, shows: Callable[[Case], bool] = lambda case: True
+) -> Callable[[_K], _K]:
+    """Register a wrong kernel, the dtypes where it has to be found, and the cases that show it."""
+    return lambda kernel: _register(kernel, name, False, dtypes, shows)
+
+
+def _register(
+    kernel: _K, name: str, is_right: bool, dtypes: tuple[str, ...], shows: Callable[[Case], bool]
+) -> _K:
+    assert name not in _REGISTER, f"two kernels named {name}"
+    # A class is a kernel of its default block size; a function is one as it is.
+    call = kernel() if isinstance(kernel, type) else kernel
+    what = " ".join((kernel.__doc__ or "").split())
+    _REGISTER[name] = Specimen(name=name, right=is_right, what=what, kernel=call, dtypes=dtypes, shows=shows)
+    return kernel
+
+
+def specimens(*, right: bool | None = None) -> tuple[Specimen, ...]:
+    """All kernels of the zoo, or the right or the wrong ones only."""
+    _load()
+    return tuple(s for s in _REGISTER.values() if right is None or s.right == right)
+
+
+def get(name: str) -> Specimen:
+    """The kernel of that name; RequestError with close matches if there is none."""
+    _load()
+    if name in _REGISTER:
+        return _REGISTER[name]
+    near = difflib.get_close_matches(name, _REGISTER, n=3)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise RequestError(f"the zoo has no kernel {name!r}.{hint}")
+
+
+def _load() -> None:
+    # Not `from effattn.zoo import ...`: that asks the package's own __getattr__, which ends up here.
+    for name in ("right_kernels", "wrong_kernels", "subtle_kernels"):
+        importlib.import_module(f"effattn.zoo.{name}")
