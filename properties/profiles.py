@@ -49,7 +49,7 @@ SMOKE = Profile(
     name="smoke",
     repeats=2,
     lengths=(1, 15, 16, 17, 31, 33, 63, 64, 65, 97, 127, 128, 129, 131, 193),
-    long_lengths=(129, 131, 151, 193, 211, 257, 271),
+    long_lengths=(129, 151, 193, 211, 257, 271),
     dims=tuple((d, None) for d in (64, 64, 33, 40, 32, 7, 7, 80)),
     unequal_dims=((48, 17), (56, 24), (33, 20)),
     groups=menus.GROUPS,
@@ -91,7 +91,12 @@ def cases(name: str, *, dtype: str) -> list[Case]:
     """The cases of a profile in one dtype, always the same list. `RequestError` for an unknown profile."""
     profile = get(name)
     draw = _Draw(f"effattn profile {profile.name}")
-    in_turn = [regime for _ in range(profile.repeats) for regime in regimes.all_regimes()]
+    in_turn = [
+        regime
+        for _ in range(profile.repeats)
+        for regime in regimes.all_regimes()
+        for _ in range(regime.weight)
+    ]
     return [_draw_one(draw, profile, regime, seed, dtype) for seed, regime in enumerate(in_turn)]
 
 
@@ -138,7 +143,7 @@ def _draw_one(draw: _Draw, profile: Profile, regime: regimes.Regime, seed: int, 
 
 def _anything(draw: _Draw, profile: Profile, seed: int) -> Fields:
     kv_heads, group = draw.pick(profile.groups)
-    head_dim, v_dim = draw.pick(profile.dims)
+    head_dim, v_dim = draw.pick(profile.unequal_dims if draw.chance(0.1) else profile.dims)
     causal = draw.pick(("none", "none", "bottom-right", "bottom-right", "top-left"))
     q_len = draw.pick(profile.lengths)
     return {
@@ -280,6 +285,12 @@ _CHANGES: dict[str, _Change] = {
     "no queries": _fixed(q_len=0),
     "one key": _fixed(kv_len=1),
     "last tile not full": _several_tiles,
+    "many keys": lambda draw, profile, drawn: {
+        "kv_len": draw.pick([n for n in profile.long_lengths if n > regimes.MANY_KEYS]),
+        "q_len": draw.pick([n for n in profile.lengths if n > 32]),
+        "causal": draw.pick(("none", "none", "bottom-right")),
+        "values": draw.pick(("normal", "uniform", "repeated-max")),
+    },
     "whole tiles": lambda draw, profile, drawn: {
         "kv_len": draw.pick([n for n in menus.WHOLE_TILES if n <= max(profile.lengths)])
     },

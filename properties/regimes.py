@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: More keys than one tile of any usual kernel (the largest is 128).
 SEVERAL_TILES = 128
+#: Keys enough for a sum in 16 bits to lose terms: a bf16 sum of ones stops at 256.
+MANY_KEYS = 192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class Regime:
     exposes: str
     #: True where a case lies in the regime.
     holds: Callable[[Case], bool]
+    #: How many cases a profile draws for it, in units of the profile's repeats.
+    weight: int = 1
 
 
 def group(case: Case) -> int:
@@ -75,6 +79,12 @@ REGIMES: tuple[Regime, ...] = (
         name="last tile not full",
         exposes="a last tile that is dropped, or read to its end",
         holds=lambda c: c.q_len > 0 and c.kv_len > SEVERAL_TILES and c.kv_len % 16 != 0,
+    ),
+    Regime(
+        name="many keys",
+        exposes="sums that are kept in few bits",
+        holds=lambda c: c.q_len > 8 and c.kv_len > MANY_KEYS and c.causal != "top-left",
+        weight=2,
     ),
     Regime(
         name="whole tiles",
@@ -166,6 +176,7 @@ REGIMES: tuple[Regime, ...] = (
         name="rescale over several tiles",
         exposes="an accumulator that is not rescaled when the maximum grows",
         holds=lambda c: c.values == "growing-max" and c.q_len > 0 and c.kv_len > SEVERAL_TILES,
+        weight=2,
     ),
     Regime(
         name="negative logits, last tile not full",
