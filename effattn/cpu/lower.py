@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from effattn.cpu import elementwise, induction, memory, tile
+from effattn.cpu import elementwise, extras, induction, memory, tile
 from effattn.cpu.formats import Unsupported, rounded, splat_literal, value_type
 from effattn.cpu.ir import Block, Module, Op, Value, generic_text, parse
 from effattn.cpu.nest import Nest, compute_into
@@ -33,7 +33,7 @@ _OWN_NAMES = re.compile(r"(i\d+|pid_[xyz]|grid_[xyz]|(.*_)?(float|double|u?int\d
 def _prelude() -> tuple[str, frozenset[str]]:
     """The text that every C file starts with, and the functions, macros and types that it defines."""
     text = Path(__file__).with_name("prelude.h").read_text()
-    names = re.findall(r"#define (\w+)|\b(\w+)\(|typedef [^;]*?\b(\w+)(?: __attribute__[^;]*)?;", text)
+    names = re.findall(r"#define (\w+)|\b(\w+)\(|typedef [^;]*?\b(\w+)(?: __attribute__[^;]*)?;", text + extras.header())
     return text, _KEYWORDS.union(*names)
 
 
@@ -360,6 +360,7 @@ _HANDLERS: dict[str, Callable[[FunctionEmitter, Op], None]] = {
     "llvm.intr.assume": _nothing,
     "gpu.barrier": _nothing,  # a program is one thread
     "ttg.barrier": _nothing,
+    **extras.HANDLERS,
 }
 
 
@@ -418,6 +419,7 @@ def kernel_source(module: Module, name: str) -> tuple[str, Plan]:
     source = "\n".join(
         [
             _prelude()[0],
+            *([extras.header()] if extras.needed(function) else []),
             f"/* ---- kernel {safe} ---- */",
             *e.statics,
             "EXPORT void effattn_kernel(const int64_t *args, int32_t pid_x, int32_t pid_y, int32_t pid_z,",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 
-from effattn.cpu import elementwise
+from effattn.cpu import elementwise, extras
 from effattn.cpu.formats import Unsupported, c_type_of_dot, splat_literal, value_type
 from effattn.cpu.ir import Op, walk
 from effattn.cpu.plan import IEEE, TF32
@@ -43,7 +43,7 @@ def _check(op: Op, handled: Container[str]) -> None:
         value_type(value.type.elem)
     if name in elementwise.RULES:
         elementwise.RULES[name](op, ["0"] * len(op.operands))
-    special = _CHECKS.get(name)
+    special = _CHECKS.get(name) or extras.CHECKS.get(name)
     if special is not None:
         special(op)
 

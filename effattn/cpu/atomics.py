@@ -1,0 +1,82 @@
+"""Atomic operations on memory: read-modify-write, compare-and-swap.
+
+Each is one indivisible step of the host's memory, in sequentially consistent order, so updates from several programs
+are never lost. Within one operation the elements of a tile are taken in the order of their indices. A masked-off
+element is not touched and gives 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from effattn.cpu.formats import Unsupported, memory_type, value_type
+from effattn.cpu.ir import Op, Type, Value
+from effattn.cpu.nest import Index, Nest, Scope, linear
+
+if TYPE_CHECKING:
+    from effattn.cpu.lower import FunctionEmitter
+
+#: tt.RMWOp
+_RMW = {1: "and", 2: "or", 3: "xor", 4: "add", 5: "fadd", 6: "max", 7: "min", 8: "umax", 9: "umin", 10: "xchg"}
+
+
+def _function(name: str, type_: Type) -> tuple[str, str]:
+    """The helper for an element type, and the type of the address that it takes."""
+    if type_.is_int and name != "fadd":
+        c_type = memory_type(type_.elem)
+        return f"atomic_{name}_{c_type}", f"{c_type} *"
+    if type_.elem in ("f16", "bf16", "f32", "f64") and name in ("fadd", "xchg", "cas"):
+        return f"atomic_{name}_{type_.elem}", "void *"
+    raise Unsupported(f"an atomic {name} of {type_.elem}")
+
+
+def check(op: Op) -> None:
+    name = "cas" if op.name == "tt.atomic_cas" else _RMW[op.int_attr("atomic_rmw_op")]
+    _function(name, op.results[0].type)
+
+
+def rmw(emitter: FunctionEmitter, op: Op) -> None:
+    """tt.atomic_rmw(pointer, value[, mask])"""
+    name, cast = _function(_RMW[op.int_attr("atomic_rmw_op")], op.results[0].type)
+    mask = op.operands[2] if len(op.operands) > 2 else None
+    each_element(emitter, op, op.operands[:2], mask, lambda p, v: f"{name}(({cast}){p}, {v})")
+
+
+def cas(emitter: FunctionEmitter, op: Op) -> None:
+    """tt.atomic_cas(pointer, compared, value)"""
+    name, cast = _function("cas", op.results[0].type)
+    each_element(emitter, op, op.operands, None, lambda p, c, v: f"{name}(({cast}){p}, {c}, {v})")
+
+
+def each_element(
+    emitter: FunctionEmitter, op: Op, values: list[Value], mask: Value | None, write: Callable[..., str]
+) -> None:
+    """Run a statement with side effects for each element, in order, and keep what it gives."""
+    result = op.results[0]
+    if not result.type.is_tensor:
+        call = write(*(emitter.scalar(v) for v in values))
+        if mask is not None:
+            call = f"{emitter.scalar(mask)} ? {call} : 0"
+        emitter.define(result, call)
+        return
+    buffer = emitter.plan.buffers[result]
+    nest, axis, index = rows(emitter, result.type)
+    inner = Scope()
+    parts = [nest.eval(v, index, inner).text for v in values]
+    call = write(*parts)
+    if mask is not None:
+        call = f"{nest.eval(mask, index, inner).text} ? {call} : 0"
+    target = f"{emitter.array(buffer)}[{linear(index, buffer.strides()).text}]"
+    emitter.open("")
+    nest.emit(nest.loop(axis, inner, [f"{target} = ({value_type(result.type.elem)})({call});"], independent=False))
+    emitter.close()
+
+
+def rows(emitter: FunctionEmitter, type_: Type) -> tuple[Nest, int, Index]:
+    """Loops over a tile in the order of its indices: the nest, its innermost axis, the index in it."""
+    assert type_.shape is not None
+    wide = [axis for axis, n in enumerate(type_.shape) if n > 1]
+    axis = wide[-1] if wide else len(type_.shape) - 1
+    nest = Nest(emitter, type_.shape, [a for a in range(len(type_.shape)) if a != axis])
+    return nest, axis, nest.inner_index(axis)

@@ -1,0 +1,135 @@
+"""`tl.device_print` and `tl.device_assert`.
+
+A print writes lines `pid (x, y, z) idx (i, j) prefix value` to the standard output, as Triton does on a GPU. An assertion
+that fails ends its program; the launch raises DeviceAssertion when the other programs are done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from typing import TYPE_CHECKING, Any
+
+from effattn.cpu.atomics import rows
+from effattn.cpu.formats import value_type
+from effattn.cpu.ir import Op, Value
+from effattn.cpu.nest import Expr, Scope
+
+if TYPE_CHECKING:
+    from effattn.cpu.lower import FunctionEmitter
+
+
+class DeviceAssertion(AssertionError):
+    """A `tl.device_assert` of a kernel failed: says its message, kernel, source line, program and element."""
+
+
+_SIZE = 1024
+
+
+def _text(op: Op, name: str) -> str:
+    raw = op.attrs.get(name, '""')
+    # MLIR escapes as \XX in hexadecimal.
+    body, out, i = raw[1:-1], bytearray(), 0
+    while i < len(body):
+        if body[i] == "\\" and len(body) > i + 1:
+            if body[i + 1] in '"\\':
+                out += body[i + 1].encode()
+                i += 2
+            else:
+                out.append(int(body[i + 1 : i + 3], 16))
+                i += 3
+        else:
+            out += body[i].encode()
+            i += 1
+    return out.decode(errors="replace")
+
+
+def _literal(text: str) -> str:
+    """A C string literal that printf prints as it is."""
+    return json.dumps(text.replace("%", "%%"), ensure_ascii=True).replace("\\u", "\\\\u").replace("?", "\\?")
+
+
+def _format(value: Value, as_hex: bool, signed: bool) -> tuple[str, str]:
+    """The printf format of an element, and the cast of its argument."""
+    type_ = value.type
+    if type_.is_ptr:
+        return "%p", "(void *)"
+    if type_.is_float:
+        if as_hex:
+            return "0x%0*llx".replace("*", str(type_.bits // 4)), "(unsigned long long)bits_of((float)" + ""
+        return "%f", "(double)"
+    if as_hex:
+        return f"0x%0{max(type_.bits // 4, 1)}llx", f"(unsigned long long)(u{value_type(type_.elem).removeprefix('u')})"
+    return ("%lld", "(long long)") if signed and type_.bits > 1 else ("%llu", f"(unsigned long long)(u{value_type(type_.elem).removeprefix('u')})")
+
+
+def print_(emitter: FunctionEmitter, op: Op) -> None:
+    prefix = _text(op, "prefix")
+    as_hex = bool(op.int_attr("hex", 0))
+    signs = op.ints_attr("isSigned") if "isSigned" in op.attrs else [1] * len(op.operands)
+    pids = "pid_x, pid_y, pid_z"
+    if not op.operands:
+        emitter.line(f'printf("pid (%d, %d, %d){_literal(prefix)[1:-1]}\\n", {pids});')
+    for number, value in enumerate(op.operands):
+        form, cast = _format(value, as_hex, bool(signs[number]))
+        note = f"(operand {number}) " if len(op.operands) > 1 else ""
+        close = ")" if "bits_of(" in cast else ""
+        words = f"{_literal(prefix)[1:-1]}{note}{form}"
+        if not value.type.is_tensor:
+            emitter.line(f'printf("pid (%d, %d, %d) idx (){words}\\n", {pids}, {cast}{emitter.scalar(value)}{close});')
+            continue
+        nest, axis, index = rows(emitter, value.type)
+        inner = Scope()
+        element = nest.eval(value, index, inner)
+        places = ", ".join("%ld" for _ in index)
+        at = "".join(f", (long)({e.text})" for e in index)
+        emitter.open("")
+        text = f'printf("pid (%d, %d, %d) idx ({places}){words}\\n", {pids}{at}, {cast}{element.text}{close});'
+        nest.emit(nest.loop(axis, inner, [text], independent=False))
+        emitter.close()
+    emitter.line("fflush(stdout);")
+
+
+def assert_(emitter: FunctionEmitter, op: Op) -> None:
+    condition = op.operands[0]
+    kernel = emitter.function.attrs["sym_name"].strip('"')
+    words = f"device_assert failed: {_text(op, 'message')}; kernel {kernel}, {op.loc}, program (%d, %d, %d)"
+    pids = "pid_x, pid_y, pid_z"
+    if not condition.type.is_tensor:
+        emitter.line(f"if (!{emitter.scalar(condition)}) {{ FAIL({_percent(words)}, {pids}); return; }}")
+        return
+    nest, axis, index = rows(emitter, condition.type)
+    inner = Scope()
+    holds: Expr = nest.eval(condition, index, inner)
+    at = "".join(f", (long)({e.text})" for e in index)
+    words += f", element ({', '.join('%ld' for _ in index)})"
+    emitter.open("")
+    nest.emit(nest.loop(axis, inner, [f"if (!{holds.text}) {{ FAIL({_percent(words)}, {pids}{at}); return; }}"], independent=False))
+    emitter.close()
+
+
+def _percent(words: str) -> str:
+    """A format: only the numbers that we put there are conversions."""
+    kept = words.replace("%", "%%").replace("%%ld", "%ld").replace("(%%d, %%d, %%d)", "(%d, %d, %d)")
+    return json.dumps(kept, ensure_ascii=True).replace("\\u", "\\\\u")
+
+
+_failures: dict[int, Any] = {}
+
+
+def remember(address: int, library: Any) -> None:
+    """Note where a loaded kernel reports failed assertions, if it has any."""
+    try:
+        _failures[address] = (ctypes.c_char * _SIZE).in_dll(library, "effattn_failure")
+    except ValueError:
+        return
+
+
+def raise_failed(address: int) -> None:
+    """Raise DeviceAssertion for the first assertion that failed in the last launch."""
+    buffer = _failures.get(address)
+    if buffer is not None and buffer[0] != b"\0":
+        # The first byte is the flag; the text follows.
+        words = bytes(buffer)[1:].split(b"\0", 1)[0].decode(errors="replace")
+        ctypes.memset(buffer, 0, _SIZE)
+        raise DeviceAssertion(words)

@@ -1,0 +1,47 @@
+"""What comes on top of the core operations: atomics, gather, histogram, libdevice, inline assembly, fp8, prints, assertions.
+
+Their C helpers are in extras.h, which only kernels that use them include.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from effattn.cpu import asm, atomics, debug, elementwise, extern, fp8, gather
+from effattn.cpu.ir import Op, walk
+
+if TYPE_CHECKING:
+    from effattn.cpu.lower import FunctionEmitter
+
+HANDLERS: dict[str, Callable[[FunctionEmitter, Op], None]] = {
+    "tt.atomic_rmw": atomics.rmw,
+    "tt.atomic_cas": atomics.cas,
+    "tt.gather": gather.gather,
+    "tt.histogram": gather.histogram,
+    "tt.elementwise_inline_asm": asm.inline_asm,
+    "tt.print": debug.print_,
+    "tt.assert": debug.assert_,
+}
+
+#: refusals that are found before anything is generated
+CHECKS: dict[str, Callable[[Op], None]] = {
+    "tt.atomic_rmw": atomics.check,
+    "tt.atomic_cas": atomics.check,
+    "tt.elementwise_inline_asm": asm.check,
+}
+
+elementwise.RULES["tt.extern_elementwise"] = extern.rule
+fp8.register()
+
+_NEED_HEADER = frozenset({*HANDLERS, "tt.extern_elementwise", "tt.fp_to_fp"}) - {"tt.gather", "tt.histogram"}
+
+
+def header() -> str:
+    return Path(__file__).with_name("extras.h").read_text()
+
+
+def needed(function: Op) -> bool:
+    """Whether a kernel uses anything of extras.h."""
+    return any(op.name in _NEED_HEADER or any("f8E" in v.type.elem for v in (*op.results, *op.operands)) for op in walk(function))
