@@ -133,8 +133,18 @@ def run_passes(pm: Any, mod: Any, name: str) -> None:
         pm.run(mod)
 
 
+def _inline_everything(mod: Any) -> None:
+    """`noinline` saves code on a GPU; here it would keep the planner from seeing the whole kernel."""
+    builder = ir.builder(mod.context)
+    names: list[str] = []
+    mod.walk(lambda op: names.append(op.get_str_attr("sym_name")) if op.get_name() == "tt.func" else None)
+    for name in names:
+        mod.get_function(name).set_attr("noinline", builder.get_bool_attr(False))
+
+
 def make_ttir(mod: Any) -> Any:
     """Triton's own target-independent passes, with descriptors and block pointers lowered to pointers."""
+    _inline_everything(mod)
     pm = ir.pass_manager(mod.context)
     passes.common.add_inliner(pm)
     rewrite_block_pointers = getattr(passes.ttir, "add_rewrite_tensor_pointer", None)
