@@ -97,6 +97,7 @@ class CPUBackend(BaseBackend):
     def hash(self) -> str:
         from effattn.cpu import toolchain
 
+        toolchain.check_cache_folder()
         return f"{_source_hash()}-{toolchain.compiler().identity}"
 
     def parse_options(self, options: dict[str, Any]) -> CPUOptions:

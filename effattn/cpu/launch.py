@@ -41,15 +41,17 @@ def c_type(ty: str) -> str:
 
 
 def get_num_threads() -> int:
-    """Threads that a launch uses: set_num_threads, else EFFATTN_CPU_THREADS, else the cores this process may use."""
-    if _threads is not None:
-        return _threads
-    given = os.environ.get("EFFATTN_CPU_THREADS")
-    if given is not None:
-        if not given.isdigit() or int(given) < 1:
+    """Threads that a launch uses: set_num_threads, else EFFATTN_CPU_THREADS, else the cores this process may use.
+
+    Read once, at the first launch.
+    """
+    global _threads
+    if _threads is None:
+        given = os.environ.get("EFFATTN_CPU_THREADS")
+        if given is not None and not (given.isdigit() and int(given) >= 1):
             raise RequestError(f"EFFATTN_CPU_THREADS is {given!r}; expected a whole number from 1")
-        return int(given)
-    return len(os.sched_getaffinity(0))
+        _threads = len(os.sched_getaffinity(0)) if given is None else int(given)
+    return _threads
 
 
 def set_num_threads(count: int) -> None:
@@ -65,15 +67,7 @@ def _runtime() -> ctypes.CDLL:
     # Kernels find the tile products in it by name.
     library = ctypes.CDLL(toolchain.runtime_library(), mode=ctypes.RTLD_GLOBAL)
     library.effattn_launch.restype = ctypes.c_int
-    library.effattn_launch.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_char_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_int,
-        ctypes.c_int64,
-    ]
+    library.effattn_launch.argtypes = [ctypes.c_char_p]
     return library
 
 
@@ -94,12 +88,15 @@ class Utils:
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: Any) -> tuple[Any, int, int, int, int]:
         """Load a shared library; returns (handle, address, registers, spills, most threads)."""
+        if not toolchain.is_whole(binary):
+            removed = toolchain.discard(name, binary)
+            raise RequestError(
+                f"the compiled kernel {name} in Triton's cache is damaged; "
+                + (f"{', '.join(removed)} was removed: run again" if removed else "clear Triton's cache folder")
+            )
         _runtime()
         library = _load(binary)
-        try:
-            symbol = ctypes.cast(library.effattn_kernel, ctypes.c_void_p).value
-        except AttributeError as error:
-            raise RequestError(f"the cached library of kernel {name} is damaged: clear Triton's cache folder") from error
+        symbol = ctypes.cast(library.effattn_kernel, ctypes.c_void_p).value
         assert symbol is not None
         return library, symbol, 0, 0, 1 << 30
 
@@ -125,46 +122,48 @@ def _load(binary: bytes) -> ctypes.CDLL:
         os.unlink(path)
 
 
-def _pointer(value: Any, name: str) -> int:
-    if value is None:
-        return 0
-    if isinstance(value, int):
-        return value
-    if not getattr(value, "is_cpu", True) and not getattr(value, "_effattn_in_host_memory", False):
-        raise RequestError(
-            f"argument {name} is on {value.device}; the CPU backend runs kernels on tensors in host memory: move it with .cpu()"
-        )
-    return value.data_ptr()
+def _pointer(value: Any) -> int:
+    """The address that a pointer argument stands for: of a tensor in host memory, or a number."""
+    try:
+        if value.is_cpu:
+            return value.data_ptr()
+    except AttributeError:
+        if value is None:
+            return 0
+        if isinstance(value, int):
+            return value
+        if not hasattr(value, "is_cpu") and hasattr(value, "data_ptr"):
+            return value.data_ptr()
+        raise
+    if getattr(value, "_effattn_in_host_memory", False):
+        return value.data_ptr()  # of an emulated GPU
+    raise RequestError(
+        f"an argument of the kernel is on {value.device}; the CPU backend runs kernels on tensors in host memory: "
+        "move it with .cpu()"
+    )
 
 
 def _packer(signature: Sequence[tuple[str, Any]]) -> tuple[Callable[..., bytes], int]:
-    """A function that packs the bound arguments of a kernel, and the number of slots.
+    """A function that packs a launch for the runtime, and the number of run-time arguments.
 
-    Every run-time argument takes one slot of 8 bytes: an address, a 64-bit integer or a double.
+    It takes (function, grid x, y, z, threads, arena bytes, address of the cost) and then the kernel's bound arguments.
+    Every one of these takes one slot of 8 bytes: an address, a 64-bit integer or a double.
     """
-    lines: list[str] = []
     codes: list[str] = []
     values: list[str] = []
 
-    def add(type_: Any, expr: str, name: str) -> None:
+    def add(type_: Any, expr: str) -> None:
         if isinstance(type_, (tuple, list)):
             for i, inner in enumerate(type_):
-                add(inner, f"{expr}[{i}]", f"{name}[{i}]")
+                add(inner, f"{expr}[{i}]")
         elif type_ == "constexpr":
             return
         elif type_.startswith("*"):
             codes.append("Q")
-            values.append(f"pointer({expr}, {name!r})")
+            values.append(f"pointer({expr})")
         elif type_.startswith("tensordesc"):
-            rank = type_[type_.index("[") + 1 : type_.index("]")].count(",") + 1
-            codes.append("Q")
-            values.append(f"pointer({expr}.base, {name!r})")
-            for part in ("shape", "strides"):
-                for d in range(rank):
-                    codes.append("q")
-                    values.append(f"{expr}.{part}[{d}]")
             raise NotImplementedError("tensor descriptors as kernel arguments are not supported on the CPU backend yet")
-        elif type_[0] in "fb" and type_ != "b1":
+        elif type_[0] in "fb":
             codes.append("d")
             values.append(expr)
         elif type_ == "u64":
@@ -172,16 +171,15 @@ def _packer(signature: Sequence[tuple[str, Any]]) -> tuple[Callable[..., bytes],
             values.append(expr)
         else:
             codes.append("q")
-            values.append(f"int({expr})")
+            values.append(f"int({expr})" if type_ in ("i1", "u1") else expr)
 
     names = [f"a{i}" for i in range(len(signature))]
-    for i, (name, type_) in enumerate(signature):
-        add(type_, f"a{i}", name)
-    lines.append(f"def pack({', '.join(names)}):")
-    lines.append(f"    return packer.pack({', '.join(values)})")
-    scope: dict[str, Any] = {"packer": struct.Struct("=" + "".join(codes)), "pointer": _pointer}
-    exec("\n".join(lines), scope)
-    return scope["pack"], len(codes)
+    for name, (_, type_) in zip(names, signature, strict=True):
+        add(type_, name)
+    head = ["function", "x", "y", "z", "threads", "arena", "cost"]
+    scope: dict[str, Any] = {"pack": struct.Struct("=Q5qQ" + "".join(codes)).pack, "pointer": _pointer}
+    exec(f"def packed({', '.join(head + names)}):\n    return pack({', '.join(head + values)})", scope)
+    return scope["packed"], len(codes)
 
 
 class Launcher:
@@ -193,6 +191,8 @@ class Launcher:
         if slots != expected:
             raise RequestError(f"kernel {metadata.name} takes {expected} arguments, its signature gives {slots}")
         self.arena = int(metadata.cpu_arena)
+        self.cost = ctypes.c_int64(0)
+        self.cost_at = ctypes.addressof(self.cost)
         self.run = _runtime().effattn_launch
 
     def __call__(
@@ -210,8 +210,8 @@ class Launcher:
     ) -> None:
         if enter_hook is not None:
             enter_hook(launch_metadata)
-        failed = self.run(function, self.pack(*args), grid_x, grid_y, grid_z, get_num_threads(), self.arena)
-        if failed:
+        threads = get_num_threads()
+        if self.run(self.pack(function, grid_x, grid_y, grid_z, threads, self.arena, self.cost_at, *args)):
             raise MemoryError(f"a thread could not get {self.arena} bytes of working memory for the kernel")
         if exit_hook is not None:
             exit_hook(launch_metadata)

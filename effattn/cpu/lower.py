@@ -16,7 +16,7 @@ from effattn.cpu.formats import Unsupported, rounded, splat_literal, value_type
 from effattn.cpu.ir import Block, Module, Op, Value, generic_text, parse
 from effattn.cpu.nest import Nest, compute_into
 from effattn.cpu.plan import Buffer, Plan, make_plan
-from effattn.cpu.support import UnsupportedKernel, check, kernel_name
+from effattn.cpu.support import UnsupportedKernel, check, kernel_name, refusal
 from effattn.errors import RequestError
 
 
@@ -151,7 +151,7 @@ class FunctionEmitter:
             try:
                 self.op(op)
             except Unsupported as error:
-                raise UnsupportedKernel(kernel_name(self.function), op.loc, str(error)) from error
+                raise refusal(self.function, op, error) from error
 
     def op(self, op: Op) -> None:
         handler = _HANDLERS.get(op.name)

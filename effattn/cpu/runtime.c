@@ -2,7 +2,8 @@
 
    Why not OpenMP: it would tie every build to a runtime library that not every compiler brings.
    Programs are handed out one index at a time from an atomic counter, so uneven programs (causal attention)
-   balance themselves. The caller works too. Working memory is one arena per thread, kept between launches. */
+   balance themselves. The caller works too, and alone where waking another thread would take longer than the work.
+   Working memory is one arena per thread, kept between launches. */
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -15,15 +16,23 @@
 typedef void (*kernel_fn)(const int64_t *args, int32_t x, int32_t y, int32_t z, int32_t gx, int32_t gy,
                           int32_t gz, char *arena);
 
+/* What a launch passes, packed in this order by the caller. */
 typedef struct {
-    kernel_fn kernel;
-    const int64_t *args;
-    int64_t gx, gy, gz, count, arena_bytes;
+    uint64_t kernel;
+    int64_t gx, gy, gz, threads, arena_bytes;
+    uint64_t cost;  /* address of the kernel's memory between launches: nanoseconds a program took, 0 at first */
+    int64_t args[];
+} launch_t;
+
+typedef struct {
+    const launch_t *launch;
+    int64_t count, seats; /* seats: workers that may still join */
     atomic_llong next;
     atomic_int failed; /* some thread could not get its working memory */
 } job_t;
 
-enum { MAX_WORKERS = 255, SPINS = 2000 };
+/* Waking a thread that sleeps takes 10 to 50 us until it works. */
+enum { MAX_WORKERS = 255, SPINS = 2000, WORTH_WAKING = 60000 };
 
 static pthread_mutex_t launch_lock = PTHREAD_MUTEX_INITIALIZER; /* one launch at a time */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -55,19 +64,55 @@ static int ensure_arena(int64_t bytes) {
     return 1;
 }
 
-static void run(void) {
-    if (!ensure_arena(job.arena_bytes)) {
+static void program(const launch_t *l, int64_t i) {
+    int64_t gxy = l->gx * l->gy, rest = i % gxy;
+    ((kernel_fn)l->kernel)(l->args, (int32_t)(rest % l->gx), (int32_t)(rest / l->gx), (int32_t)(i / gxy),
+                           (int32_t)l->gx, (int32_t)l->gy, (int32_t)l->gz, arena);
+}
+
+/* IEEE arithmetic, whatever the calling thread does with subnormals or rounding. */
+static unsigned ieee(void) {
+#if defined(__SSE__)
+    unsigned before = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(0x1f80);
+    return before;
+#elif defined(__aarch64__)
+    uint64_t before;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)0));
+    return (unsigned)before;
+#else
+    return 0;
+#endif
+}
+
+static void restore(unsigned before) {
+#if defined(__SSE__)
+    __builtin_ia32_ldmxcsr(before);
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)before));
+#else
+    (void)before;
+#endif
+}
+
+static int64_t now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * (int64_t)1000000000 + t.tv_nsec;
+}
+
+/* Works on the job; returns how many programs this thread ran. */
+static int64_t run(void) {
+    if (!ensure_arena(job.launch->arena_bytes)) {
         atomic_store(&job.failed, 1);
         atomic_store(&job.next, job.count);
-        return;
+        return 0;
     }
-    int64_t gx = job.gx, gxy = job.gx * job.gy;
-    for (;;) {
+    for (int64_t done = 0;; done++) {
         int64_t i = atomic_fetch_add_explicit(&job.next, 1, memory_order_relaxed);
-        if (i >= job.count) return;
-        int64_t rest = i % gxy;
-        job.kernel(job.args, (int32_t)(rest % gx), (int32_t)(rest / gx), (int32_t)(i / gxy), (int32_t)job.gx,
-                   (int32_t)job.gy, (int32_t)job.gz, arena);
+        if (i >= job.count) return done;
+        program(job.launch, i);
     }
 }
 
@@ -80,8 +125,8 @@ static void *worker(void *unused) {
         pthread_mutex_lock(&lock);
         while (atomic_load(&generation) == seen) pthread_cond_wait(&work, &lock);
         seen = atomic_load(&generation);
-        int mine = atomic_load(&job.next) < job.count;
-        if (mine) atomic_fetch_add(&active, 1);
+        int mine = job.seats > 0 && atomic_load(&job.next) < job.count;
+        if (mine) job.seats--, atomic_fetch_add(&active, 1);
         pthread_mutex_unlock(&lock);
         if (!mine) continue;
         run();
@@ -104,15 +149,11 @@ static void after_fork(void) {
 
 static void setup(void) { pthread_atfork(NULL, NULL, after_fork); }
 
-/* Runs a grid. Returns 0, or 1 where working memory could not be had (the grid is then incomplete). */
-EXPORT int effattn_launch(void *kernel, const int64_t *args, int64_t gx, int64_t gy, int64_t gz, int threads,
-                          int64_t arena_bytes) {
-    pthread_once(&once, setup);
-    int64_t count = gx * gy * gz;
-    if (count <= 0) return 0;
+/* Programs from `first` on, by the pool. */
+static int together(const launch_t *l, int64_t first, int64_t count) {
     pthread_mutex_lock(&launch_lock);
-    int wanted = threads - 1;
-    if (wanted > count - 1) wanted = (int)(count - 1);
+    int64_t wanted = l->threads - 1;
+    if (wanted > count - first - 1) wanted = count - first - 1;
     if (wanted > MAX_WORKERS) wanted = MAX_WORKERS;
     pthread_mutex_lock(&lock);
     while (workers < wanted) {
@@ -126,19 +167,18 @@ EXPORT int effattn_launch(void *kernel, const int64_t *args, int64_t gx, int64_t
         if (error) break; /* fewer threads are still right */
         workers++;
     }
-    job.kernel = (kernel_fn)kernel;
-    job.args = args;
-    job.gx = gx, job.gy = gy, job.gz = gz;
-    job.arena_bytes = arena_bytes;
+    job.launch = l;
+    job.seats = wanted;
     atomic_store(&job.failed, 0);
-    atomic_store(&job.next, 0);
+    atomic_store(&job.next, first);
     job.count = count;
     if (wanted > 0) {
         atomic_fetch_add_explicit(&generation, 1, memory_order_release);
         pthread_cond_broadcast(&work);
     }
     pthread_mutex_unlock(&lock);
-    run();
+    int64_t start = now(), done = run();
+    if (done > 0) *(int64_t *)l->cost = (now() - start) / done;
     for (int i = 0; i < SPINS && atomic_load(&active) > 0; i++) relax();
     pthread_mutex_lock(&lock);
     while (atomic_load(&active) > 0) pthread_cond_wait(&idle, &lock);
@@ -146,5 +186,28 @@ EXPORT int effattn_launch(void *kernel, const int64_t *args, int64_t gx, int64_t
     int failed = atomic_load(&job.failed);
     pthread_mutex_unlock(&lock);
     pthread_mutex_unlock(&launch_lock);
+    return failed;
+}
+
+/* Runs a grid. Returns 0, or 1 where working memory could not be had (the grid is then incomplete). */
+EXPORT int effattn_launch(const launch_t *l) {
+    pthread_once(&once, setup);
+    if (l->gx <= 0 || l->gy <= 0 || l->gz <= 0) return 0;
+    int64_t count = l->gx * l->gy * l->gz, cost = *(int64_t *)l->cost, i = 0;
+    unsigned before = ieee();
+    int failed = 0;
+    if (count == 1 || l->threads == 1 || (cost > 0 && cost < WORTH_WAKING / count)) {
+        /* Little work, as far as the last launch tells: call for help only where it takes longer after all. */
+        if (ensure_arena(l->arena_bytes)) {
+            int64_t start = now(), spent = 0;
+            while (i < count && (spent < 2 * WORTH_WAKING || l->threads == 1 || i == count - 1)) {
+                program(l, i++);
+                spent = now() - start;
+            }
+            *(int64_t *)l->cost = spent / i;
+        } else failed = 1;
+    }
+    if (!failed && i < count) failed = together(l, i, count);
+    restore(before);
     return failed;
 }

@@ -14,8 +14,10 @@ from effattn.errors import RequestError
 class UnsupportedKernel(RequestError):
     """A kernel uses an operation or a type that the CPU backend does not offer."""
 
-    def __init__(self, kernel: str, where: object, what: str) -> None:
-        super().__init__(f"kernel {kernel}, {where}: {what} is not supported by the CPU backend")
+
+def refusal(function: Op, op: Op, error: Unsupported) -> UnsupportedKernel:
+    """The error that a user sees: kernel, source line, what."""
+    return UnsupportedKernel(f"kernel {kernel_name(function)}, {op.loc}: {error} is not supported by the CPU backend")
 
 
 def check(function: Op, handled: Container[str]) -> None:
@@ -27,7 +29,7 @@ def check(function: Op, handled: Container[str]) -> None:
         try:
             _check(op, handled)
         except Unsupported as error:
-            raise UnsupportedKernel(kernel_name(function), op.loc, str(error)) from error
+            raise refusal(function, op, error) from error
 
 
 def kernel_name(function: Op) -> str:

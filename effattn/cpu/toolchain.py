@@ -7,6 +7,7 @@ temporary folder, with fixed file names.
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import importlib.util
 import os
@@ -113,8 +114,50 @@ def _flags() -> tuple[str, ...]:
     return (*FLAGS, "-mprefer-vector-width=256") if platform.machine() in ("x86_64", "AMD64") else FLAGS
 
 
+_SEAL = b"effattn-sealed:"
+
+
+def seal(library: bytes) -> bytes:
+    """The library with a checksum behind it, which the loader of the system does not look at."""
+    return library + _SEAL + hashlib.sha256(library).digest()
+
+
+def is_whole(library: bytes) -> bool:
+    """Whether a sealed library is what was built. A truncated one would crash the process that loads it."""
+    end = len(library) - len(_SEAL) - 32
+    return end > 0 and library[end:] == _SEAL + hashlib.sha256(library[:end]).digest()
+
+
+def check_cache_folder() -> None:
+    """Raise RequestError where Triton's cache folder cannot be written, before anything is compiled."""
+    from triton import knobs
+
+    folder = knobs.cache.dir
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError("no permission to write there")
+    except OSError as error:
+        raise RequestError(
+            f"Triton's cache folder {folder} cannot be used ({error}): compiled kernels are kept there; "
+            "set TRITON_CACHE_DIR to a folder that is writable"
+        ) from error
+
+
+def discard(name: str, library: bytes) -> list[str]:
+    """Remove the files of Triton's cache that hold this damaged library; returns what was removed."""
+    from triton import knobs
+
+    removed = []
+    for path in Path(knobs.cache.dir).glob(f"*/{glob.escape(name)}.so"):
+        if path.read_bytes() == library:
+            path.unlink()
+            removed.append(str(path))
+    return removed
+
+
 def build(source: str, *, what: str, extra: tuple[str, ...] = ()) -> bytes:
-    """Compile one C file to a shared library and return its bytes.
+    """Compile one C file to a shared library and return its bytes, sealed.
 
     Raises CompileError with the compiler's own words; nothing is left behind.
     """
@@ -131,7 +174,7 @@ def build(source: str, *, what: str, extra: tuple[str, ...] = ()) -> bytes:
             words = "\n".join(done.stderr.splitlines()[:20])
             how = f"was ended by signal {-done.returncode}" if done.returncode < 0 else f"exited {done.returncode}"
             raise CompileError(f"the C compiler {how} on {what} ({cc.version}):\n{words}")
-        return so_file.read_bytes()
+        return seal(so_file.read_bytes())
 
 
 def build_kernel(source: str, *, name: str) -> bytes:
@@ -150,6 +193,6 @@ def runtime_library() -> str:
     cache = get_cache_manager(key)
     name = "effattn_runtime.so"
     path = cache.get_file(name)
-    if path is None:
+    if path is None or not is_whole(Path(path).read_bytes()):
         path = cache.put(build(source, what="its runtime", extra=("-pthread",)), name, binary=True)
     return path

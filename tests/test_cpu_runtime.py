@@ -1,0 +1,290 @@
+"""The CPU backend around its kernels: threads, processes, launches at once, and a C compiler or a cache that fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import effattn.cpu
+from effattn.cpu import toolchain
+from effattn.errors import RequestError
+
+
+@triton.jit(do_not_specialize=["turns"])
+def work(x, o, turns, N: tl.constexpr):
+    pid = tl.program_id(0)
+    i = tl.arange(0, N)
+    v = tl.load(x + pid * N + i)
+    for _ in range(turns):
+        v = v * 0.5 + 1
+    tl.store(o + pid * N + i, v)
+
+
+@triton.jit
+def divide(x, o, N: tl.constexpr):
+    tl.store(o + tl.arange(0, N), tl.load(x + tl.arange(0, N)) / 3)
+
+
+def expected(x: torch.Tensor, turns: int) -> torch.Tensor:
+    for _ in range(turns):
+        x = x * 0.5 + 1
+    return x
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = effattn.cpu.get_num_threads()
+    yield effattn.cpu.set_num_threads
+    effattn.cpu.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------- in one process
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 16])
+def test_any_number_of_threads_gives_the_same(threads: Callable[[int], None], count: int) -> None:
+    threads(count)
+    assert effattn.cpu.get_num_threads() == count
+    # Little and much work in turns: the runtime expects of a launch what the last one took.
+    for programs, turns in [(1, 3), (50, 2), (50, 4000), (50, 2), (3, 20000), (2000, 1)]:
+        x = torch.randn(programs * 64)
+        o = torch.zeros_like(x)
+        work[(programs,)](x, o, turns, N=64)
+        assert torch.equal(o, expected(x, min(turns, 60)) if turns <= 60 else o)
+        if turns > 60:
+            assert torch.equal(o, torch.full_like(o, 2.0))
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_number_of_threads_below_one_is_refused(count: int) -> None:
+    with pytest.raises(RequestError, match="at least 1"):
+        effattn.cpu.set_num_threads(count)
+
+
+def test_launches_from_many_python_threads_at_once(threads: Callable[[int], None]) -> None:
+    threads(2)
+    failures: list[str] = []
+
+    def many(seed: int) -> None:
+        for k in range(60):
+            x = torch.full((20 * 64,), float(seed + k))
+            o = torch.zeros_like(x)
+            turns = 3 if k % 3 else 40
+            work[(20,)](x, o, turns, N=64)
+            if not torch.equal(o, expected(x, turns)):
+                failures.append(f"thread {seed}, launch {k}")
+
+    workers = [threading.Thread(target=many, args=(n,)) for n in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+def test_subnormals_count_whatever_the_calling_thread_does_with_them(threads: Callable[[int], None]) -> None:
+    x = torch.full((64 * 8,), 3e-39)
+    o = torch.zeros_like(x)
+    for count in (1, 2):
+        threads(count)
+        for turns in (0, 0):
+            assert torch.set_flush_denormal(True)
+            try:
+                work[(8,)](x, o, turns, N=64)
+                divide[(1,)](x, o, N=16)
+                flushed = (torch.tensor(3e-39) * 0.5).item() == 0.0
+            finally:
+                torch.set_flush_denormal(False)
+            assert flushed  # the thread's own setting came back
+            assert torch.equal(o[16:], x[16:])
+            assert (o[:16] > 9e-40).all()
+
+
+def test_working_memory_that_cannot_be_had_is_an_error() -> None:
+    x, o = torch.ones(64), torch.zeros(64)
+    compiled = work[(1,)](x, o, 1, N=64)
+    launcher = compiled.run
+    before = launcher.arena
+    launcher.arena = 1 << 60
+    try:
+        with pytest.raises(MemoryError, match="working memory"):
+            work[(4,)](x, o, 1, N=64)
+    finally:
+        launcher.arena = before
+    work[(1,)](x, o, 1, N=64)
+    assert torch.equal(o, expected(x, 1))
+
+
+def test_tensors_elsewhere_and_wrong_arguments_are_refused() -> None:
+    x = torch.ones(64)
+    with pytest.raises(RequestError, match="host memory"):
+        work[(1,)](x.to("meta"), x, 1, N=64)
+    with pytest.raises(TypeError):
+        work[(1,)](x, N=64)
+
+
+# ------------------------------------------------------------------------------- compiler, cache, processes
+
+KERNEL = """
+import torch, triton, triton.language as tl
+
+@triton.jit(do_not_specialize=["turns"])
+def work(x, o, turns, N: tl.constexpr):
+    pid = tl.program_id(0)
+    i = tl.arange(0, N)
+    v = tl.load(x + pid * N + i)
+    for _ in range(turns):
+        v = v * 0.5 + 1
+    tl.store(o + pid * N + i, v)
+
+def launch():
+    x, o = torch.full((64,), 4.0), torch.zeros(64)
+    work[(1,)](x, o, 1, N=64)
+    assert torch.equal(o, x * 0.5 + 1)
+"""
+
+
+@pytest.fixture
+def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Launches a kernel that this process has not met, with a cache folder of its own; each call is a new start."""
+    path = tmp_path / "kernel_file.py"
+    path.write_text(KERNEL)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+    def start() -> None:
+        spec = importlib.util.spec_from_file_location("kernel_file", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.launch()
+
+    return start
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+FAKE = '#!/bin/sh\ncase "$*" in *--version*) echo "fake 1.0"; exit 0;; esac\n'
+
+
+@pytest.mark.parametrize(
+    ("compiler", "says"),
+    [
+        ("/nonexistent/cc", "CC is set to '/nonexistent/cc'"),
+        ("/bin/false", "CC is set to '/bin/false'"),
+        (None, "no C compiler found"),
+        (FAKE + "echo 'kernel.c:1: broken' >&2; exit 3\n", "exited 3 on the C code of kernel work (fake 1.0):\nkernel.c:1: broken"),
+        (FAKE + "kill -9 $$\n", "was ended by signal 9"),
+    ],
+    ids=["missing", "not a compiler", "none at all", "fails", "killed"],
+)
+def test_a_c_compiler_that_fails_is_one_clear_error_and_the_next_run_recovers(
+    compiler: str | None, says: str, launch: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        if compiler is None:
+            if importlib.util.find_spec("ziglang") is not None:
+                pytest.skip("the ziglang wheel is installed, so there always is a compiler")
+            patch.delenv("CC", raising=False)
+            patch.setenv("PATH", str(tmp_path))
+        else:
+            patch.setenv("CC", compiler if compiler.startswith("/") else script(tmp_path / "cc", compiler))
+        with pytest.raises(RequestError) as caught:
+            launch()
+        assert says in str(caught.value)
+    assert not list(tmp_path.glob("cache/*/*.so"))
+    launch()
+    assert list(tmp_path.glob("cache/*/work.so"))
+
+
+def test_damaged_libraries_in_the_cache_are_found_and_replaced(launch: Callable[[], None], tmp_path: Path) -> None:
+    launch()
+    (kernel,) = tmp_path.glob("cache/*/work.so")
+    whole = kernel.read_bytes()
+    for damage in (whole[:5000], b"", whole[:-3], whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]):
+        kernel.write_bytes(damage)
+        with pytest.raises(RequestError, match="kernel work in Triton's cache is damaged; .*work.so was removed: run again"):
+            launch()
+        launch()
+        assert toolchain.is_whole(kernel.read_bytes())
+    runtime = Path(toolchain.runtime_library())
+    whole = runtime.read_bytes()
+    runtime.write_bytes(whole[:3000])
+    assert Path(toolchain.runtime_library()).read_bytes() == whole
+
+
+def test_a_cache_folder_that_cannot_be_written_is_one_clear_error(
+    launch: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with monkeypatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(blocked / "cache"))
+        with pytest.raises(RequestError, match="file/cache cannot be used .*set TRITON_CACHE_DIR"):
+            launch()
+    launch()
+
+
+def python(code: str, tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def test_two_processes_that_compile_the_same_kernel_at_once_both_succeed(tmp_path: Path) -> None:
+    (tmp_path / "kernel_file.py").write_text(KERNEL)
+    code = "import kernel_file; kernel_file.launch(); print('launched')"
+    started = [python(code, tmp_path, TRITON_CACHE_DIR=str(tmp_path / "cache")) for _ in range(2)]
+    for process in started:
+        out, error = process.communicate()
+        assert out == "launched\n", error
+
+
+def test_a_forked_process_launches_with_threads_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "kernel_file.py").write_text(KERNEL)
+    code = """
+import os, torch
+import effattn.cpu
+from kernel_file import work
+effattn.cpu.set_num_threads(2)
+def run():
+    x, o = torch.full((64 * 40,), 4.0), torch.zeros(64 * 40)
+    for turns in (3, 3000, 3000, 2):
+        work[(40,)](x, o, turns, N=64)
+    assert torch.equal(o, x * 0.25 + 1.5), o
+run()
+child = os.fork()
+if child == 0:
+    run()
+    os._exit(0)
+run()
+assert os.waitpid(child, 0)[1] == 0
+print("both done")
+"""
+    out, error = python(code, tmp_path).communicate()
+    assert out == "both done\n", error
+
+
+@pytest.mark.parametrize(("value", "right"), [("3", True), ("0", False), ("two", False), ("-1", False)])
+def test_the_number_of_threads_comes_from_the_environment(value: str, right: bool, tmp_path: Path) -> None:
+    code = "import effattn.cpu; print(effattn.cpu.get_num_threads())"
+    out, error = python(code, tmp_path, EFFATTN_CPU_THREADS=value).communicate()
+    if right:
+        assert out == f"{value}\n"
+    else:
+        assert "RequestError: EFFATTN_CPU_THREADS" in error.strip().splitlines()[-1]
