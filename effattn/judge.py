@@ -235,6 +235,8 @@ def _judge(
     replay: str,
     seconds: dict[str, float],
 ) -> Verdict:
+    import torch
+
     from effattn import exact as reference
     from effattn.tolerances.envelope import forward_envelope
 
@@ -243,6 +245,7 @@ def _judge(
         return Verdict(
             case=case, method=method, outcome=Outcome.WRONG_SHAPE, message=problem, seconds=seconds, replay=replay
         )
+    inputs = type(inputs)(*(x.detach().to(torch.float64) for x in inputs))
     with _timed(seconds, "exact"):
         exact = reference.attention(*inputs, causal=case.causal, scale=case.softmax_scale)
     with _timed(seconds, "envelope"):
@@ -274,7 +277,7 @@ class _Part:
 
         self.name = name
         self.format = format
-        self.got = got.detach().to(torch.float64).cpu().numpy()
+        self.got = got.detach().to("cpu", torch.float64).numpy()
         self.exact = exact.cpu().numpy()
         self.bound, self.sigma = bound, sigma
         with np.errstate(invalid="ignore"):
@@ -315,8 +318,7 @@ class _Judgement:
             if message is not None:
                 return Outcome.NON_FINITE, message, [], []
         with np.errstate(invalid="ignore", divide="ignore"):
-            measured = [self._measure(part) for part in self.parts]
-        quantities = [quantity for quantity, _ in measured]
+            quantities = [self._measure(part) for part in self.parts]
         beyond = [(q, part) for q, part in zip(quantities, self.parts, strict=True) if (q.fraction or 0.0) > 1.0]
         if beyond:
             return Outcome.INACCURATE, "\n".join(self._inaccurate(q, part) for q, part in beyond), quantities, []
@@ -358,46 +360,47 @@ class _Judgement:
         some = f"{int(wrong.sum())} of {wrong.size} elements"
         return f"{part.at(index)}\n{some} of {part.name} are not finite where they should be, or the other way round"
 
-    def _measure(self, part: _Part) -> tuple[Quantity, Floats]:
+    def _measure(self, part: _Part) -> Quantity:
         import numpy as np
 
         judged = self.envelope.judged
         everything = bool(judged.all())
         size = np.abs(part.error)
-        # Rows that see no key have bound 0: any error there is beyond it.
-        fraction = np.divide(size, part.bound, out=np.where(size > 0.0, math.inf, 0.0), where=part.bound > 0.0)
+        # Rows that see no key have bound 0: any error there is beyond it. No error is 0 of any bound.
+        fraction = size / np.maximum(part.bound, 1e-300)
         if not everything:
             fraction[~judged] = -1.0
-        flat = int(fraction.argmax()) if fraction.size else 0
-        count = part.got.size if everything else int(judged.sum()) * (part.got.size // max(1, judged.size))
+        total = part.got.size
+        count = total if everything else int(judged.sum()) * (total // max(1, judged.size))
         if count == 0:
-            return Quantity(name=part.name, count=0, set_aside=part.got.size), fraction
-        index = _index(flat, fraction.shape)
-        z = np.divide(part.error, part.sigma, out=np.zeros_like(size), where=part.sigma > 0.0)
-        ulps = part.format.distance(part.got, part.format.round(part.exact))
-        np.nan_to_num(ulps, copy=False, nan=0.0)  # rows that see no key: -inf is at no distance from -inf
+            return Quantity(name=part.name, count=0, set_aside=total)
+        index = _index(int(fraction.argmax()), fraction.shape)
+        z = part.error / np.maximum(part.sigma, 1e-300)
+        rounded = part.format.round(part.exact)
+        off = part.got != rounded
         if not everything:
-            z, ulps = z[judged], ulps[judged]
-        z, ulps = z.ravel(), ulps.ravel()
-        middle, high = (count - 1) // 2, math.ceil(0.99 * (count - 1))
-        ordered = np.partition(ulps, (middle, high)) if count > 1 else ulps
+            z = z[judged]
+            off &= judged[..., None] if off.ndim > judged.ndim else judged
+        z = z.ravel()
+        ulps = part.format.distance(part.got[off], rounded[off])
+        middle, high, most = _quantiles(ulps, count)
         return Quantity(
             name=part.name,
             count=count,
-            set_aside=part.got.size - count,
+            set_aside=total - count,
             fraction=float(fraction[index]),
-            bit_equal=1.0 - int(np.count_nonzero(ulps)) / count,
-            ulp_p50=float(ordered[middle]),
-            ulp_p99=float(ordered[high]),
-            ulp_max=float(ulps.max()),
+            bit_equal=1.0 - ulps.size / count,
+            ulp_p50=middle,
+            ulp_p99=high,
+            ulp_max=most,
             z_rms=math.sqrt(float(z @ z) / count),
-            z_max=float(max(z.max(), z.min(), key=abs)),
-            z_mean=float(z.mean()),
+            z_max=max(float(z.max()), float(z.min()), key=abs),
+            z_mean=float(z.sum()) / count,
             worst=index,
             got=float(part.got[index]),
             exact=float(part.exact[index]),
             allowed=float(part.bound[index]),
-        ), fraction
+        )
 
     def _findings(self) -> list[Finding]:
         from effattn.tolerances import statistics
@@ -426,7 +429,7 @@ class _Judgement:
         exact = self._rows(self.out.exact, n)
         if not len(exact):
             return None
-        v_mean = self.inputs.v.double().mean(2, keepdim=True).cpu().numpy()
+        v_mean = self.inputs.v.cpu().numpy().mean(2, keepdims=True)
         v_mean = np.repeat(v_mean, self.case.heads // self.case.kv_heads, axis=1)
         directions = {
             "mean": np.ones((1, n)),
@@ -564,6 +567,18 @@ def _explain(finding: Finding) -> str:
     if finding.name == "largest":
         return f"one is {finding.statistic:.1f} deviations beyond its last rounding ({chance})"
     return f"{_DIRECTIONS[finding.name]} (t = {finding.statistic:+.1f}, {chance})"
+
+
+def _quantiles(nonzero: Floats, count: int) -> tuple[float, float, float]:
+    """Median, 99th percentile and largest of `count` numbers of which all but the given ones are 0."""
+    import numpy as np
+
+    zeros = count - nonzero.size
+    places = [place - zeros for place in ((count - 1) // 2, math.ceil(0.99 * (count - 1)))]
+    wanted = sorted({place for place in places if place >= 0})
+    ordered = np.partition(nonzero, wanted) if wanted else nonzero
+    middle, high = (float(ordered[place]) if place >= 0 else 0.0 for place in places)
+    return middle, high, float(nonzero.max()) if nonzero.size else 0.0
 
 
 def _times(fraction: float | None) -> str:

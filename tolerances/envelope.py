@@ -34,7 +34,8 @@ import numpy as np
 import torch
 
 from effattn.exact import Exact
-from effattn.exact.blocks import Rows, row_blocks, rows_without_keys
+from effattn.exact.blocks import row_blocks, rows_without_keys
+from effattn.tolerances.sums import ROUNDING_VARIANCE, ScoreErrors, alike, collect, is_fine, narrow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,11 +44,11 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-#: variance of a rounding to nearest relative to (u x)^2, for a log-uniform mantissa
-ROUNDING_VARIANCE = 0.125 / math.log(2.0)
-
 #: a row whose weights may be off by more than this factor is not judged: the first-order picture ends there
 LARGEST_WEIGHT_ERROR = 0.5
+
+#: relative error of sums that were done in float32; see `sums.narrow`
+FLOAT32_SUMS = 1e-5
 
 #: PTX: lg2.approx.f32 is within 2^-22 (absolute) near 1
 LOG_ERROR = 2.0**-22
@@ -110,11 +111,24 @@ def forward_envelope(
     shape, dim = tuple(q.shape[:3]), v.shape[3]
     empty = rows_without_keys(q.shape[2], k.shape[2], causal)
     fields: dict[str, Floats] = {}
-    fine = _fine(numerics)
-    alike = _alike(q, k, v) if fine else None
-    errors = _ScoreErrors.of(numerics, q.shape[-1], min(_repeats(q), _repeats(k)) if fine else 1.0)
-    for rows in row_blocks(q, k, v, causal=causal, block=block):
-        result = _row_block(rows, numerics, errors, exact, scale, alike)
+    blocks = row_blocks(q, k, v, causal=causal, block=block)
+    errors = ScoreErrors.of(numerics, q, k)
+    fine = is_fine(numerics)
+    equal_keys = alike(q, k, v) if fine else None
+    in_float32 = fine and narrow(q, k, scale)
+    for rows in blocks:
+        lse = rows.read(exact.lse).unsqueeze(-1)
+        sums = collect(rows, lse, numerics=numerics, errors=errors, scale=scale, in_float32=in_float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # rows that are not judged
+            result = _finish(
+                SimpleNamespace(**sums),
+                numerics,
+                errors,
+                q2=(rows.q * scale).square_().cpu().numpy(),
+                o=rows.read(exact.out).cpu().numpy(),
+                lse=lse.cpu().numpy(),
+                equal_keys=None if equal_keys is None else rows.read(equal_keys).unsqueeze(-1).cpu().numpy(),
+            )
         if result["judged"].size == math.prod(shape):
             whole = {name: x.reshape(*shape, *x.shape[2:]) for name, x in result.items()}
             return Envelope(**whole, empty_rows=0)  # pyright: ignore[reportArgumentType]
@@ -122,12 +136,11 @@ def forward_envelope(
             if name not in fields:
                 fields[name] = np.zeros((*shape, *x.shape[2:]), dtype=x.dtype)
             rows.write(torch.from_numpy(fields[name]), torch.from_numpy(x))
-    for name in () if fields else _FIELDS:
-        wide = name.startswith(("out", "along"))
-        fields[name] = np.zeros((*shape, dim) if wide else shape)
-    if empty or not fields["judged"].any():
-        fields["judged"] = fields["judged"].astype(bool)
-        fields["judged"][:, :, :empty] = True
+    if not fields:  # no row sees a key
+        for name in _FIELDS:
+            fields[name] = np.zeros((*shape, dim) if name.startswith(("out", "along")) else shape)
+        fields["judged"] = np.zeros(shape, dtype=bool)
+    fields["judged"][:, :, :empty] = True
     return Envelope(**fields, empty_rows=empty)  # pyright: ignore[reportArgumentType]
 
 
@@ -138,259 +151,17 @@ _FIELDS = (
 )  # fmt: skip
 
 
-@dataclass
-class _Sums:
-    """What one pass over the keys collects for a block of rows; (pairs, rows, 1) or (pairs, rows, v_dim)."""
-
-    #: sum w |v|, sum w^2 v^2
-    w_abs: torch.Tensor
-    w2_v2: torch.Tensor
-    #: sum w^2
-    w2: torch.Tensor
-    #: smallest and largest score
-    low: torch.Tensor
-    high: torch.Tensor
-    #: largest weight, the values of its key
-    top: torch.Tensor
-    top_v: torch.Tensor
-    #: keys visible
-    count: torch.Tensor
-    #: largest |v| of a column
-    v_most: torch.Tensor
-    #: sum min(w, half the smallest subnormal of P) over weights that may be subnormal in P
-    flushed: torch.Tensor
-    #: largest |k|^2 and largest k^2 of a pair
-    k_most: torch.Tensor
-    k_peak: torch.Tensor
-    #: sum w s v and sum w s
-    ws_v: torch.Tensor
-    ws: torch.Tensor
-    #: where scores are judged one by one (see `_fine`): sum w b |v|, sum w b, largest b,
-    #: sum w^2 var v^2, sum w^2 var v, sum w^2 var, sum w var
-    wb_abs: torch.Tensor | None = None
-    wb: torch.Tensor | None = None
-    b_most: torch.Tensor | None = None
-    g_v2: torch.Tensor | None = None
-    g_v: torch.Tensor | None = None
-    g: torch.Tensor | None = None
-    w_var: torch.Tensor | None = None
-
-    def add(self, other: _Sums) -> None:
-        """Takes in the sums of more keys."""
-        later = other.top > self.top
-        self.top_v = torch.where(later, other.top_v, self.top_v)
-        for name, mine in vars(self).items():
-            more = getattr(other, name)
-            if mine is None or name == "top_v":
-                continue
-            if name == "low":
-                mine = torch.minimum(mine, more)
-            elif name in ("high", "top", "v_most", "k_most", "k_peak", "b_most"):
-                mine = torch.maximum(mine, more)
-            else:
-                mine = mine + more
-            setattr(self, name, mine)
-
-    def numpy(self) -> dict[str, Floats]:
-        """All of it on the host, where many small operations cost less."""
-        return {name: x.cpu().numpy() for name, x in vars(self).items() if x is not None}
-
-
-def _fine(numerics: Numerics) -> bool:
-    """Whether the scores' errors matter beside the rounding of P, and are worth a variance for each pair.
-
-    They do where P is not rounded (fp32 inputs), or where scores or operands lose bits on the way.
-    """
-    return (
-        not (numerics.rounds_p and numerics.exact_products)
-        or numerics.format("score").precision < numerics.format("acc").precision
-        or numerics.operand_format is not None
-    )
-
-
-@dataclass(frozen=True)
-class _ScoreErrors:
-    """Coefficients of a score's error, for one row block; every size below is that of |scale| q.k.
-
-    bound    b   = dot (A + |s|) / 2 + factors A + rounded |s| + shifted |s - lse| + common
-    variance var = terms T + each s^2 + gap (s - lse)^2 + exp
-
-    with A = |scale| |q|.|k| and T = scale^2 sum q^2 k^2. Derivation:
-    - the dot product by any tree: dot = gamma_d; as noise (d + 1) / 6 T + (d + 1) / 3 s^2, times 0.18 u^2;
-    - a product that is not exact in the accumulator, inputs rounded to a narrower operand format, and q or k
-      scaled before the product (a constant, a product): factors of A;
-    - the scale, with log2(e) folded in: a constant, its product, the multiplication;
-    - the format the score is kept in;
-    - s - m, or a fused multiply-add with a rounded m: u |s - m| and 2 u max |s| for the row; |s - m| <= |s - lse|;
-    - exp: `exp_ulps`, each at most 2 u, for the weight itself and for each of R + 2 rescalings of its block.
-    """
-
-    dot: float
-    factors: float
-    rounded: float
-    shifted: float
-    terms: float
-    each: float
-    gap: float
-    exp: float
-
-    @classmethod
-    def of(cls, numerics: Numerics, d: int, repeats: float) -> _ScoreErrors:
-        u = numerics.format("acc").unit_roundoff
-        keep, acc = numerics.format("score"), numerics.format("acc")
-        u_keep = keep.unit_roundoff if keep.precision < acc.precision else 0.0
-        operand = numerics.operand_format
-        # Tensor cores truncate operands, hence twice the unit roundoff.
-        u_operand = 2.0 * operand.unit_roundoff if operand is not None else 0.0
-        var = ROUNDING_VARIANCE * u * u * repeats
-        inexact = 0.0 if numerics.exact_products else 1.0
-        return cls(
-            dot=_gamma(d, u) * (1.0 + 2.0 * _gamma(d, u)),
-            factors=2.0 * u * inexact + 4.0 * u + 2.0 * u_operand + u_operand**2,
-            rounded=5.0 * u + u_keep,
-            shifted=3.0 * u,
-            terms=var * ((d + 1) / 6.0 + inexact) + 2.0 * ROUNDING_VARIANCE * u_operand**2,
-            each=var * ((d + 1) / 3.0 + 1.0) + ROUNDING_VARIANCE * u_keep**2,
-            gap=ROUNDING_VARIANCE * u * u,
-            exp=ROUNDING_VARIANCE * u * u * max(1.0, numerics.exp_ulps**2),
-        )
-
-
-def _gamma(n: float, u: float) -> float:
-    return n * u / (1.0 - n * u) if n * u < 0.5 else math.inf
-
-
-def _alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
-    """How many keys are the same as a key on the average, key and value alike, (batch, heads, q_len); None for 1.
-
-    Their scores have the same error, and equal terms of a sum are rounded to one side, so that m equal keys make the
-    variance of all that is done in the accumulators' format m times as large as the sum over m different ones.
-    """
-    if k.shape[2] < 2:
-        return None
-    # A fixed projection of each row: equal rows have equal ones, different rows hardly ever.
-    mark = 0.0
-    for x in (k, v):
-        angles = torch.arange(1, x.shape[3] + 1, dtype=torch.float64, device=x.device)
-        mark = mark + (x.to(torch.float64) * torch.cos(angles * angles + x.shape[3])).sum(-1)
-    assert isinstance(mark, torch.Tensor)
-    ordered = mark.sort(dim=-1).values
-    if not bool((ordered[..., 1:] == ordered[..., :-1]).any()):
-        return None
-    count = k.shape[2]
-    pairs = ordered.reshape(-1, count)
-    squares = [float(row.unique(return_counts=True)[1].double().square().sum()) for row in pairs]
-    mean = torch.tensor(squares, dtype=torch.float64, device=q.device).view(*k.shape[:2]) / count
-    return mean.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None].expand(q.shape[:3])
-
-
-def _repeats(x: torch.Tensor) -> float:
-    """The same for the terms of a dot product: an upper limit from the entries of a row that are equal, zero apart."""
-    if x.shape[-1] < 2 or x.numel() == 0:
-        return 1.0
-    ordered = x.sort(dim=-1).values
-    equal = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != 0.0)
-    pairs = float(equal.sum(-1).max())
-    # So many equal neighbours make at most one run of pairs + 1.
-    return 1.0 + pairs * (pairs + 1.0) / x.shape[-1]
-
-
-def _row_block(
-    rows: Rows, numerics: Numerics, errors: _ScoreErrors, exact: Exact, scale: float, alike: torch.Tensor | None
-) -> dict[str, Floats]:
-    q = rows.q * scale
-    lse = rows.read(exact.lse).unsqueeze(-1)
-    squares = (q.abs(), q.square()) if _fine(numerics) else None
-    sums: _Sums | None = None
-    for tile in rows.tiles():
-        s = torch.bmm(q, tile.k.mT)
-        low, high = torch.aminmax(s, dim=-1, keepdim=True)
-        w = (s - lse).exp_()
-        if tile.hidden is not None:
-            w.masked_fill_(tile.hidden, 0.0)
-            count = (~tile.hidden).sum(-1, dtype=torch.float64)[None, :, None]
-        else:
-            count = torch.full((1, 1, 1), float(tile.k.shape[1]), dtype=torch.float64, device=s.device)
-        v, v_abs = tile.v, tile.v.abs()
-        v2 = v * v
-        w2 = w * w
-        k2 = tile.k * tile.k
-        top, key = w.max(dim=-1, keepdim=True)
-        ws = w * s
-        more = _Sums(
-            w_abs=torch.bmm(w, v_abs),
-            w2_v2=torch.bmm(w2, v2),
-            w2=w2.sum(-1, keepdim=True),
-            low=low,
-            high=high,
-            top=top,
-            top_v=torch.gather(v, 1, key.expand(-1, -1, v.shape[-1])),
-            count=count,
-            v_most=v_abs.amax(1, keepdim=True),
-            flushed=_flushed(w, low - lse, numerics, count),
-            k_most=k2.sum(-1, keepdim=True).amax(1, keepdim=True),
-            k_peak=k2.amax((1, 2), keepdim=True),
-            ws_v=torch.bmm(ws, v),
-            ws=ws.sum(-1, keepdim=True),
-        )
-        if squares is not None:
-            gap = s - lse
-            b = torch.bmm(squares[0], tile.k.abs().mT).mul_(0.5 * errors.dot + errors.factors)
-            b.add_(s.abs(), alpha=0.5 * errors.dot + errors.rounded).sub_(gap, alpha=errors.shifted)
-            var = torch.bmm(squares[1], k2.mT).mul_(errors.terms)
-            var.addcmul_(s, s, value=errors.each).addcmul_(gap, gap, value=errors.gap).add_(errors.exp)
-            if tile.hidden is not None:
-                b.masked_fill_(tile.hidden, 0.0)
-            more.b_most = b.amax(-1, keepdim=True)
-            wb, g = b.mul_(w), w2.mul_(var)
-            more.wb_abs, more.wb = torch.bmm(wb, v_abs), wb.sum(-1, keepdim=True)
-            more.g_v2, more.g_v, more.g = torch.bmm(g, v2), torch.bmm(g, v), g.sum(-1, keepdim=True)
-            more.w_var = var.mul_(w).sum(-1, keepdim=True)
-        if sums is None:
-            sums = more
-        else:
-            sums.add(more)
-    assert sums is not None, "every row of a block sees key 0"
-    with np.errstate(over="ignore", invalid="ignore"):  # rows that are not judged
-        return _finish(
-            SimpleNamespace(**sums.numpy()),
-            numerics,
-            errors,
-            q2=(q * q).cpu().numpy(),
-            o=rows.read(exact.out).cpu().numpy(),
-            lse=lse.cpu().numpy(),
-            alike=1.0 if alike is None else rows.read(alike).unsqueeze(-1).cpu().numpy(),
-        )
-
-
-def _flushed(w: torch.Tensor, low: torch.Tensor, numerics: Numerics, count: torch.Tensor) -> torch.Tensor:
-    """Most that underflow takes from the weights of a row, in units of w; `low` the smallest log w.
-
-    A weight below the normal range of P's format moves by at most half its smallest subnormal number, and by no
-    more than itself. P is at least w, for its maximum is at most lse, so weights of normal size are safe. Formats
-    with fp32's range come near that only where it does not matter, and get the limit for all keys.
-    """
-    p, acc = numerics.format("p"), numerics.format("acc")
-    floor = acc.smallest_normal if numerics.flush else acc.smallest_subnormal / 2.0
-    if p.emin == acc.emin:
-        return count * (floor + p.smallest_subnormal / 2.0)
-    if float(low.min()) > math.log(p.smallest_normal):
-        return count * floor
-    small = torch.clamp(w, max=p.smallest_subnormal / 2.0).masked_fill_(w >= p.smallest_normal, 0.0)
-    return small.sum(-1, keepdim=True) + count * floor
-
-
 def _finish(
     x: SimpleNamespace,
     numerics: Numerics,
-    errors: _ScoreErrors,
+    errors: ScoreErrors,
     *,
     q2: Floats,
     o: Floats,
     lse: Floats,
-    alike: Floats | float,
+    equal_keys: Floats | None,
 ) -> dict[str, Floats]:
-    """Bound and noise from the sums over the keys; q2 is (scale q)^2, `alike` as in `_alike`."""
+    """Bound and noise from the sums over the keys; q2 is (scale q)^2, `equal_keys` as in `alike`."""
     acc, p, out, input_ = (numerics.format(name) for name in ("acc", "p", "output", "input"))
     u = acc.unit_roundoff
     u_p = p.unit_roundoff if numerics.rounds_p else 0.0
@@ -409,31 +180,33 @@ def _finish(
     # Bound. R rescalings at most, two more for merging split keys; each costs an exp and a rounding of l and acc.
     rescales = np.ceil(n / numerics.smallest_block) + 2.0
     common = s_most * (6.0 * u) + rescales * (2.0 * numerics.exp_ulps * u)
-    fine = hasattr(x, "wb")
+    fine = is_fine(numerics)
     if fine:
         b_most, wb = x.b_most + common, x.wb + common
-        wb_abs = x.wb_abs + common * x.w_abs
     else:
         # |s| and A are at most |q| |k|: crude, but these errors are small beside u_p.
         b_most = condition * (errors.dot + errors.factors + errors.rounded + errors.shifted)
         b_most = wb = b_most + common + errors.shifted * log_n
-        wb_abs = b_most * x.w_abs
     adds = (n + rescales + 3.0) * u
     worst = np.expm1(b_most)
     stretch = worst / b_most
     total = worst + adds
     judged = total <= LARGEST_WEIGHT_ERROR
     growth = (1.0 + total) * (1.0 + u_p) / (1.0 - total - total * total)
+    growth *= 1.0 + FLOAT32_SUMS
     growth[~judged] = math.inf
     sum_of = u_p if numerics.sum_of == "rounded" else 0.0
     product = u_p + u_v + (0.0 if exact_pv else u) + (2.0 * u if before else 0.0)
+    # What flush costs, the sums (half each sign), and the division; then the weights' errors and the products.
     flush = x.flushed * x.v_most
-    steady = x.w_abs * (0.5 * adds) + o_abs * (1.5 * adds + 4.0 * u) + flush + n * acc.smallest_subnormal
-    reach = wb_abs + o_abs * wb
-    reach *= stretch
-    reach += x.w_abs * product + steady
-    if sum_of:
-        reach += o_abs * sum_of
+    steady = x.w_abs * (0.5 * adds) + o_abs * (1.5 * adds + 4.0 * u)
+    steady += flush + n * acc.smallest_subnormal
+    if fine:
+        reach = (x.wb_abs + common * x.w_abs) * stretch + x.w_abs * product
+    else:
+        reach = x.w_abs * (b_most * stretch + product)
+    reach += o_abs * (wb * stretch + sum_of)
+    reach += steady
     reach *= growth
     bound = out.ulp(o_abs + reach)
     bound *= 0.5
@@ -457,7 +230,8 @@ def _finish(
     inner += x.w2_v2 * (var * a_terms)
     inner += o * o * (var * (a_sum + l_var))
     inner += n * (acc.smallest_subnormal**2 / 12.0)
-    inner *= alike
+    if equal_keys is not None:
+        inner *= equal_keys
     inner += o * o * (2.0 * var)
     # The scale's constants are rounded once for all pairs: three roundings, u^2 / 3 each with unlucky mantissas.
     along_scale = x.ws_v - o * x.ws

@@ -46,6 +46,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -112,6 +113,11 @@ class Errors:
     predictions: Callable[[], Iterator[Prediction]]
     #: (rows, any number): rows this close together in units of 1 may round alike; likewise
     places: Callable[[], Floats]
+
+    @cached_property
+    def spread(self) -> Floats:
+        """Expected variance of each row, over its elements."""
+        return np.einsum("ij,ij->i", self.sigma, self.sigma) / self.sigma.shape[1]
 
 
 def examine(errors: Errors, *, alarm: float = ALARM / TESTS) -> list[Finding]:
@@ -191,13 +197,12 @@ def _slope(
 ) -> tuple[float, float]:
     """t of the errors along a direction, and the limit of its two-sided p.
 
-    Rows are weighted by their expected deviation along the direction. Without cells, a quick look that errs towards
-    alarm; with cells, the steady part of the error is taken off.
+    Rows are weighted by their expected deviation and the length of the direction. Without cells, a quick look that errs
+    towards alarm; with cells, the steady part of the error is taken off.
     """
-    spread = direction * errors.sigma
-    norm = np.sqrt(np.einsum("ij,ij->i", spread, spread))
-    weight = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0.0)
-    if direction.shape[0] == 1:
+    spread = errors.spread * np.einsum("ij,ij->i", direction, direction)
+    weight = 1.0 / np.sqrt(np.maximum(spread, 1e-300))
+    if len(direction) == 1:
         along = (error @ direction[0]) * weight
     else:
         along = np.einsum("ij,ij->i", error, direction) * weight

@@ -1,0 +1,330 @@
+"""The one pass over the keys behind an envelope: sums of weights, weighted values, and errors of scores.
+
+Memory is O(N d): one tile of scores exists at a time. What is summed, and why, is said in `envelope`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from effattn.exact.blocks import Rows, Tile
+    from effattn.tolerances.numerics import Numerics
+
+    Floats = NDArray[np.float64]
+
+#: variance of a rounding to nearest relative to (u x)^2, for a log-uniform mantissa: (u^2 / 3)(3 / (8 ln 2))
+ROUNDING_VARIANCE = 0.125 / math.log(2.0)
+
+#: sums of products and squares may be done in float32 where entries lie between these, by columns brought near 1
+_NARROW = (1e-12, 1e12)
+
+#: pairs of query and key from which on that is quicker
+_WORTH = 1 << 16
+
+
+def gamma(n: float, u: float) -> float:
+    """n u / (1 - n u), Higham's bound for n roundings."""
+    return n * u / (1.0 - n * u) if n * u < 0.5 else math.inf
+
+
+def is_fine(numerics: Numerics) -> bool:
+    """Whether the scores' errors matter beside the rounding of P, and are worth a variance for each pair.
+
+    They do where P is not rounded (fp32 inputs), or where scores or operands lose bits on the way.
+    """
+    return (
+        not (numerics.rounds_p and numerics.exact_products)
+        or numerics.format("score").precision < numerics.format("acc").precision
+        or numerics.operand_format is not None
+    )
+
+
+@dataclass(frozen=True)
+class ScoreErrors:
+    """Coefficients of a score's error; every size below is that of |scale| q.k.
+
+    bound    b   = dot (A + |s|) / 2 + factors A + rounded |s| + shifted |s - lse| + common
+    variance var = terms T + each s^2 + gap (s - lse)^2 + exp
+
+    with A = |scale| |q|.|k| and T = scale^2 sum q^2 k^2. Derivation:
+    - the dot product by any tree: dot = gamma_d; as noise (d + 1) / 6 T + (d + 1) / 3 s^2, times 0.18 u^2;
+    - a product that is not exact in the accumulator, inputs rounded to a narrower operand format, and q or k
+      scaled before the product (a constant, a product): factors of A;
+    - the scale, with log2(e) folded in: a constant, its product, the multiplication;
+    - the format the score is kept in;
+    - s - m, or a fused multiply-add with a rounded m: u |s - m| and 2 u max |s| for the row; |s - m| <= |s - lse|;
+    - exp: `exp_ulps`, each at most 2 u, for the weight itself and for each of R + 2 rescalings of its block.
+    """
+
+    dot: float
+    factors: float
+    rounded: float
+    shifted: float
+    terms: float
+    each: float
+    gap: float
+    exp: float
+
+    @classmethod
+    def of(cls, numerics: Numerics, q: torch.Tensor, k: torch.Tensor) -> ScoreErrors:
+        """For these queries and keys: their number of features, and how many of these are alike."""
+        d = q.shape[-1]
+        u = numerics.format("acc").unit_roundoff
+        keep, acc = numerics.format("score"), numerics.format("acc")
+        u_keep = keep.unit_roundoff if keep.precision < acc.precision else 0.0
+        operand = numerics.operand_format
+        # Tensor cores truncate operands, hence twice the unit roundoff.
+        u_operand = 2.0 * operand.unit_roundoff if operand is not None else 0.0
+        one = ROUNDING_VARIANCE * u * u
+        repeats = _repeats(k) if is_fine(numerics) else 1.0
+        var = one * (min(repeats, _repeats(q)) if repeats > 1.0 else 1.0)
+        inexact = 0.0 if numerics.exact_products else 1.0
+        return cls(
+            dot=gamma(d, u) * (1.0 + 2.0 * gamma(d, u)),
+            factors=2.0 * u * inexact + 4.0 * u + 2.0 * u_operand + u_operand**2,
+            rounded=5.0 * u + u_keep,
+            shifted=3.0 * u,
+            terms=var * ((d + 1) / 6.0 + inexact) + 2.0 * ROUNDING_VARIANCE * u_operand**2,
+            each=var * ((d + 1) / 3.0 + 1.0) + ROUNDING_VARIANCE * u_keep**2,
+            gap=one,
+            exp=one * max(1.0, numerics.exp_ulps**2),
+        )
+
+
+def _repeats(x: torch.Tensor) -> float:
+    """How many times larger the variance of a sum of products is because terms are equal: an upper limit.
+
+    Equal terms are rounded to one side, so that m of them count m^2 times. Zeros are exact and count nothing.
+    """
+    if x.shape[-1] < 2 or x.numel() == 0:
+        return 1.0
+    ordered = np.sort(x.detach().to("cpu", torch.float64).numpy(), axis=-1)
+    equal = ordered[..., 1:] == ordered[..., :-1]
+    if not equal.any():
+        return 1.0
+    equal &= ordered[..., 1:] != 0.0
+    pairs = float(equal.sum(-1).max())
+    # So many equal neighbours make at most one run of pairs + 1.
+    return 1.0 + pairs * (pairs + 1.0) / x.shape[-1]
+
+
+@lru_cache(maxsize=32)
+def _directions(size: int) -> Floats:
+    """A fixed vector that no structure of the data is likely to be orthogonal to."""
+    angles = np.arange(1.0, size + 1.0)
+    return np.cos(angles * angles + size)
+
+
+def alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
+    """How many keys are the same as a key on the average, key and value alike, (batch, heads, q_len); None for 1.
+
+    Their scores have the same error, and equal terms of a sum are rounded to one side, so that m equal keys make the
+    variance of all that is done in the accumulators' format m times as large as the sum over m different ones.
+    """
+    count = k.shape[2]
+    if count < 2:
+        return None
+    # A projection of each row, summed in the same order for each: equal rows have equal ones, others hardly ever.
+    mark = sum(
+        np.einsum("bhnd,d->bhn", x.detach().to("cpu", torch.float64).numpy(), _directions(x.shape[3])) for x in (k, v)
+    )
+    ordered = np.sort(mark, axis=-1)
+    if not (ordered[..., 1:] == ordered[..., :-1]).any():
+        return None
+    squares = [float((np.unique(row, return_counts=True)[1] ** 2).sum()) for row in ordered.reshape(-1, count)]
+    mean = torch.tensor(squares, dtype=torch.float64, device=q.device).view(*k.shape[:2]) / count
+    return mean.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None].expand(q.shape[:3])
+
+
+def narrow(q: torch.Tensor, k: torch.Tensor, scale: float) -> bool:
+    """Whether sums for bounds and noise may be done in float32, which is quicker for large problems.
+
+    They may where nothing can over- or underflow. Such sums are off by a millionth or so, which `envelope` adds to the
+    bound. GPUs are left to float64, since their float32 products may be something else.
+    """
+    if q.shape[:3].numel() * k.shape[2] < _WORTH:
+        return False
+    low, high = _NARROW
+    if scale != 0.0 and not low <= abs(scale) <= high:
+        return False
+    for x in (q, k):
+        if x.device.type != "cpu" or x.numel() == 0:
+            return False
+        size = x.abs()
+        if float(size.max()) > high or float(torch.where(size > 0.0, size, 1.0).min()) < low:
+            return False
+    return True
+
+
+def collect(
+    rows: Rows,
+    lse: torch.Tensor,
+    *,
+    numerics: Numerics,
+    errors: ScoreErrors,
+    scale: float,
+    in_float32: bool,
+) -> dict[str, Floats]:
+    """The sums over the keys for a block of rows, on the host, (pairs, rows, v_dim) or (pairs, rows, 1):
+
+    w_abs    sum w |v|              w2_v2, w2     sum w^2 v^2, sum w^2
+    ws_v, ws sum w s v, sum w s     low, high     smallest and largest score
+    count    keys visible           top, top_v    largest weight, the value of its key
+    v_most   largest |v| of a column    k_most, k_peak    largest |k|^2 and largest k^2 of a pair
+    flushed  most that underflow takes from the weights of a row
+
+    and where scores are judged one by one (`is_fine`): wb_abs, wb sum w b |v|, sum w b; b_most largest b; g_v2, g_v,
+    g sum w^2 var v^2, sum w^2 var v, sum w^2 var; w_var sum w var. lse (pairs, rows, 1).
+    """
+    q = rows.q * scale
+    dtype = torch.float32 if in_float32 else torch.float64
+    squares = (q.abs().to(dtype), q.square().to(dtype)) if is_fine(numerics) else None
+    total: dict[str, torch.Tensor] = {}
+    for tile in rows.tiles():
+        more = _coarse(q, lse, tile, numerics) if squares is None else _fine(q, squares, lse, tile, numerics, errors)
+        if not total:
+            total = more
+            continue
+        later = more["top"] > total["top"]
+        total["top_v"] = torch.where(later, more["top_v"], total["top_v"])
+        for name, x in more.items():
+            if name == "top_v":
+                continue
+            if name == "low":
+                total[name] = torch.minimum(total[name], x)
+            elif name in ("high", "top", "v_most", "k_most", "k_peak", "b_most"):
+                total[name] = torch.maximum(total[name], x)
+            else:
+                total[name] = total[name] + x
+    return {name: x.cpu().numpy() for name, x in total.items()}
+
+
+def _common(
+    s: torch.Tensor, w: torch.Tensor, lse: torch.Tensor, tile: Tile, numerics: Numerics
+) -> dict[str, torch.Tensor]:
+    """What both kinds of pass need; hides masked weights in w. s and w are float64."""
+    low, high = torch.aminmax(s, dim=-1, keepdim=True)
+    if tile.hidden is not None:
+        w.masked_fill_(tile.hidden, 0.0)
+        count = (~tile.hidden).sum(-1, dtype=torch.float64)[None, :, None]
+    else:
+        count = torch.full((1, 1, 1), float(tile.k.shape[1]), dtype=torch.float64, device=s.device)
+    top, key = w.max(dim=-1, keepdim=True)
+    k2 = tile.k * tile.k
+    return {
+        "low": low,
+        "high": high,
+        "count": count,
+        "top": top,
+        "top_v": torch.gather(tile.v, 1, key.expand(-1, -1, tile.v.shape[-1])),
+        "k_most": k2.sum(-1, keepdim=True).amax(1, keepdim=True),
+        "k_peak": k2.amax((1, 2), keepdim=True),
+        "flushed": _flushed(w, low - lse, numerics, count),
+    }
+
+
+def _coarse(q: torch.Tensor, lse: torch.Tensor, tile: Tile, numerics: Numerics) -> dict[str, torch.Tensor]:
+    s = torch.bmm(q, tile.k.mT)
+    w = (s - lse).exp_()
+    more = _common(s, w, lse, tile, numerics)
+    v_abs = tile.v.abs()
+    w2, ws = w * w, s.mul_(w)
+    more |= {
+        "w_abs": torch.bmm(w, v_abs),
+        "w2_v2": torch.bmm(w2, tile.v * tile.v),
+        "w2": w2.sum(-1, keepdim=True),
+        "ws_v": torch.bmm(ws, tile.v),
+        "ws": ws.sum(-1, keepdim=True),
+        "v_most": v_abs.amax(1, keepdim=True),
+    }
+    return more
+
+
+def _fine(
+    q: torch.Tensor,
+    squares: tuple[torch.Tensor, torch.Tensor],
+    lse: torch.Tensor,
+    tile: Tile,
+    numerics: Numerics,
+    errors: ScoreErrors,
+) -> dict[str, torch.Tensor]:
+    q_abs, q2 = squares
+    dtype = q_abs.dtype
+    s = torch.bmm(q, tile.k.mT)
+    gap = s - lse
+    w = gap.exp()
+    more = _common(s, w, lse, tile, numerics)
+    k = tile.k.to(dtype)
+    b = torch.bmm(q_abs, k.abs().mT)
+    var = torch.bmm(q2, k.square_().mT)
+    # Columns of V are brought near 1 by powers of two, so that their squares fit float32.
+    v_most = tile.v.abs().amax(1, keepdim=True)
+    unit = torch.exp2(torch.floor(torch.log2(v_most.clamp(min=1e-300))))
+    v = (tile.v / unit).to(dtype)
+    v_abs, v2 = v.abs(), v * v
+    s, gap, w = s.to(dtype), gap.to(dtype), w.to(dtype)
+    if tile.hidden is not None:
+        gap.masked_fill_(tile.hidden, 0.0)
+        s.masked_fill_(tile.hidden, 0.0)
+        b.masked_fill_(tile.hidden, 0.0)
+    b.mul_(0.5 * errors.dot + errors.factors).add_(s.abs(), alpha=0.5 * errors.dot + errors.rounded)
+    b.sub_(gap, alpha=errors.shifted)
+    # Variances in units of that of one rounding: their own size is too small for float32.
+    var.mul_(errors.terms / errors.gap).addcmul_(s, s, value=errors.each / errors.gap).addcmul_(gap, gap)
+    var.add_(errors.exp / errors.gap)
+    b_most = b.amax(-1, keepdim=True)
+    ws = s.mul_(w)
+    wb = b.mul_(w)
+    w_var = var.mul_(w)
+    g = w_var * w
+    w2 = w * w
+
+    def summed(x: torch.Tensor, y: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x, y).to(torch.float64).mul_(factor)
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        return x.sum(-1, keepdim=True).to(torch.float64)
+
+    unit2 = unit * unit
+    more |= {
+        "w_abs": summed(w, v_abs, unit),
+        "w2_v2": summed(w2, v2, unit2),
+        "w2": total(w2),
+        "ws_v": summed(ws, v, unit),
+        "ws": total(ws),
+        "v_most": v_most,
+        "b_most": b_most.to(torch.float64),
+        "wb_abs": summed(wb, v_abs, unit),
+        "wb": total(wb),
+        "g_v2": summed(g, v2, unit2 * errors.gap),
+        "g_v": summed(g, v, unit * errors.gap),
+        "g": total(g).mul_(errors.gap),
+        "w_var": total(w_var).mul_(errors.gap),
+    }
+    return more
+
+
+def _flushed(w: torch.Tensor, low: torch.Tensor, numerics: Numerics, count: torch.Tensor) -> torch.Tensor:
+    """Most that underflow takes from the weights of a row, in units of w; `low` the smallest log w.
+
+    A weight below the normal range of P's format moves by at most half its smallest subnormal number, and by no
+    more than itself. P is at least w, for its maximum is at most lse, so weights of normal size are safe. Formats
+    with fp32's range come near that only where it does not matter, and get the limit for all keys.
+    """
+    p, acc = numerics.format("p"), numerics.format("acc")
+    floor = acc.smallest_normal if numerics.flush else acc.smallest_subnormal / 2.0
+    if p.emin == acc.emin:
+        return count * (floor + p.smallest_subnormal / 2.0)
+    if float(low.min()) > math.log(p.smallest_normal):
+        return count * floor
+    small = torch.clamp(w, max=p.smallest_subnormal / 2.0).masked_fill_(w >= p.smallest_normal, 0.0)
+    return small.sum(-1, keepdim=True) + count * floor
