@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from effattn.cpu.ir import parse
+from effattn.cpu.lower import kernel_source
 from effattn.errors import RequestError
 
 
@@ -271,69 +275,69 @@ def test_empty_and_long_grids() -> None:
 
 # ------------------------------------------------------------------------------------------------- refusals
 
-
-@triton.jit
-def uses_atomics(x, o):
-    i = tl.arange(0, 16)
-    tl.atomic_add(o + i, tl.load(x + i))
-
-
-@triton.jit
-def uses_gather(x, o):
-    i = tl.arange(0, 16)
-    v = tl.load(x + i)
-    tl.store(o + i, tl.gather(v, 15 - i, 0))
-
-
-@triton.jit
-def uses_fp8(x, o):
-    i = tl.arange(0, 16)
-    v = tl.load(x + i)
-    tl.store(o + i, v.to(tl.float8e5).to(tl.float32))
-
-
-@triton.jit
-def uses_tf32x3(x, o):
-    i = tl.arange(0, 16)
-    v = tl.load(x + i[:, None] * 16 + i[None, :])
-    tl.store(o + i[:, None] * 16 + i[None, :], tl.dot(v, v, input_precision="tf32x3"))
-
-
-@triton.jit(noinline=True)
-def apart(a):
-    return a * 2
-
-
-@triton.jit
-def uses_a_call(x, o):
-    tl.store(o, apart(tl.load(x)))
-
-
-@triton.jit
-def uses_rounding_to_zero(x, o):
-    i = tl.arange(0, 16)
-    tl.store(o + i, tl.load(x + i).to(tl.float16, fp_downcast_rounding="rtz").to(tl.float32))
+MODULE = """"builtin.module"() ({
+  "tt.func"() <{function_type = (!tt.ptr<f32>) -> (), sym_name = "strange", sym_visibility = "public"}> ({
+  ^bb0(%arg0: !tt.ptr<f32> loc("x")):
+    %0 = "tt.load"(%arg0) <{operandSegmentSizes = array<i32: 1, 0, 0>}> : (!tt.ptr<f32>) -> f32 loc(#loc1)
+    %1 = {} loc(#loc2)
+    "tt.store"(%arg0, %1) : (!tt.ptr<f32>, f32) -> () loc(#loc1)
+    "tt.return"() : () -> () loc(#loc1)
+  }) {noinline = false} : () -> () loc(#loc1)
+}) : () -> () loc(#loc1)
+#loc1 = loc("/home/me/kernels.py":10:1)
+#loc2 = loc("/home/me/kernels.py":12:34)
+"""
 
 
 @pytest.mark.parametrize(
-    ("kernel", "what", "marker"),
+    ("operation", "what"),
     [
-        (uses_atomics, "tt.atomic_rmw", "atomic_add"),
-        (uses_gather, "tt.gather", "tl.gather"),
-        (uses_fp8, "the type f8E5M2", "float8e5"),
-        (uses_tf32x3, "a precision other than ieee and tf32", "tl.dot"),
-        (uses_a_call, "tt.call", "apart(tl"),
-        (uses_rounding_to_zero, "rounding mode 0", "rtz"),
+        ('"tt.made_up"(%0) : (f32) -> f32', "the operation tt.made_up"),
+        ('"arith.addf"(%0, %0) : (f32, f32) -> f6E2M3FN', "the type f6E2M3FN"),
+        ('"tt.fp_to_fp"(%0) <{rounding = 7 : i32}> : (f32) -> f16', "tt.fp_to_fp with rounding mode 7"),
+        ('"tt.reduce"(%0) <{axis = 0 : i32}> ({\n^bb0(%a: f32, %b: f32):\n%2 = "tt.made_up"(%a) : (f32) -> f32 loc(#loc2)\n'
+         '"tt.reduce.return"(%2) : (f32) -> () loc(#loc2)\n}) : (f32) -> f32', "tt.made_up inside the combine region of tt.reduce"),
     ],
-    ids=lambda v: getattr(v, "__name__", None),
-)
-def test_what_is_not_supported_is_refused_with_its_name_and_line(kernel: Any, what: str, marker: str) -> None:
-    lines, first = inspect.getsourcelines(kernel.fn)
-    line = first + next(i for i, text in enumerate(lines) if marker in text)
+    ids=["operation", "type", "attribute", "combine region"],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_with_its_name_and_line(operation: str, what: str) -> None:
     with pytest.raises(RequestError) as caught:
-        run(kernel, X, size=256)
+        kernel_source(parse(MODULE.replace("{} loc", operation + " loc")), "strange")
     message = str(caught.value)
-    assert what in message
-    assert f"kernel {kernel.fn.__name__}" in message
-    assert f"{__file__}:{line}:" in message
-    assert "is not supported by the CPU backend" in message
+    assert message.startswith(f"kernel strange, /home/me/kernels.py:12: {what}")
+    assert message.endswith("is not supported by the CPU backend")
+    assert str(copy.copy(caught.value)) == message  # it can be passed between processes
+    assert str(pickle.loads(pickle.dumps(caught.value))) == message
+
+
+LOOP = """"builtin.module"() ({
+  "tt.func"() <{function_type = () -> (), sym_name = "round", sym_visibility = "public"}> ({
+  ^bb0:
+    "cf.br"()[^bb1] : () -> () loc(#loc1)
+  ^bb1:
+    "cf.br"()[^bb1] : () -> () loc(#loc1)
+  }) {noinline = false} : () -> () loc(#loc1)
+}) : () -> () loc(#loc1)
+#loc1 = loc("/home/me/kernels.py":10:1)
+"""
+
+
+def test_a_loop_made_of_branches_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"kernel round, /home/me/kernels.py:10: a loop made of branches"):
+        kernel_source(parse(LOOP), "round")
+
+
+@triton.jit
+def uses_scaled_products(x, o):
+    i = tl.arange(0, 32)
+    v = tl.load(x + i[:, None] * 32 + i[None, :]).to(tl.uint8)
+    s = tl.full([32, 1], 127, tl.uint8)
+    tl.store(o + i[:, None] * 32 + i[None, :], tl.dot_scaled(v, s, "e5m2", v, s, "e5m2"))
+
+
+def test_a_refusal_reaches_the_user_from_a_launch() -> None:
+    lines, first = inspect.getsourcelines(uses_scaled_products.fn)
+    line = first + next(i for i, text in enumerate(lines) if "dot_scaled" in text)
+    with pytest.raises(RequestError) as caught:
+        run(uses_scaled_products, torch.zeros(1024), size=1024)
+    assert f"kernel uses_scaled_products, {__file__}:{line}: the operation tt.dot_scaled" in str(caught.value)

@@ -473,7 +473,14 @@ class _Parser:
 
 
 def parse(text: str) -> Module:
-    """Parse a module printed in generic form."""
+    """Parse a module printed in generic form. Raises ReadError where it is not, or where it ends early."""
+    try:
+        return _parse(text)
+    except IndexError as error:
+        raise ReadError("the text of the module ends early") from error
+
+
+def _parse(text: str) -> Module:
     parser = _Parser(text)
     start = next((i for i, x in enumerate(parser.lines) if x.startswith('"builtin.module"')), None)
     if start is None:
