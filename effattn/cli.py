@@ -221,8 +221,8 @@ def replay(case: str, method: str, device: str, run_folder: Path | None) -> int:
     CASE is a file with a case as JSON, the JSON itself, or the id of a case in a run folder.
     """
     from effattn import methods
-    from effattn.judge import judge
     from effattn.report import summary, terminal
+    from effattn.run.executor import judge
 
     found = _case(case, run_folder)
     _check_device(device)

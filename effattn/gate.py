@@ -159,7 +159,7 @@ def run_gate(
 
 
 def _failures(verdicts: Sequence[Verdict], request: Request) -> list[Failure]:
-    from effattn.judge import judge
+    from effattn.run.executor import judge
     from effattn.run.shrink import shrink
 
     groups: dict[tuple[str, str], list[Verdict]] = {}

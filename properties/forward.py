@@ -14,9 +14,8 @@ from hypothesis import event, target
 from effattn.properties import regimes
 
 if TYPE_CHECKING:
-    from effattn.judge import Verdict
-
     from effattn.case import Case
+    from effattn.judge import Verdict
     from effattn.methods.base import Method
 
 
@@ -27,9 +26,8 @@ def output_is_within_what_rounding_explains(case: Case, method: Method, *, devic
         AssertionError: the verdict is a failure. The message has the outcome, where, got, expected, allowed
             and the line that repeats it.
     """
-    from effattn.judge import judge
-
     from effattn.report import summary
+    from effattn.run.executor import judge
 
     for name in regimes.of(case):
         event(f"regime: {name}")

@@ -39,6 +39,10 @@ class Profile:
     dims: tuple[tuple[int, int | None], ...]
     #: (head_dim, v_dim) with v_dim different from head_dim.
     unequal_dims: tuple[tuple[int, int | None], ...]
+    #: (head_dim, v_dim) where the last axis is not contiguous, for which kernels are compiled apart; empty for
+    #: all of `dims`.
+    strided_dims: tuple[tuple[int, int | None], ...]
+    layouts: tuple[str, ...]
     groups: tuple[tuple[int, int], ...]
     batches: tuple[int, ...]
     #: Upper limit of batch * heads * q_len * kv_len, so that one case stays a matter of milliseconds.
@@ -52,6 +56,8 @@ SMOKE = Profile(
     long_lengths=(129, 151, 193, 211, 257, 271),
     dims=tuple((d, None) for d in (64, 64, 33, 40, 32, 7, 7, 80)),
     unequal_dims=((48, 17), (56, 24), (33, 20)),
+    strided_dims=((40, None),),
+    layouts=tuple(layout for layout in menus.LAYOUTS if layout[:4] in ("bhsd", "bshd", "sbhd", "bhds")),
     groups=menus.GROUPS,
     batches=(1, 1, 2),
     most_scores=400_000,
@@ -68,6 +74,8 @@ CI = Profile(
         (64, None), (64, None), (80, None), (96, None), (128, None),
     ),
     unequal_dims=((64, 32), (48, 17), (56, 24), (32, 64), (17, 100), (128, 64), (1, 3), (192, 128)),
+    strided_dims=(),
+    layouts=menus.LAYOUTS,
     groups=menus.GROUPS,
     batches=menus.BATCHES,
     most_scores=1_000_000,
@@ -135,6 +143,8 @@ def _draw_one(draw: _Draw, profile: Profile, regime: regimes.Regime, seed: int, 
 
     fields = _anything(draw, profile, seed) | {"dtype": dtype}
     fields |= _change_for(regime.name)(draw, profile, fields)
+    if profile.strided_dims and not regimes.last_axis_contiguous(fields["layout"]):
+        fields["head_dim"], fields["v_dim"] = draw.pick(profile.strided_dims)
     case = Case(**_small_enough(fields, profile))
     if not regime.holds(case):
         raise AssertionError(f"drawn for the regime {regime.name!r}, which it is not in: {case!r}")
@@ -156,7 +166,7 @@ def _anything(draw: _Draw, profile: Profile, seed: int) -> Fields:
         "v_dim": v_dim,
         "causal": causal,
         "scale": draw.pick(menus.SCALES) if draw.chance(0.15) else None,
-        "layout": draw.pick(menus.LAYOUTS) if draw.chance(0.4) else menus.CONTIGUOUS,
+        "layout": draw.pick(profile.layouts) if draw.chance(0.4) else menus.CONTIGUOUS,
         "values": draw.pick(("uniform", "outliers")) if draw.chance(0.25) else "normal",
         "seed": seed,
     }
@@ -247,14 +257,14 @@ def _groups(*, kv_heads: Callable[[int], bool], group: Callable[[int], bool], **
 def _dims(holds: Callable[[int], bool]) -> _Change:
     def change(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
         head_dim, v_dim = draw.pick([(d, v) for d, v in profile.dims if holds(d)])
-        return {"head_dim": head_dim, "v_dim": v_dim}
+        return {"head_dim": head_dim, "v_dim": v_dim, "layout": menus.CONTIGUOUS}
 
     return change
 
 
 def _unequal_dims(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
     head_dim, v_dim = draw.pick(profile.unequal_dims)
-    return {"head_dim": head_dim, "v_dim": v_dim}
+    return {"head_dim": head_dim, "v_dim": v_dim, "layout": menus.CONTIGUOUS}
 
 
 def _user_scale(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
@@ -269,7 +279,7 @@ def _user_scale(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
 
 def _layout(holds: Callable[[str], bool], **fields: Any) -> _Change:
     return lambda draw, profile, drawn: {
-        "layout": draw.pick([layout for layout in menus.LAYOUTS if holds(layout)]),
+        "layout": draw.pick([layout for layout in profile.layouts if holds(layout)]),
         "q_len": max(drawn["q_len"], 17),
         "kv_len": max(drawn["kv_len"], 17),
         **fields,

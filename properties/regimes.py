@@ -50,6 +50,12 @@ def v_dim(case: Case) -> int:
     return case.head_dim if case.v_dim is None else case.v_dim
 
 
+def last_axis_contiguous(layout: str) -> bool:
+    """True where the elements of a row lie next to each other."""
+    order, *suffixes = layout.split("+")
+    return order.endswith("d") and "step" not in suffixes
+
+
 def _power_of_two(n: int) -> bool:
     return n & (n - 1) == 0
 
