@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,6 +198,7 @@ def judge(case: Case, method: Method, *, device: str = "cpu") -> Verdict:
         inputs = case.tensors(device)
         # The method gets its own copies, in the layout of the case; the reference never sees what it held.
         kept = _copies(inputs)
+    _notes_of_kernels()
     try:
         with _timed(seconds, "method"):
             output = method(case, inputs)
@@ -210,13 +212,23 @@ def judge(case: Case, method: Method, *, device: str = "cpu") -> Verdict:
         raise
     except (Exception, SystemExit) as error:
         return _short(case, method, Outcome.CRASHED, _crash(error), seconds)
+    notes = _notes_of_kernels()
     changed = _changed(inputs, kept)
     if changed is not None:
         message = (
             f"the method wrote to its input {changed}; expected inputs as they were, since a caller goes on using them"
         )
         return _short(case, method, Outcome.INACCURATE, message, seconds)
-    return _judge(case, kept, output, numerics, method.name, _replay(case, method.spec, device), seconds)
+    verdict = _judge(case, kept, output, numerics, method.name, _replay(case, method.spec, device), seconds)
+    if notes and verdict.outcome in (Outcome.INACCURATE, Outcome.BIASED):
+        verdict = replace(verdict, message="\n".join((verdict.message, *notes)))
+    return verdict
+
+
+def _notes_of_kernels() -> list[str]:
+    """What the CPU backend noticed about the kernels that the method launched; nothing where it did not run."""
+    launch = sys.modules.get("effattn.cpu.launch")
+    return launch.take_notes() if launch is not None else []
 
 
 def judge_output(

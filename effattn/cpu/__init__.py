@@ -11,8 +11,9 @@ Code that was written for device "cuda" runs unchanged inside `effattn.cpu.as_cu
 What is exact and what is declared:
   - arithmetic is IEEE in the declared type; conversions to fp16 and bf16 round once, to nearest even; signed integers
     wrap; there is no contraction.
-  - `tl.dot` is one chain per element in the order of k, c = fma(a, b, c), starting from the accumulator. A precision
-    that the kernel does not name means IEEE here; on NVIDIA GPUs Triton's own default for fp32 is tf32.
+  - `tl.dot` is one chain per element in the order of k, c = fma(a, b, c), starting from the accumulator. For fp32
+    operands Triton's own default where `input_precision` is not given is tf32, and it is tf32 here too: the operands are
+    rounded to 11 significant bits, ties away from zero.
   - a sum of fp32 or fp64 along the last axis (of more than one element) uses min(n, 16) lanes, lane l taking the
     elements l, l + 16, ..., and then adds halves; any other reduction, and every scan, goes through the axis in order.
   - exp2 and exp are polynomials below 1 ulp; other functions are the C library's.

@@ -182,6 +182,17 @@ def _packer(signature: Sequence[tuple[str, Any]]) -> tuple[Callable[..., bytes],
     return scope["packed"], len(codes)
 
 
+#: Notes of the kernels launched since somebody last looked; see `take_notes`.
+_notes: dict[str, None] = {}
+
+
+def take_notes() -> list[str]:
+    """What the kernels launched since the last call say about themselves that their author may not expect."""
+    taken = list(_notes)
+    _notes.clear()
+    return taken
+
+
 class Launcher:
     """Launches one compiled kernel. Built by Triton for each specialisation."""
 
@@ -191,6 +202,7 @@ class Launcher:
         if slots != expected:
             raise RequestError(f"kernel {metadata.name} takes {expected} arguments, its signature gives {slots}")
         self.arena = int(metadata.cpu_arena)
+        self.notes = dict.fromkeys(metadata.cpu_notes)
         self.cost = ctypes.c_int64(0)
         self.cost_at = ctypes.addressof(self.cost)
         self.run = _runtime().effattn_launch
@@ -210,6 +222,8 @@ class Launcher:
     ) -> None:
         if enter_hook is not None:
             enter_hook(launch_metadata)
+        if self.notes:
+            _notes.update(self.notes)
         threads = get_num_threads()
         if self.run(self.pack(function, grid_x, grid_y, grid_z, threads, self.arena, self.cost_at, *args)):
             raise MemoryError(f"a thread could not get {self.arena} bytes of working memory for the kernel")

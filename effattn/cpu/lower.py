@@ -452,6 +452,7 @@ def to_c(mod: Any, metadata: dict[str, Any]) -> str:
     metadata["shared"] = 0
     metadata["cpu_arena"] = plan.arena
     metadata["cpu_arguments"] = [str(a.type) for a in module.function(name).regions[0].blocks[0].args]
+    metadata["cpu_notes"] = tile.notes(module.function(name))
     metadata.setdefault("tensordesc_meta", None)
     metadata.setdefault("global_scratch_size", 0)
     metadata.setdefault("global_scratch_align", 1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from effattn.cpu import elementwise
 from effattn.cpu.formats import c_type_of_dot, splat_literal, value_type
-from effattn.cpu.ir import Op, Value
+from effattn.cpu.ir import Op, Value, walk
 from effattn.cpu.nest import Expr, Nest, Scope, compute_into, linear
 from effattn.cpu.plan import IEEE, TF32, operand_in_place
 
@@ -51,6 +51,17 @@ def dot(emitter: FunctionEmitter, op: Op) -> None:
         emitter.line(
             f"INDEPENDENT for (long i = 0; i < {total}; i++) {target}[i] = round_{result.type.elem}({target}[i]);"
         )
+
+
+def notes(function: Op) -> list[str]:
+    """What a kernel's author may not expect of its products; shown where its output is judged wrong."""
+    lines = [
+        f"{op.loc}: tl.dot multiplies fp32 in tf32, which keeps 11 significant bits. That is Triton's default on NVIDIA "
+        'GPUs too, where input_precision is not given; pass input_precision="ieee" for fp32'
+        for op in walk(function)
+        if op.name == "tt.dot" and op.operands[0].type.elem == "f32" and op.int_attr("inputPrecision", IEEE) == TF32
+    ]
+    return list(dict.fromkeys(lines))
 
 
 def _is_zero(value: Value) -> bool:
