@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from effattn.cpu import elementwise, extras, induction, memory, tile
+from effattn.cpu import blocks, elementwise, extras, induction, memory, tile
 from effattn.cpu.formats import Unsupported, rounded, splat_literal, value_type
 from effattn.cpu.ir import Block, Module, Op, Value, generic_text, parse
 from effattn.cpu.nest import Nest, compute_into
@@ -386,6 +386,7 @@ def _argument(index: int, value: Value, name: str) -> str:
 def kernel_source(module: Module, name: str) -> tuple[str, Plan]:
     """The C file of one kernel, and its plan."""
     function = module.function(name)
+    blocks.sort(function)
     check(function, _HANDLERS)
     induction.rewrite(function)
     plan = make_plan(function)
