@@ -126,19 +126,17 @@ def _install(capability: tuple[int, int], autotune: str) -> ExitStack:
 
     with ExitStack() as failing:
         failing.push(undo.__exit__)
-        undo.callback(_set_active, False)
+        undo.callback(_set_active, compat_tensor.state, False)
         # Triton first: it chooses its default driver while torch.cuda still tells the truth.
         compat_triton.install(patch, capability, autotune)
         compat_tensor.install(patch)
         compat_torch.install(patch, capability)
         undo.enter_context(compat_tensor.module_moves())
-        _set_active(True)
+        _set_active(compat_tensor.state, True)
         failing.pop_all()
     return undo
 
 
-def _set_active(value: bool) -> None:
-    from effattn.cpu.compat_tensor import state
-
+def _set_active(state: Any, value: bool) -> None:
     state.active = value
     state.default_device = False

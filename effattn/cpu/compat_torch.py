@@ -331,6 +331,8 @@ def install(patch: Patch, capability: tuple[int, int]) -> None:
             patch(torch.accelerator, name, value)
     for name in ("range_push", "range_pop", "mark", "range_start", "range_end"):
         patch(torch.cuda.nvtx, name, lambda *_, **__: 0)
+    # Missing from a torch that was built without CUDA, and imported by name where is_available() says yes.
+    patch(torch._C, "_cuda_getCurrentRawStream", lambda device=0: 0)
     patch(torch.version, "cuda", "12.8")
     patch(torch.backends.cuda, "is_built", lambda: True)
     autocast = _autocast_class()
