@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import repeat
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ import torch
 
 from effattn.exact import Exact
 from effattn.exact.blocks import row_blocks, rows_without_keys
-from effattn.tolerances.sums import ROUNDING_VARIANCE, ScoreErrors, alike, collect, is_fine, narrow
+from effattn.tolerances.sums import ROUNDING_VARIANCE, EqualKeys, ScoreErrors, collect, is_fine, narrow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -114,11 +115,15 @@ def forward_envelope(
     blocks = row_blocks(q, k, v, causal=causal, block=block)
     errors = ScoreErrors.of(numerics, q, k)
     fine = is_fine(numerics)
-    equal_keys = alike(q, k, v) if fine else None
     in_float32 = fine and narrow(q, k, scale)
-    for rows in blocks:
+    equal = EqualKeys.of(q, k, v)
+    grouped = repeat(None) if equal is None else row_blocks(q, k, equal.summed, causal=causal, block=block)
+    for rows, groups in zip(blocks, grouped, strict=False):
         lse = rows.read(exact.lse).unsqueeze(-1)
-        sums = collect(rows, lse, numerics=numerics, errors=errors, scale=scale, in_float32=in_float32)
+        sums = collect(rows, lse, groups, numerics=numerics, errors=errors, scale=scale, in_float32=in_float32)
+        if equal is not None:
+            sums["same_keys"] = rows.read(equal.keys).unsqueeze(-1).cpu().numpy()
+            sums["same_pairs"] = rows.read(equal.pairs).unsqueeze(-1).cpu().numpy()
         with np.errstate(over="ignore", invalid="ignore"):  # rows that are not judged
             result = _finish(
                 SimpleNamespace(**sums),
@@ -127,7 +132,6 @@ def forward_envelope(
                 q2=(rows.q * scale).square_().cpu().numpy(),
                 o=rows.read(exact.out).cpu().numpy(),
                 lse=lse.cpu().numpy(),
-                equal_keys=None if equal_keys is None else rows.read(equal_keys).unsqueeze(-1).cpu().numpy(),
             )
         if result["judged"].size == math.prod(shape):
             whole = {name: x.reshape(*shape, *x.shape[2:]) for name, x in result.items()}
@@ -159,9 +163,8 @@ def _finish(
     q2: Floats,
     o: Floats,
     lse: Floats,
-    equal_keys: Floats | None,
 ) -> dict[str, Floats]:
-    """Bound and noise from the sums over the keys; q2 is (scale q)^2, `equal_keys` as in `alike`."""
+    """Bound and noise from the sums over the keys; q2 is (scale q)^2."""
     acc, p, out, input_ = (numerics.format(name) for name in ("acc", "p", "output", "input"))
     u = acc.unit_roundoff
     u_p = p.unit_roundoff if numerics.rounds_p else 0.0
@@ -212,27 +215,34 @@ def _finish(
     bound *= 0.5
     bound += reach
 
-    # Noise.
+    # Noise. Equal keys may have equal errors, or not: the larger is expected.
+    equal = hasattr(x, "equal_w2_v2")
     if fine:
-        g, lse_scores = x.g, x.w_var
-        inner = np.maximum(x.g_v2 - 2.0 * o * x.g_v + o * o * g, 0.0)
+        lse_scores = x.w_var
+        inner = np.maximum(x.g_v2 - 2.0 * o * x.g_v + o * o * x.g, 0.0)
+        if equal:
+            inner = np.maximum(inner, x.equal_g_v2 - 2.0 * o * x.equal_g_v + o * o * x.equal_g)
     else:
         # sum q^2 k^2 is at most the largest q^2 times |k|^2, and the other way round.
         t2 = np.minimum(q2.max(-1, keepdims=True) * x.k_most, q_norm * x.k_peak)
         lse_scores = t2 * errors.terms + s_most * s_most * errors.each + log_n * log_n * errors.gap + errors.exp
-        inner = np.sqrt(x.w2_v2) + o_abs * np.sqrt(x.w2)
+        inner = np.sqrt(np.maximum(x.w2_v2, x.equal_w2_v2) if equal else x.w2_v2)
+        inner += o_abs * np.sqrt(np.maximum(x.w2, x.equal_w2) if equal else x.w2)
         inner *= inner
         inner *= lse_scores
     l_terms, l_sum = _running_sum(n, numerics.sum_block)
     a_terms, a_sum = _running_sum(n, numerics.product_block)
     a_terms = a_terms + (0.0 if exact_pv else 1.0) + (1.0 if before and not u_p else 0.0)
     l_var = l_terms * x.w2 + l_sum
-    inner += x.w2_v2 * (var * a_terms)
-    inner += o * o * (var * (a_sum + l_var))
-    inner += n * (acc.smallest_subnormal**2 / 12.0)
-    if equal_keys is not None:
-        inner *= equal_keys
+    same_keys, same_pairs = getattr(x, "same_keys", 1.0), getattr(x, "same_pairs", 1.0)
+    inner += x.w2_v2 * (var * a_terms * same_pairs)
+    inner += o * o * (var * (a_sum * same_pairs + l_var * same_keys))
+    inner += n * (acc.smallest_subnormal**2 / 12.0) * same_pairs
     inner += o * o * (2.0 * var)
+    if numerics.normalise == "any":
+        # Parts of a split KV are merged with weights exp(lse_i - lse). Each lse is rounded once or twice at its own
+        # size, which no longer cancels: an error relative to o as large as the absolute one of lse.
+        inner += o * o * (2.0 * var * np.square(lse))
     # The scale's constants are rounded once for all pairs: three roundings, u^2 / 3 each with unlucky mantissas.
     along_scale = x.ws_v - o * x.ws
     inner += along_scale * along_scale * (u * u)
@@ -242,15 +252,16 @@ def _finish(
         noise += x.w2_v2 * (ROUNDING_VARIANCE * u_v * u_v)
     if u_p:
         cast = ROUNDING_VARIANCE * u_p * u_p
-        cast_sum = x.w2_v2 * cast
-        if numerics.normalise != "any":
-            # P is 1 at the maximum, exactly. Or it is w, and one within u of 1 rounds to 1 and is off by 1 - w only.
-            spared = x.top * x.top * cast
-            if before:
-                spared = np.maximum(spared - (1.0 - x.top) ** 2, 0.0)
-            cast_sum -= spared * x.top_v * x.top_v
-            np.maximum(cast_sum, 0.0, out=cast_sum)
-        noise += cast_sum
+        # P is 1 at the maximum, exactly. Or it is w, and one within u of 1 rounds to 1 and is off by 1 - w only.
+        spared = x.top * x.top
+        if before:
+            spared = np.maximum(spared - (1.0 - x.top) ** 2 / cast, 0.0)
+        if numerics.normalise == "any":
+            spared = np.zeros_like(spared)
+        rounded = x.w2_v2 - spared * (x.top_squares if equal else x.top_v * x.top_v)
+        if equal:
+            rounded = np.maximum(rounded, x.equal_w2_v2 - spared * x.top_sum * x.top_sum)
+        noise += np.maximum(rounded, 0.0, out=rounded) * cast
     sigma = out.ulp(o_abs)
     sigma *= sigma
     sigma *= 1.0 / 12.0

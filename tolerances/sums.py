@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from itertools import zip_longest
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -124,25 +125,54 @@ def _directions(size: int) -> Floats:
     return np.cos(angles * angles + size)
 
 
-def alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
-    """How many keys are the same as a key on the average, key and value alike, (batch, heads, q_len); None for 1.
+@dataclass(frozen=True)
+class EqualKeys:
+    """Keys that are there more than once in a head: their scores, weights and roundings are the same.
 
-    Their scores have the same error, and equal terms of a sum are rounded to one side, so that m equal keys make the
-    variance of all that is done in the accumulators' format m times as large as the sum over m different ones.
+    So their errors may add up as one: sum over keys of w^2 (v - o)^2 becomes, for a group of m, w^2 (V - m o)^2 with V
+    the sum of their values. With V^2 / m, V and m in place of v^2, v and 1, each sum over keys gives just that. They may
+    as well not, where blocks or positions are treated differently, so the larger of both sums is expected.
     """
-    count = k.shape[2]
-    if count < 2:
-        return None
-    # A projection of each row, summed in the same order for each: equal rows have equal ones, others hardly ever.
-    mark = sum(
-        np.einsum("bhnd,d->bhn", x.detach().to("cpu", torch.float64).numpy(), _directions(x.shape[3])) for x in (k, v)
-    )
-    ordered = np.sort(mark, axis=-1)
-    if not (ordered[..., 1:] == ordered[..., :-1]).any():
-        return None
-    squares = [float((np.unique(row, return_counts=True)[1] ** 2).sum()) for row in ordered.reshape(-1, count)]
-    mean = torch.tensor(squares, dtype=torch.float64, device=q.device).view(*k.shape[:2]) / count
-    return mean.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None].expand(q.shape[:3])
+
+    #: (batch, kv_heads, kv_len, 2 v_dim + 1) float64: V, the sum of the squares of their values, m
+    summed: torch.Tensor
+    #: (batch, heads, q_len): how many keys are the same as a key, on the average: equal terms of l
+    keys: torch.Tensor
+    #: the same where the values are equal too: equal terms of the second product
+    pairs: torch.Tensor
+
+    @classmethod
+    def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> EqualKeys | None:
+        """None where all keys are different."""
+        if k.shape[2] < 2:
+            return None
+        # A projection of each row, summed in the same order for each: equal rows have equal ones, others hardly ever.
+        marks = [
+            np.einsum("bhnd,d->bhn", x.detach().to("cpu", torch.float64).numpy(), _directions(x.shape[3]))
+            for x in (k, v)
+        ]
+        ordered = np.sort(marks[0], axis=-1)
+        if not (ordered[..., 1:] == ordered[..., :-1]).any():
+            return None
+        values = v.detach().to("cpu", torch.float64).numpy()
+        dim = values.shape[3]
+        summed = np.empty((*values.shape[:3], 2 * dim + 1))
+        same_keys, same_pairs = np.empty(k.shape[:2]), np.empty(k.shape[:2])
+        for place in np.ndindex(*k.shape[:2]):
+            _, group, sizes = np.unique(marks[0][place], return_inverse=True, return_counts=True)
+            sums = np.zeros((len(sizes), 2 * dim))
+            np.add.at(sums, group, np.concatenate([values[place], values[place] ** 2], axis=1))
+            summed[(*place, slice(None), slice(-1))] = sums[group]
+            summed[(*place, slice(None), -1)] = sizes[group]
+            same_keys[place] = (sizes**2.0).sum() / k.shape[2]
+            both = np.unique(np.stack([marks[0][place], marks[1][place]]), axis=1, return_counts=True)[1]
+            same_pairs[place] = (both**2.0).sum() / k.shape[2]
+
+        def rows(x: Floats) -> torch.Tensor:
+            per_head = torch.from_numpy(x).to(q.device).repeat_interleave(q.shape[1] // k.shape[1], 1)
+            return per_head[:, :, None].expand(q.shape[:3])
+
+        return cls(torch.from_numpy(summed).to(q.device), rows(same_keys), rows(same_pairs))
 
 
 def narrow(q: torch.Tensor, k: torch.Tensor, scale: float) -> bool:
@@ -168,6 +198,7 @@ def narrow(q: torch.Tensor, k: torch.Tensor, scale: float) -> bool:
 def collect(
     rows: Rows,
     lse: torch.Tensor,
+    groups: Rows | None,
     *,
     numerics: Numerics,
     errors: ScoreErrors,
@@ -183,23 +214,29 @@ def collect(
     flushed  most that underflow takes from the weights of a row
 
     and where scores are judged one by one (`is_fine`): wb_abs, wb sum w b |v|, sum w b; b_most largest b; g_v2, g_v,
-    g sum w^2 var v^2, sum w^2 var v, sum w^2 var; w_var sum w var. lse (pairs, rows, 1).
+    g sum w^2 var v^2, sum w^2 var v, sum w^2 var; w_var sum w var. lse (pairs, rows, 1). `groups`: the same rows with
+    `EqualKeys.summed` for values; equal_... then are the sums with w^2 over groups of equal keys, and top_sum and
+    top_squares those of v and v^2 in the group of the largest weight.
     """
     q = rows.q * scale
     dtype = torch.float32 if in_float32 else torch.float64
     squares = (q.abs().to(dtype), q.square().to(dtype)) if is_fine(numerics) else None
     total: dict[str, torch.Tensor] = {}
-    for tile in rows.tiles():
-        more = _coarse(q, lse, tile, numerics) if squares is None else _fine(q, squares, lse, tile, numerics, errors)
+    grouped = iter(()) if groups is None else groups.tiles()
+    for tile, group in zip_longest(rows.tiles(), grouped):
+        equal = None if group is None else _Group.of(group.v)
+        if squares is None:
+            more = _coarse(q, lse, tile, equal, numerics)
+        else:
+            more = _fine(q, squares, lse, tile, equal, numerics, errors)
         if not total:
             total = more
             continue
         later = more["top"] > total["top"]
-        total["top_v"] = torch.where(later, more["top_v"], total["top_v"])
         for name, x in more.items():
-            if name == "top_v":
-                continue
-            if name == "low":
+            if name.startswith("top_"):
+                total[name] = torch.where(later, x, total[name])
+            elif name == "low":
                 total[name] = torch.minimum(total[name], x)
             elif name in ("high", "top", "v_most", "k_most", "k_peak", "b_most"):
                 total[name] = torch.maximum(total[name], x)
@@ -208,8 +245,21 @@ def collect(
     return {name: x.cpu().numpy() for name, x in total.items()}
 
 
+class _Group(NamedTuple):
+    """For the keys of a tile, the sums over all keys equal to each: V, sum of v^2, m; (pairs, cols, v_dim or 1)."""
+
+    v: torch.Tensor
+    v2: torch.Tensor
+    count: torch.Tensor
+
+    @classmethod
+    def of(cls, summed: torch.Tensor) -> _Group:
+        dim = summed.shape[-1] // 2
+        return cls(summed[..., :dim], summed[..., dim:-1], summed[..., -1:])
+
+
 def _common(
-    s: torch.Tensor, w: torch.Tensor, lse: torch.Tensor, tile: Tile, numerics: Numerics
+    s: torch.Tensor, w: torch.Tensor, lse: torch.Tensor, tile: Tile, equal: _Group | None, numerics: Numerics
 ) -> dict[str, torch.Tensor]:
     """What both kinds of pass need; hides masked weights in w. s and w are float64."""
     low, high = torch.aminmax(s, dim=-1, keepdim=True)
@@ -220,22 +270,28 @@ def _common(
         count = torch.full((1, 1, 1), float(tile.k.shape[1]), dtype=torch.float64, device=s.device)
     top, key = w.max(dim=-1, keepdim=True)
     k2 = tile.k * tile.k
-    return {
+    place = key.expand(-1, -1, tile.v.shape[-1])
+    more = {} if equal is None else {
+        "top_sum": torch.gather(equal.v, 1, place), "top_squares": torch.gather(equal.v2, 1, place)
+    }
+    return more | {
         "low": low,
         "high": high,
         "count": count,
         "top": top,
-        "top_v": torch.gather(tile.v, 1, key.expand(-1, -1, tile.v.shape[-1])),
+        "top_v": torch.gather(tile.v, 1, place),
         "k_most": k2.sum(-1, keepdim=True).amax(1, keepdim=True),
         "k_peak": k2.amax((1, 2), keepdim=True),
         "flushed": _flushed(w, low - lse, numerics, count),
     }
 
 
-def _coarse(q: torch.Tensor, lse: torch.Tensor, tile: Tile, numerics: Numerics) -> dict[str, torch.Tensor]:
+def _coarse(
+    q: torch.Tensor, lse: torch.Tensor, tile: Tile, equal: _Group | None, numerics: Numerics
+) -> dict[str, torch.Tensor]:
     s = torch.bmm(q, tile.k.mT)
     w = (s - lse).exp_()
-    more = _common(s, w, lse, tile, numerics)
+    more = _common(s, w, lse, tile, equal, numerics)
     v_abs = tile.v.abs()
     w2, ws = w * w, s.mul_(w)
     more |= {
@@ -246,6 +302,9 @@ def _coarse(q: torch.Tensor, lse: torch.Tensor, tile: Tile, numerics: Numerics) 
         "ws": ws.sum(-1, keepdim=True),
         "v_most": v_abs.amax(1, keepdim=True),
     }
+    if equal is not None:
+        more["equal_w2_v2"] = torch.bmm(w2, equal.v.square() / equal.count)
+        more["equal_w2"] = torch.bmm(w2, equal.count)
     return more
 
 
@@ -254,6 +313,7 @@ def _fine(
     squares: tuple[torch.Tensor, torch.Tensor],
     lse: torch.Tensor,
     tile: Tile,
+    equal: _Group | None,
     numerics: Numerics,
     errors: ScoreErrors,
 ) -> dict[str, torch.Tensor]:
@@ -262,13 +322,14 @@ def _fine(
     s = torch.bmm(q, tile.k.mT)
     gap = s - lse
     w = gap.exp()
-    more = _common(s, w, lse, tile, numerics)
+    more = _common(s, w, lse, tile, equal, numerics)
     k = tile.k.to(dtype)
     b = torch.bmm(q_abs, k.abs().mT)
     var = torch.bmm(q2, k.square_().mT)
     # Columns of V are brought near 1 by powers of two, so that their squares fit float32.
     v_most = tile.v.abs().amax(1, keepdim=True)
-    unit = torch.exp2(torch.floor(torch.log2(v_most.clamp(min=1e-300))))
+    unit = torch.exp2(torch.floor(torch.log2(v_most.clamp(min=1e-150))))
+    unit2 = unit * unit
     v = (tile.v / unit).to(dtype)
     v_abs, v2 = v.abs(), v * v
     s, gap, w = s.to(dtype), gap.to(dtype), w.to(dtype)
@@ -288,28 +349,33 @@ def _fine(
     g = w_var * w
     w2 = w * w
 
-    def summed(x: torch.Tensor, y: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    def product(x: torch.Tensor, y: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         return torch.bmm(x, y).to(torch.float64).mul_(factor)
 
     def total(x: torch.Tensor) -> torch.Tensor:
         return x.sum(-1, keepdim=True).to(torch.float64)
 
-    unit2 = unit * unit
     more |= {
-        "w_abs": summed(w, v_abs, unit),
-        "w2_v2": summed(w2, v2, unit2),
+        "w_abs": product(w, v_abs, unit),
+        "w2_v2": product(w2, v2, unit2),
         "w2": total(w2),
-        "ws_v": summed(ws, v, unit),
+        "ws_v": product(ws, v, unit),
         "ws": total(ws),
         "v_most": v_most,
         "b_most": b_most.to(torch.float64),
-        "wb_abs": summed(wb, v_abs, unit),
+        "wb_abs": product(wb, v_abs, unit),
         "wb": total(wb),
-        "g_v2": summed(g, v2, unit2 * errors.gap),
-        "g_v": summed(g, v, unit * errors.gap),
+        "g_v2": product(g, v2, unit2 * errors.gap),
+        "g_v": product(g, v, unit * errors.gap),
         "g": total(g).mul_(errors.gap),
         "w_var": total(w_var).mul_(errors.gap),
     }
+    if equal is not None:
+        sums, count = (equal.v / unit).to(dtype), equal.count.to(dtype)
+        more["equal_g_v2"] = product(g, sums.square() / count, unit2 * errors.gap)
+        more["equal_g_v"] = product(g, sums, unit * errors.gap)
+        more["equal_g"] = product(g, count, torch.full_like(unit2[..., :1], errors.gap))
+        more["equal_w2_v2"] = product(w2, sums.square() / count, unit2)
     return more
 
 
