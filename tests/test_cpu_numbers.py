@@ -529,9 +529,11 @@ def check_floats(name: str, a: Any, b: Any, c: Any, *, scalars: bool = False) ->
     want = float_references(name, *(t.double().numpy() for t in (x, y, z)))
     out = torch.zeros(len(want) * n, dtype=ALL[name])
     if scalars:
-        float_scalars[(n,)](x, y, z, out, n)
+        compiled = float_scalars[(n,)](x, y, z, out, n)
     else:
-        float_tensors[(triton.cdiv(n, 256),)](x, y, z, out, n, BLOCK=256)
+        compiled = float_tensors[(triton.cdiv(n, 256),)](x, y, z, out, n, BLOCK=256)
+    if "arith.negf" not in compiled.asm["ttir"]:
+        want[16] = 0.0 + want[16]  # older versions of Triton write -a as 0 - a
     for k, expected in want.items():
         expect_codes(out[k * n : (k + 1) * n], expected, what=f"{name}, operation {k}", zero_sign=k not in (5, 6))
 

@@ -65,7 +65,7 @@ def _last_of(a, b):
 
 @triton.jit
 def _span(low_a, high_a, low_b, high_b):
-    return tl.minimum(low_a, low_b), tl.maximum(high_a, high_b)
+    return tl.minimum(low_a, low_b).to(low_a.dtype), tl.maximum(high_a, high_b).to(high_a.dtype)
 
 
 @triton.jit
