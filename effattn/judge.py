@@ -7,7 +7,6 @@ in this dtype), pass.
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import sys
@@ -15,12 +14,12 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
-from enum import StrEnum
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effattn.errors import NotSupported, RequestError, WrongReturn
+from effattn.verdict import Outcome, Quantity, Verdict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,161 +32,17 @@ if TYPE_CHECKING:
     from effattn.tolerances.envelope import Envelope
     from effattn.tolerances.formats import Format
     from effattn.tolerances.numerics import Numerics
-    from effattn.tolerances.statistics import Finding, Prediction
+    from effattn.tolerances.statistics import Errors, Finding, Prediction
 
     Floats = NDArray[np.float64]
-
-
-class Outcome(StrEnum):
-    """What a verdict says."""
-
-    #: within the bound, and the errors look like rounding
-    PASS = "pass"
-    #: an error above the bound of a correct kernel
-    INACCURATE = "inaccurate"
-    #: within the bound, but too large on the whole, of one sign, or in proportion to something
-    BIASED = "biased"
-    #: NaN, or an infinity where the exact value is a finite number of the dtype
-    NON_FINITE = "non-finite"
-    #: no tensor, or one of the wrong shape, dtype or device
-    WRONG_SHAPE = "wrong shape or dtype"
-    #: the method does not offer what the case asks for
-    NOT_SUPPORTED = "not supported"
-    #: rounding in this dtype may do anything, so there is nothing to hold the method to
-    NOT_JUDGED = "not judged"
-    #: the method raised
-    CRASHED = "crashed"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quantity:
-    """The errors of one output, "out" or "lse", in numbers. None where there is no element to count."""
-
-    name: str
-    #: elements judged; elements set aside because their row is ill-conditioned
-    count: int
-    set_aside: int = 0
-    #: largest error / bound
-    fraction: float | None = None
-    #: share of elements equal to the correctly rounded exact value
-    bit_equal: float | None = None
-    #: distance from the correctly rounded exact value in units in the last place: quantiles and largest
-    ulp_p50: float | None = None
-    ulp_p99: float | None = None
-    ulp_max: float | None = None
-    #: error / expected deviation: root mean square, the largest in magnitude with its sign, mean
-    z_rms: float | None = None
-    z_max: float | None = None
-    z_mean: float | None = None
-    #: where error / bound is largest, and what is there
-    worst: tuple[int, ...] | None = None
-    got: float | None = None
-    exact: float | None = None
-    allowed: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What came out of one case."""
-
-    case: Case
-    #: the method's name
-    method: str
-    outcome: Outcome
-    #: what, where, got, expected, allowed and why; one line for a pass
-    message: str
-    quantities: tuple[Quantity, ...] = ()
-    #: the statistical tests that failed
-    findings: tuple[Finding, ...] = ()
-    #: seconds by stage: inputs, method, exact, envelope, verdict
-    seconds: dict[str, float] = field(default_factory=dict)
-    #: the command line that judges the case again
-    replay: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; infinities and NaN become the strings "inf", "-inf" and "nan"."""
-        return {
-            "case": self.case.to_dict(),
-            "method": self.method,
-            "outcome": str(self.outcome),
-            "message": self.message,
-            "quantities": [_plain(q) for q in self.quantities],
-            "findings": [_plain(f) for f in self.findings],
-            "seconds": {name: _number_out(s) for name, s in self.seconds.items()},
-            "replay": self.replay,
-        }
-
-    @classmethod
-    def from_dict(cls, data: object) -> Verdict:
-        """The verdict that `to_dict` described; RequestError for anything else."""
-        from effattn.case import Case
-        from effattn.tolerances.statistics import Finding
-
-        if not isinstance(data, dict):
-            raise RequestError(f"a verdict given as {type(data).__name__}: expected a JSON object.")
-        expected = [f.name for f in fields(cls)]
-        if sorted(data) != sorted(expected):
-            raise RequestError(
-                f"a verdict with the fields {', '.join(sorted(map(str, data)))}: expected {', '.join(expected)}."
-                " Was it written by another version of effattn?"
-            )
-        try:
-            return cls(
-                case=Case.from_dict(data["case"]),
-                method=_text(data["method"]),
-                outcome=Outcome(data["outcome"]),
-                message=_text(data["message"]),
-                quantities=tuple(_rebuild(Quantity, q) for q in data["quantities"]),
-                findings=tuple(_rebuild(Finding, f) for f in data["findings"]),
-                seconds={_text(name): float(s) for name, s in data["seconds"].items()},
-                replay=_text(data["replay"]),
-            )
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            if isinstance(error, RequestError):
-                raise
-            raise RequestError(f"a verdict that cannot be read: {error}.") from None
-
-
-def _plain(item: Any) -> dict[str, Any]:
-    data = {f.name: getattr(item, f.name) for f in fields(item)}
-    return {name: list(x) if isinstance(x, tuple) else _number_out(x) for name, x in data.items()}
-
-
-def _number_out(x: Any) -> Any:
-    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
-
-
-def _text(x: object) -> str:
-    if not isinstance(x, str):
-        raise ValueError(f"{x!r} where a text is expected")
-    return x
-
-
-def _rebuild(cls: type, data: dict[str, Any]) -> Any:
-    if not isinstance(data, dict):
-        raise ValueError(f"{data!r} where an object is expected")
-    unknown = set(data) - {f.name for f in fields(cls)}
-    if unknown:
-        raise ValueError(f"unknown field {', '.join(sorted(unknown))}")
-    values: dict[str, Any] = {}
-    for name, x in data.items():
-        if name == "name":
-            values[name] = _text(x)
-        elif name == "worst":
-            values[name] = None if x is None else tuple(int(i) for i in x)
-        elif name in ("count", "set_aside"):
-            values[name] = int(x)
-        else:
-            values[name] = None if x is None else float(x)
-    return cls(**values)
 
 
 def judge(case: Case, method: Method, *, device: str = "cpu") -> Verdict:
     """Run the method on the case and judge what it gives.
 
     Never raises for what the method does, except KeyboardInterrupt. RequestError where the request itself is wrong: a
-    device that is not there, numerics that contradict themselves, no C compiler, a kernel with an operation that the CPU
-    backend does not offer.
+    device that is not there, numerics that contradict themselves, no C compiler, a kernel with an operation that the
+    CPU backend does not offer.
     """
     seconds: dict[str, float] = {}
     reason = method.unsupported(case)
@@ -215,9 +70,7 @@ def judge(case: Case, method: Method, *, device: str = "cpu") -> Verdict:
     notes = _notes_of_kernels()
     changed = _changed(inputs, kept)
     if changed is not None:
-        message = (
-            f"the method wrote to its input {changed}; expected inputs as they were, since a caller goes on using them"
-        )
+        message = f"the method wrote to its input {changed}; expected it to be left as it was: callers go on using it"
         return _short(case, method, Outcome.INACCURATE, message, seconds)
     verdict = _judge(case, kept, output, numerics, method.name, _replay(case, method.spec, device), seconds)
     if notes and verdict.outcome in (Outcome.INACCURATE, Outcome.BIASED):
@@ -232,7 +85,13 @@ def _notes_of_kernels() -> list[str]:
 
 
 def judge_output(
-    case: Case, inputs: Inputs, output: Output, numerics: Numerics, *, method: str = "output", device: str = "cpu"
+    case: Case,
+    inputs: Inputs,
+    output: Output,
+    numerics: Numerics,
+    *,
+    method: str = "output",
+    device: str = "cpu",
 ) -> Verdict:
     """Judge an output that is there already. `inputs` are those of the case, unchanged."""
     return _judge(case, inputs, output, numerics, method, _replay(case, method, device), {})
@@ -255,7 +114,12 @@ def _judge(
     problem = _wrong_form(case, inputs, output, numerics)
     if problem is not None:
         return Verdict(
-            case=case, method=method, outcome=Outcome.WRONG_SHAPE, message=problem, seconds=seconds, replay=replay
+            case=case,
+            method=method,
+            outcome=Outcome.WRONG_SHAPE,
+            message=problem,
+            seconds=seconds,
+            replay=replay,
         )
     inputs = type(inputs)(*(x.detach().to(torch.float64) for x in inputs))
     with _timed(seconds, "exact"):
@@ -265,7 +129,9 @@ def _judge(
             *inputs, causal=case.causal, scale=case.softmax_scale, numerics=numerics, exact=exact
         )
     with _timed(seconds, "verdict"):
-        outcome, message, quantities, findings = _Judgement(case, inputs, output, numerics, exact, envelope).decide()
+        outcome, message, quantities, findings = _Judgement(
+            case, inputs, output, numerics, exact, envelope
+        ).decide()
     return Verdict(
         case=case,
         method=method,
@@ -331,9 +197,16 @@ class _Judgement:
                 return Outcome.NON_FINITE, message, [], []
         with np.errstate(invalid="ignore", divide="ignore"):
             quantities = [self._measure(part) for part in self.parts]
-        beyond = [(q, part) for q, part in zip(quantities, self.parts, strict=True) if (q.fraction or 0.0) > 1.0]
+        beyond = [
+            (q, part) for q, part in zip(quantities, self.parts, strict=True) if (q.fraction or 0.0) > 1.0
+        ]
         if beyond:
-            return Outcome.INACCURATE, "\n".join(self._inaccurate(q, part) for q, part in beyond), quantities, []
+            return (
+                Outcome.INACCURATE,
+                "\n".join(self._inaccurate(q, part) for q, part in beyond),
+                quantities,
+                [],
+            )
         if quantities[0].count == 0 and self.out.got.size:
             return Outcome.NOT_JUDGED, self._ill_conditioned(), quantities, []
         findings = self._findings()
@@ -432,7 +305,7 @@ class _Judgement:
             x = x[self.envelope.judged[:, :, empty:].reshape(-1)]
         return x
 
-    def _errors_of_out(self) -> Any:
+    def _errors_of_out(self) -> Errors | None:
         import numpy as np
 
         from effattn.tolerances.statistics import Errors
@@ -487,7 +360,10 @@ class _Judgement:
         return self._rows(self.inputs.q.double().cpu().numpy() * per_rounding, self.case.head_dim)
 
     def _inaccurate(self, q: Quantity, part: _Part) -> str:
-        assert q.worst is not None and q.got is not None and q.exact is not None and q.allowed is not None
+        assert q.worst is not None
+        assert q.got is not None
+        assert q.exact is not None
+        assert q.allowed is not None
         error = abs(q.got - q.exact)
         hint = ""
         if part.name == "lse" and abs(q.got * math.log(2.0) - q.exact) <= q.allowed:
@@ -506,11 +382,14 @@ class _Judgement:
         rest = part.bound[index] - rounding
         p = numerics.format("p")
         weights = (
-            f"weights rounded to {p.name} (u = {p.unit_roundoff_text})" if numerics.rounds_p else f"weights in {p.name}"
+            f"weights rounded to {p.name} (u = {p.unit_roundoff_text})"
+            if numerics.rounds_p
+            else f"weights in {p.name}"
         )
         return (
-            f"allowed is {rounding:.2g} for rounding to {part.format.name} and {rest:.2g} for what goes before: scores of"
-            f" {case.head_dim} terms and sums over {keys} keys in {numerics.acc}, {weights} (numerics {numerics.name!r})"
+            f"allowed is {rounding:.2g} for rounding to {part.format.name} and {rest:.2g} for what goes before:"
+            f" scores of {case.head_dim} terms and sums over {keys} keys in {numerics.acc}, {weights}"
+            f" (numerics {numerics.name!r})"
         )
 
     def _keys_seen(self, query: int) -> int:
@@ -614,9 +493,13 @@ def _wrong_form(case: Case, inputs: Inputs, output: Output, numerics: Numerics) 
     import torch
 
     shape = (case.batch, case.heads, case.q_len, case.v_dim)
-    tensors = [("out", output.out, shape, "(batch, heads, q_len, v_dim)", numerics.format("output").torch_dtype)]
+    tensors: list[tuple[str, Any, tuple[int, ...], str, torch.dtype]] = [
+        ("out", output.out, shape, "(batch, heads, q_len, v_dim)", numerics.format("output").torch_dtype)
+    ]
     if output.lse is not None:
-        tensors.append(("lse", output.lse, shape[:3], "(batch, heads, q_len)", numerics.format("lse").torch_dtype))
+        tensors.append(
+            ("lse", output.lse, shape[:3], "(batch, heads, q_len)", numerics.format("lse").torch_dtype)
+        )
     for name, x, expected, axes, dtype in tensors:
         if not isinstance(x, torch.Tensor):
             return f"{name} is {type(x).__name__}; expected a torch.Tensor of shape {expected}"

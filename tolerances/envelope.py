@@ -9,7 +9,10 @@ What is computed, to the letter (every relation exact, Higham, Accuracy and Stab
 2. P is w_j (1 + t_j)(1 + r_j), |r_j| <= u_p, plus what underflow takes; products and their sum add (1 + a_j).
 3. l is sum w_j (1 + t_j)(1 + c_j).
 
-Hence o^ - o = [sum w_j t_j (v_j - o) + sum w_j (1 + t_j)((1 + r_j)(1 + a_j) - 1) v_j - o sum w_j (1 + t_j) c_j] / (l^ / l),
+Hence, with l^ the computed and l the exact sum,
+
+    o^ - o = [sum w_j t_j (v_j - o) + sum w_j (1 + t_j)((1 + r_j)(1 + a_j) - 1) v_j - o sum w_j (1 + t_j) c_j] l / l^,
+
 which is the bound once the absolute values are taken. What an error common to a row does to P and l alike cancels, so
 neither the maximum that is subtracted nor the order of the blocks matters.
 
@@ -57,7 +60,7 @@ LOG_ERROR = 2.0**-22
 
 @dataclass(frozen=True, kw_only=True)
 class Envelope:
-    """Per element, numpy float64: (batch, heads, q_len, v_dim) for out, (batch, heads, q_len) for what belongs to a row.
+    """Per element, in numpy: (batch, heads, q_len, v_dim) for out, (batch, heads, q_len) for what belongs to a row.
 
     Rows that see no key have bound 0 and deviation 0: their output is exactly 0.
     """
@@ -120,10 +123,15 @@ def forward_envelope(
     grouped = repeat(None) if equal is None else row_blocks(q, k, equal.summed, causal=causal, block=block)
     for rows, groups in zip(blocks, grouped, strict=False):
         lse = rows.read(exact.lse).unsqueeze(-1)
-        sums = collect(rows, lse, groups, numerics=numerics, errors=errors, scale=scale, in_float32=in_float32)
+        sums = collect(
+            rows, lse, groups, numerics=numerics, errors=errors, scale=scale, in_float32=in_float32
+        )
         if equal is not None:
             sums["same_keys"] = rows.read(equal.keys).unsqueeze(-1).cpu().numpy()
             sums["same_pairs"] = rows.read(equal.pairs).unsqueeze(-1).cpu().numpy()
+            if causal != "none":
+                # A row may not see all of a group, so only the key itself is known to be at the maximum.
+                sums["top_sum"], sums["top_squares"] = sums["top_v"], sums["top_v"] ** 2
         with np.errstate(over="ignore", invalid="ignore"):  # rows that are not judged
             result = _finish(
                 SimpleNamespace(**sums),
@@ -225,7 +233,9 @@ def _finish(
     else:
         # sum q^2 k^2 is at most the largest q^2 times |k|^2, and the other way round.
         t2 = np.minimum(q2.max(-1, keepdims=True) * x.k_most, q_norm * x.k_peak)
-        lse_scores = t2 * errors.terms + s_most * s_most * errors.each + log_n * log_n * errors.gap + errors.exp
+        lse_scores = (
+            t2 * errors.terms + s_most * s_most * errors.each + log_n * log_n * errors.gap + errors.exp
+        )
         inner = np.sqrt(np.maximum(x.w2_v2, x.equal_w2_v2) if equal else x.w2_v2)
         inner += o_abs * np.sqrt(np.maximum(x.w2, x.equal_w2) if equal else x.w2)
         inner *= inner

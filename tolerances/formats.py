@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from effattn.errors import RequestError
 
@@ -85,7 +85,7 @@ class Format:
         x: float64 of any shape. At 0 and below the normal range this is the smallest subnormal; beyond the largest
         number it is the spacing of the top binade; NaN gives the same (test for NaN beforehand).
         """
-        spacing = _binade(x, self)
+        spacing: Any = _binade(x, self)
         spacing *= 2.0 ** (1 - self.precision)
         return spacing
 
@@ -99,55 +99,49 @@ class Format:
             return x + 0.0
         # Adding 1.5 * 2**52 spacings makes one float64 ulp equal to one spacing of the format, so that
         # float64's own rounding (nearest, ties to even) does the work; subtracting again is exact.
-        shift = _binade(x, self)
+        shift: Any = _binade(x, self)
         shift *= 1.5 * 2.0 ** (53 - self.precision)
-        rounded = x + shift
+        rounded: Any = x + shift
         rounded -= shift
-        overflow = float("inf") if self.has_inf else float("nan")
-        import numpy as np
-
-        if isinstance(rounded, np.ndarray):
-            rounded[np.abs(rounded) > self.largest] = overflow
-            return np.copysign(rounded, x)
-        import torch
-
-        rounded.masked_fill_(rounded.abs() > self.largest, overflow)
-        return torch.copysign(rounded, x)
+        rounded[abs(rounded) > self.largest] = float("inf") if self.has_inf else float("nan")
+        return _library(x).copysign(rounded, x)
 
     def order(self, x: Array) -> Array:
         """The number's place in the format's order, 0 at zero: neighbours differ by 1, infinity follows the largest.
 
         x: float64 values that belong to the format. Exact in float64 for precisions up to 42 bits.
         """
-        binade = _binade(x, self)
+        binade: Any = _binade(x, self)
         # In the lowest binade the significand runs from 0 (subnormals) to 2, in every other one from 1 to 2. With
         # the exponent read off the bits, place = (exponent - emin + |significand|) 2^(precision - 1).
-        import numpy as np
-
-        if isinstance(binade, np.ndarray):
-            exponent = binade.view(np.int64) >> 52
-            place = np.minimum(np.abs(x), 2.0 * 2.0**self.emax) / binade
-            place += exponent - (self.emin + 1023)
-            place *= 2.0 ** (self.precision - 1)
-            return np.copysign(place, x)
-        import torch
-
-        exponent = binade.view(torch.int64) >> 52
-        place = x.abs().clamp_(max=2.0 * 2.0**self.emax) / binade
+        exponent = binade.view(_library(x).int64) >> 52
+        place: Any = abs(x).clip(max=2.0 * 2.0**self.emax) / binade
         place += exponent - (self.emin + 1023)
         place *= 2.0 ** (self.precision - 1)
-        return torch.copysign(place, x)
+        return _library(x).copysign(place, x)
 
     def distance(self, a: Array, b: Array) -> Array:
         """How many steps of the format lie between a and b; +0 and -0 are the same number, NaN gives NaN.
 
         a, b: float64 values that belong to the format. Infinity counts as one step beyond the largest number.
         """
-        return abs(self.order(a) - self.order(b))
+        steps: Any = self.order(a) - self.order(b)
+        return abs(steps)
 
 
-def _binade(x: Array, fmt: Format) -> Array:
-    """2**floor(log2 |x|) clamped to the format's normal range, read off the exponent bits of float64."""
+def _library(x: Any) -> Any:
+    """numpy for a numpy array, torch for a tensor: the functions used here have the same names."""
+    import numpy as np
+
+    if isinstance(x, np.ndarray):
+        return np
+    import torch
+
+    return torch
+
+
+def _binade(x: Any, fmt: Format) -> Any:
+    """2**floor(log2 |x|) clamped to the format's normal range, read off the exponent bits of float64; writable."""
     import numpy as np
 
     low, high = 2.0**fmt.emin, 2.0**fmt.emax
@@ -187,7 +181,9 @@ def get(name: str) -> Format:
     except KeyError:
         close = get_close_matches(str(name), FORMATS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise RequestError(f"unknown number format {name!r}: expected one of {', '.join(FORMATS)}{hint}") from None
+        raise RequestError(
+            f"unknown number format {name!r}: expected one of {', '.join(FORMATS)}{hint}"
+        ) from None
 
 
 def round_to(x: torch.Tensor, name: str) -> torch.Tensor:

@@ -91,7 +91,10 @@ class Numerics:
                     f"numerics {self.name!r}: {field} is {given.name}, wider than the accumulator {self.acc} that it "
                     f"comes from; declare {field}={self.acc!r} or a wider acc"
                 )
-        if self.operand is not None and formats.get(self.operand).precision > formats.get(self.input).precision:
+        if (
+            self.operand is not None
+            and formats.get(self.operand).precision > formats.get(self.input).precision
+        ):
             raise RequestError(
                 f"numerics {self.name!r}: operands of {self.operand} are wider than the input {self.input}; "
                 "leave operand out"
@@ -124,15 +127,18 @@ class Numerics:
             if name not in known:
                 close = get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise RequestError(f"numerics has no field {name!r}: expected one of {', '.join(known)}{hint}")
+                raise RequestError(
+                    f"numerics has no field {name!r}: expected one of {', '.join(known)}{hint}"
+                )
         return replace(self, **changes)
 
 
-def _presets(kind: str, **fields_: Any) -> dict[str, Numerics]:
+def _presets(kind: str, **given: Any) -> dict[str, Numerics]:
+    """The same numerics for each dtype of the inputs; p="input" stands for that dtype."""
     out = {}
     for dtype in ("fp16", "bf16", "fp32"):
-        given = {k: (dtype if v == "input" else v) for k, v in fields_.items()}
-        out[dtype] = Numerics(name=f"{kind} {dtype}", input=dtype, output=dtype, **given)
+        changed: dict[str, Any] = given | ({"p": dtype} if given["p"] == "input" else {})
+        out[dtype] = Numerics(name=f"{kind} {dtype}", input=dtype, output=dtype, **changed)
     return out
 
 
@@ -142,9 +148,7 @@ def _presets(kind: str, **fields_: Any) -> dict[str, Numerics]:
 DEFAULT: dict[str, Numerics] = _presets("default", p="input")
 
 #: Flash kernels: the same, with l summed block by block.
-FLASH: dict[str, Numerics] = _presets(
-    "flash", p="input", normalise="after", smallest_block=16, sum_block=64
-)
+FLASH: dict[str, Numerics] = _presets("flash", p="input", normalise="after", smallest_block=16, sum_block=64)
 
 #: torch's scaled_dot_product_attention on CPU, fused path: measured to round as FLASH does in all three dtypes. In fp16
 #: and bf16 its exp is a polynomial of degree 3 (torch 2.13: relative error up to 1.1e-4, so that the log-sum-exp of 97

@@ -73,16 +73,22 @@ def roundings_of_p(
             if tile.hidden is not None:
                 s.masked_fill_(tile.hidden, -math.inf)
             w = (s - lse).exp_()
-            p = w if order == "normalised" else (s if isinstance(order, str) else s - _maximum(s, *order)).exp()
+            if isinstance(order, str):
+                p = w if order == "normalised" else s.exp()
+            else:
+                p = (s - _maximum(s, *order)).exp_()
+            # Weights that overflow are another matter, and not explained by rounding.
             p = torch.where(p < math.inf, p, 0.0)
             rounded = numerics.format("p").round(p)
-            rounded = torch.where(rounded < math.inf, rounded, p)  # overflows: such a kernel is another matter
+            rounded = torch.where(rounded < math.inf, rounded, p)
             spacing = numerics.format("p").ulp(p).masked_fill_(p == rounded, 0.0)
             share = torch.where(p > 0.0, w / p, 0.0)
             rows.write(error, torch.bmm((rounded - p) * share, tile.v))
             rows.write(variance, torch.bmm((spacing * share).square_().div_(12.0), tile.v.square()))
         columns = v.shape[3]
-        yield Prediction(error.reshape(-1, columns).cpu().numpy(), variance.reshape(-1, columns).cpu().numpy())
+        yield Prediction(
+            error.reshape(-1, columns).cpu().numpy(), variance.reshape(-1, columns).cpu().numpy()
+        )
 
 
 def _maximum(s: torch.Tensor, block: int | None, from_last: bool) -> torch.Tensor:

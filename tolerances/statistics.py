@@ -28,8 +28,8 @@ Largest. An error needs a deviation of |e| - (half a spacing of the output) befo
 sums of roundings are sub-Gaussian with variance at most 1.85 times the predicted (uniform error, the unluckiest
 mantissa, u^2 / 3 against 0.18 u^2), so P(any > x) <= 2 N exp(-x^2 / 3.7) over N elements.
 
-The log-sum-exp is held to its bound only. It is fp32, its bound a few hundred roundings, and what goes wrong with it goes
-wrong by more; its errors are those of one score, which the average over keys does not make random.
+The log-sum-exp is held to its bound only. It is fp32, its bound a few hundred roundings, and what goes wrong with it
+goes wrong by more; its errors are those of one score, which the average over keys does not make random.
 
 Harmless one-sided errors. A folded constant is rounded once for all, exp errs to one side, equal terms round alike.
 What may do so is `Envelope.out_inner` and `Envelope.out_steady`, errors of the accumulators' format: their full size,
@@ -128,7 +128,8 @@ def examine(errors: Errors, *, alarm: float = ALARM / TESTS) -> list[Finding]:
     size = _size(z2, None, alarm)
     largest = _largest(errors.error, errors, alarm)
     slopes = [
-        (name, *_slope(errors.error, direction, errors, None, alarm)) for name, direction in errors.directions.items()
+        (name, *_slope(errors.error, direction, errors, None, alarm))
+        for name, direction in errors.directions.items()
     ]
     if not (size or largest or any(p < alarm for _, _, p in slopes)):
         return findings
@@ -154,9 +155,7 @@ def examine(errors: Errors, *, alarm: float = ALARM / TESTS) -> list[Finding]:
         results = [_slope(v, errors.directions[name], errors, cells, alarm) for v in variants]
         weakest = max(results, key=lambda r: r[1])
         if weakest[1] < alarm and all(math.copysign(1.0, r[0]) == math.copysign(1.0, t) for r in results):
-            findings.append(
-                Finding(name=name, statistic=weakest[0], p_value=weakest[1], threshold=alarm)
-            )
+            findings.append(Finding(name=name, statistic=weakest[0], p_value=weakest[1], threshold=alarm))
     return findings
 
 
@@ -202,10 +201,8 @@ def _slope(
     """
     spread = errors.spread * np.einsum("ij,ij->i", direction, direction)
     weight = 1.0 / np.sqrt(np.maximum(spread, 1e-300))
-    if len(direction) == 1:
-        along = (error @ direction[0]) * weight
-    else:
-        along = np.einsum("ij,ij->i", error, direction) * weight
+    along = error @ direction[0] if len(direction) == 1 else np.einsum("ij,ij->i", error, direction)
+    along *= weight
     total = float(along.sum())
     if cells is None:
         square = float(along @ along)
@@ -247,7 +244,7 @@ class Cells:
 
     def sum(self, per_row: Floats) -> Floats:
         """Sums over each cell."""
-        return np.bincount(self.index, weights=per_row, minlength=len(self.counts))
+        return np.bincount(self.index, weights=per_row, minlength=len(self.counts)).astype(np.float64)
 
 
 def _cells(errors: Errors) -> Cells:

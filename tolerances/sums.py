@@ -130,8 +130,8 @@ class EqualKeys:
     """Keys that are there more than once in a head: their scores, weights and roundings are the same.
 
     So their errors may add up as one: sum over keys of w^2 (v - o)^2 becomes, for a group of m, w^2 (V - m o)^2 with V
-    the sum of their values. With V^2 / m, V and m in place of v^2, v and 1, each sum over keys gives just that. They may
-    as well not, where blocks or positions are treated differently, so the larger of both sums is expected.
+    the sum of their values. With V^2 / m, V and m in place of v^2, v and 1, each sum over keys gives just that. They
+    may as well not, where blocks or positions are treated differently, so the larger of both sums is expected.
     """
 
     #: (batch, kv_heads, kv_len, 2 v_dim + 1) float64: V, the sum of the squares of their values, m
@@ -250,7 +250,7 @@ class _Group(NamedTuple):
 
     v: torch.Tensor
     v2: torch.Tensor
-    count: torch.Tensor
+    size: torch.Tensor
 
     @classmethod
     def of(cls, summed: torch.Tensor) -> _Group:
@@ -271,10 +271,11 @@ def _common(
     top, key = w.max(dim=-1, keepdim=True)
     k2 = tile.k * tile.k
     place = key.expand(-1, -1, tile.v.shape[-1])
-    more = {} if equal is None else {
-        "top_sum": torch.gather(equal.v, 1, place), "top_squares": torch.gather(equal.v2, 1, place)
-    }
-    return more | {
+    sums = {}
+    if equal is not None:
+        sums["top_sum"] = torch.gather(equal.v, 1, place)
+        sums["top_squares"] = torch.gather(equal.v2, 1, place)
+    return sums | {
         "low": low,
         "high": high,
         "count": count,
@@ -303,8 +304,8 @@ def _coarse(
         "v_most": v_abs.amax(1, keepdim=True),
     }
     if equal is not None:
-        more["equal_w2_v2"] = torch.bmm(w2, equal.v.square() / equal.count)
-        more["equal_w2"] = torch.bmm(w2, equal.count)
+        more["equal_w2_v2"] = torch.bmm(w2, equal.v.square() / equal.size)
+        more["equal_w2"] = torch.bmm(w2, equal.size)
     return more
 
 
@@ -371,7 +372,7 @@ def _fine(
         "w_var": total(w_var).mul_(errors.gap),
     }
     if equal is not None:
-        sums, count = (equal.v / unit).to(dtype), equal.count.to(dtype)
+        sums, count = (equal.v / unit).to(dtype), equal.size.to(dtype)
         more["equal_g_v2"] = product(g, sums.square() / count, unit2 * errors.gap)
         more["equal_g_v"] = product(g, sums, unit * errors.gap)
         more["equal_g"] = product(g, count, torch.full_like(unit2[..., :1], errors.gap))

@@ -178,8 +178,10 @@ class Flash:
         top = torch.stack([p.top for p in parts]).amax(0)
         safe = torch.where(top == -math.inf, 0.0, top)
         weights = [self.exp(p.top - safe) for p in parts]
-        total = sum(p.total * w for p, w in zip(parts, weights, strict=True))
-        acc = sum(p.acc * w[..., None] for p, w in zip(parts, weights, strict=True))
+        total, acc = torch.zeros_like(parts[0].total), torch.zeros_like(parts[0].acc)
+        for part, weight in zip(parts, weights, strict=True):
+            total = total + part.total * weight
+            acc = acc + part.acc * weight[..., None]
         return State(top, total, acc)
 
     def finish(self, state: State, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

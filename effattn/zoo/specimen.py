@@ -19,7 +19,7 @@ HALF = ("fp16", "bf16")
 
 #: q, k, v and the keywords causal ("none", "bottom-right", "top-left") and scale -> (out, lse)
 Kernel = Callable[..., Any]
-_K = TypeVar("_K", bound=Kernel)
+_K = TypeVar("_K")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +79,11 @@ def wrong(
 
 
 def _register(
-    kernel: _K, name: str, is_right: bool, dtypes: tuple[str, ...], shows: Callable[[Case], bool]
-) -> _K:
+    kernel: Any, name: str, is_right: bool, dtypes: tuple[str, ...], shows: Callable[[Case], bool]
+) -> Any:
     assert name not in _REGISTER, f"two kernels named {name}"
     # A class is a kernel of its default block size; a function is one as it is.
-    call = kernel() if isinstance(kernel, type) else kernel
+    call: Kernel = kernel() if isinstance(kernel, type) else kernel
     what = " ".join((kernel.__doc__ or "").split())
     _REGISTER[name] = Specimen(name=name, right=is_right, what=what, kernel=call, dtypes=dtypes, shows=shows)
     return kernel

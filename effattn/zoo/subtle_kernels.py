@@ -39,7 +39,11 @@ class ScoresRounded(Flash):
         return self.dot(q, k.mT).to(q.dtype).float() * factor
 
 
-@wrong("scaled-q-in-input-dtype", HALF, lambda case: _many_rows(case) and math.frexp(case.softmax_scale)[0] != 0.5)
+@wrong(
+    "scaled-q-in-input-dtype",
+    HALF,
+    lambda case: _many_rows(case) and math.frexp(case.softmax_scale)[0] != 0.5,
+)
 class ScaledQueries(Flash):
     """Q times scale, rounded to the inputs' dtype."""
 
@@ -225,7 +229,10 @@ class OneElement(Flash):
         return flat.reshape(out.shape)
 
 
-@wrong("smallest-weights-dropped", shows=lambda case: _many_rows(case) and case.values == "normal" and case.kv_len > 30)
+@wrong(
+    "smallest-weights-dropped",
+    shows=lambda case: _many_rows(case) and case.values == "normal" and case.kv_len > 30,
+)
 class SmallWeightsDropped(Flash):
     """Weights below 2^-6 of the largest count as nothing."""
 

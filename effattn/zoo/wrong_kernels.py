@@ -190,7 +190,9 @@ class LateRescaleForgetsSum(Flash):
         return total
 
 
-@wrong("no-maximum", shows=lambda case: case.values in ("large-logits", "negative-logits") and _something(case))
+@wrong(
+    "no-maximum", shows=lambda case: case.values in ("large-logits", "negative-logits") and _something(case)
+)
 class NoMaximum(Flash):
     """Does not subtract the maximum: exp overflows."""
 
@@ -211,7 +213,10 @@ class SplitsAveraged(Flash):
         return State(state.top, state.total, sum(means) / len(means) * state.total[..., None])
 
 
-@wrong("gqa-interleaved", shows=lambda case: case.kv_heads > 1 and case.heads > case.kv_heads and _something(case))
+@wrong(
+    "gqa-interleaved",
+    shows=lambda case: case.kv_heads > 1 and case.heads > case.kv_heads and _something(case),
+)
 class Interleaved(Flash):
     """Query head h takes KV head h modulo their number."""
 
@@ -242,7 +247,10 @@ def _as_if_contiguous(x: torch.Tensor) -> torch.Tensor:
     return memory[(x.storage_offset() + torch.arange(x.numel(), device=x.device)) % size].reshape(x.shape)
 
 
-@wrong("strides-ignored", shows=lambda case: case.layout != "bhsd" and "+offset" not in case.layout and _something(case))
+@wrong(
+    "strides-ignored",
+    shows=lambda case: case.layout != "bhsd" and "+offset" not in case.layout and _something(case),
+)
 class StridesIgnored(Flash):
     """Takes every tensor for contiguous."""
 
@@ -301,12 +309,14 @@ class LseWithoutMaximum(Flash):
     """Forgets to add the maximum back."""
 
     def finish(self, state: State, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = super().finish(state, dtype)
+        out, _ = super().finish(state, dtype)
         return out, torch.log(state.total)
 
 
 def _has_empty_rows(case: Case) -> bool:
-    return case.q_len > 0 and (case.kv_len == 0 or (case.causal == "bottom-right" and case.q_len > case.kv_len))
+    return case.q_len > 0 and (
+        case.kv_len == 0 or (case.causal == "bottom-right" and case.q_len > case.kv_len)
+    )
 
 
 @wrong("empty-rows-nan", shows=_has_empty_rows)

@@ -1,0 +1,158 @@
+"""What a judgement says, as data that goes to JSON and back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from effattn.errors import RequestError
+
+if TYPE_CHECKING:
+    from effattn.case import Case
+    from effattn.tolerances.statistics import Finding
+
+
+class Outcome(StrEnum):
+    """What a verdict says."""
+
+    #: within the bound, and the errors look like rounding
+    PASS = "pass"
+    #: an error above the bound of a correct kernel
+    INACCURATE = "inaccurate"
+    #: within the bound, but too large on the whole, of one sign, or in proportion to something
+    BIASED = "biased"
+    #: NaN, or an infinity where the exact value is a finite number of the dtype
+    NON_FINITE = "non-finite"
+    #: no tensor, or one of the wrong shape, dtype or device
+    WRONG_SHAPE = "wrong shape or dtype"
+    #: the method does not offer what the case asks for
+    NOT_SUPPORTED = "not supported"
+    #: rounding in this dtype may do anything, so there is nothing to hold the method to
+    NOT_JUDGED = "not judged"
+    #: the method raised
+    CRASHED = "crashed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """The errors of one output, "out" or "lse", in numbers. None where there is no element to count."""
+
+    name: str
+    #: elements judged; elements set aside because their row is ill-conditioned
+    count: int
+    set_aside: int = 0
+    #: largest error / bound
+    fraction: float | None = None
+    #: share of elements equal to the correctly rounded exact value
+    bit_equal: float | None = None
+    #: distance from the correctly rounded exact value in units in the last place: quantiles and largest
+    ulp_p50: float | None = None
+    ulp_p99: float | None = None
+    ulp_max: float | None = None
+    #: error / expected deviation: root mean square, the largest in magnitude with its sign, mean
+    z_rms: float | None = None
+    z_max: float | None = None
+    z_mean: float | None = None
+    #: where error / bound is largest, and what is there
+    worst: tuple[int, ...] | None = None
+    got: float | None = None
+    exact: float | None = None
+    allowed: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What came out of one case."""
+
+    case: Case
+    #: the method's name
+    method: str
+    outcome: Outcome
+    #: what, where, got, expected, allowed and why; one line for a pass
+    message: str
+    quantities: tuple[Quantity, ...] = ()
+    #: the statistical tests that failed
+    findings: tuple[Finding, ...] = ()
+    #: seconds by stage: inputs, method, exact, envelope, verdict
+    seconds: dict[str, float] = field(default_factory=dict)
+    #: the command line that judges the case again
+    replay: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; infinities and NaN become the strings "inf", "-inf" and "nan"."""
+        return {
+            "case": self.case.to_dict(),
+            "method": self.method,
+            "outcome": str(self.outcome),
+            "message": self.message,
+            "quantities": [_plain(q) for q in self.quantities],
+            "findings": [_plain(f) for f in self.findings],
+            "seconds": {name: _number_out(s) for name, s in self.seconds.items()},
+            "replay": self.replay,
+        }
+
+    @classmethod
+    def from_dict(cls, data: object) -> Verdict:
+        """The verdict that `to_dict` described; RequestError for anything else."""
+        from effattn.case import Case
+        from effattn.tolerances.statistics import Finding
+
+        if not isinstance(data, dict):
+            raise RequestError(f"a verdict given as {type(data).__name__}: expected a JSON object.")
+        expected = [f.name for f in fields(cls)]
+        if sorted(data) != sorted(expected):
+            raise RequestError(
+                f"a verdict with the fields {', '.join(sorted(map(str, data)))}: expected {', '.join(expected)}."
+                " Was it written by another version of effattn?"
+            )
+        try:
+            return cls(
+                case=Case.from_dict(data["case"]),
+                method=_text(data["method"]),
+                outcome=Outcome(data["outcome"]),
+                message=_text(data["message"]),
+                quantities=tuple(_rebuild(Quantity, q) for q in data["quantities"]),
+                findings=tuple(_rebuild(Finding, f) for f in data["findings"]),
+                seconds={_text(name): float(s) for name, s in data["seconds"].items()},
+                replay=_text(data["replay"]),
+            )
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            if isinstance(error, RequestError):
+                raise
+            raise RequestError(f"a verdict that cannot be read: {error}.") from None
+
+
+def _plain(item: Any) -> dict[str, Any]:
+    data = {f.name: getattr(item, f.name) for f in fields(item)}
+    return {name: list(x) if isinstance(x, tuple) else _number_out(x) for name, x in data.items()}
+
+
+def _number_out(x: Any) -> Any:
+    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def _text(x: object) -> str:
+    if not isinstance(x, str):
+        raise ValueError(f"{x!r} where a text is expected")
+    return x
+
+
+def _rebuild(cls: type, data: dict[str, Any]) -> Any:
+    if not isinstance(data, dict):
+        raise ValueError(f"{data!r} where an object is expected")
+    unknown = set(data) - {f.name for f in fields(cls)}
+    if unknown:
+        raise ValueError(f"unknown field {', '.join(sorted(unknown))}")
+    values: dict[str, Any] = {}
+    for name, x in data.items():
+        if name == "name":
+            values[name] = _text(x)
+        elif name == "worst":
+            values[name] = None if x is None else tuple(int(i) for i in x)
+        elif name in ("count", "set_aside"):
+            values[name] = int(x)
+        else:
+            values[name] = None if x is None else float(x)
+    return cls(**values)
