@@ -95,9 +95,9 @@ def get(name: str) -> Profile:
         ) from None
 
 
-def cases(name: str, *, dtype: str) -> list[Case]:
+def cases(profile: str | Profile, *, dtype: str) -> list[Case]:
     """The cases of a profile in one dtype, always the same list. `RequestError` for an unknown profile."""
-    profile = get(name)
+    profile = get(profile) if isinstance(profile, str) else profile
     draw = _Draw(f"effattn profile {profile.name}")
     in_turn = [
         regime
