@@ -77,7 +77,8 @@ class Type:
 
 
 _TYPES: dict[str, Type] = {}
-_PTR = re.compile(r"!tt\.ptr<(.*?)(?:, \d+)?>$")
+#: the second part is an address space: a number, or "constant" for a pointer that is only read
+_PTR = re.compile(r'!tt\.ptr<(.*?)(?:, (?:\d+|"\w+"))?>$')
 
 
 def _element(text: str) -> str:
