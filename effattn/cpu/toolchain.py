@@ -145,14 +145,17 @@ def check_cache_folder() -> None:
 
 
 def discard(name: str, library: bytes) -> list[str]:
-    """Remove the files of Triton's cache that hold this damaged library; returns what was removed."""
+    """Remove the entries of Triton's cache that hold this damaged library; returns the folders that were removed.
+
+    The whole entry: some versions of Triton take one without its library for a kernel that is there.
+    """
     from triton import knobs
 
     removed = []
     for path in Path(knobs.cache.dir).glob(f"*/{glob.escape(name)}.so"):
         if path.read_bytes() == library:
-            path.unlink()
-            removed.append(str(path))
+            shutil.rmtree(path.parent, ignore_errors=True)
+            removed.append(str(path.parent))
     return removed
 
 
