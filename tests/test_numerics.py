@@ -1,0 +1,82 @@
+"""The record of a method's arithmetic: presets, and declarations that contradict themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from effattn.case import DTYPES
+from effattn.errors import RequestError
+from effattn.tolerances import numerics
+from effattn.tolerances.numerics import Numerics
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("preset", numerics.PRESETS)
+def test_presets_exist_for_each_dtype(preset: str, dtype: str) -> None:
+    found = numerics.for_dtype(dtype, preset)
+    assert (found.input, found.output, found.acc) == (dtype, dtype, "fp32")
+    assert dtype in found.name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_flash_rounds_p_to_the_inputs_dtype_and_torch_math_does_not(dtype: str) -> None:
+    assert numerics.for_dtype(dtype, "flash").p == dtype
+    assert numerics.for_dtype(dtype, "flash").rounds_p == (dtype != "fp32")
+    assert not numerics.for_dtype(dtype, "torch-math").rounds_p
+
+
+@pytest.mark.parametrize(
+    ("dtype", "operand", "exact"),
+    [
+        ("fp16", None, True),
+        ("bf16", None, True),
+        ("fp32", None, False),
+        ("fp32", "tf32", True),
+        ("fp32", "fp32", False),
+    ],
+)
+def test_products_of_short_formats_are_exact_in_fp32(dtype: str, operand: str | None, exact: bool) -> None:
+    declared = numerics.for_dtype(dtype).replace(operand=operand)
+    assert declared.exact_products == exact
+    assert (declared.operand_format is None) == (operand in (None, dtype))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score": "fp33"}, "unknown number format 'fp33'.*did you mean 'fp32'"),
+        ({"acc": "bf16"}, "score is fp32, wider than the accumulator bf16"),
+        ({"p": "fp64"}, "p is fp64, wider than the accumulator fp32"),
+        ({"output": "fp64"}, "output is fp64, wider than the accumulator"),
+        ({"operand": "fp32", "input": "fp16"}, "operands of fp32 are wider than the input fp16"),
+        ({"normalise": "during"}, "normalise is 'during'; expected after or before or any"),
+        ({"sum_of": "squares"}, "sum_of is 'squares'; expected unrounded or rounded"),
+        ({"exp_ulps": 0.25}, "exp_ulps is 0.25; .* at least 0.5"),
+        ({"exp_ulps": float("nan")}, "exp_ulps is nan"),
+        ({"smallest_block": 0}, "smallest_block is 0; expected 1 or more keys"),
+        ({"smallest_block": None}, "smallest_block is None"),
+        ({"sum_block": 1.5}, "sum_block is 1.5"),
+        ({"scores": "fp32"}, "numerics has no field 'scores'.*did you mean 'score'"),
+    ],
+)
+def test_a_contradiction_is_refused_and_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        numerics.for_dtype("fp16").replace(**changes)
+
+
+def test_unknown_presets_and_dtypes_are_refused() -> None:
+    with pytest.raises(
+        RequestError, match=r"unknown numerics 'flsh': expected one of .* did you mean 'flash'"
+    ):
+        numerics.for_dtype("fp16", "flsh")
+    with pytest.raises(RequestError, match=r"no numerics for dtype 'fp8'"):
+        numerics.for_dtype("fp8")
+
+
+def test_a_record_cannot_be_changed_behind_the_judges_back() -> None:
+    declared = numerics.for_dtype("fp16")
+    with pytest.raises(AttributeError):
+        declared.p = "fp32"  # type: ignore[misc]
+    assert isinstance(declared, Numerics)
