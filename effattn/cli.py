@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code; the console script exits with it."""
     import os
 
+    # torch's threads spin while they wait for each other, unless told so before it is imported. Where anything
+    # else wants the cores, spinning makes a case ten times slower; alone, it gains next to nothing.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         # Not `cli.main`, which exits with 1 when a pipe breaks: that would say that the method failed.
@@ -170,6 +173,7 @@ def gate(
         values=tuple(dict.fromkeys(_split(value_names))),
         device=device,
     )
+    _announce_capture(request.values)
     cases = gates.collect(request)
     origin = {
         "command": provenance.command_line(click.get_current_context().obj),
@@ -254,8 +258,12 @@ def list_values() -> int:
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.option("--capability", default="9.0", show_default=True, metavar="X.Y", help="The GPU that code is told of.")
-@click.option("--autotune", default="first", show_default=True, metavar="first|all", help="Configurations to try.")
+@click.option(
+    "--capability", default="9.0", show_default=True, metavar="X.Y", help="The GPU that code is told of."
+)
+@click.option(
+    "--autotune", default="first", show_default=True, metavar="first|all", help="Configurations to try."
+)
 @click.argument("program", nargs=-1, type=click.UNPROCESSED)
 def cpu(program: tuple[str, ...], capability: str, autotune: str) -> int:
     """Run a Python PROGRAM that was written for device "cuda" on the CPU: effattn cpu -- pytest tests/
@@ -276,6 +284,20 @@ def doctor() -> int:
     checks = doctors.examine()
     doctors.show(terminal.console(), checks)
     return PASSED if all(check.ok for check in checks if check.needed) else WRONG_REQUEST
+
+
+def _announce_capture(value_names: Sequence[str]) -> None:
+    """Say on stderr what takes a minute without a word: the first use of a real model."""
+    models = {
+        name.removeprefix("real:").partition("/")[0] for name in value_names if name.startswith("real:")
+    }
+    if not models:
+        return
+    from effattn import real
+
+    for model in sorted(models & real.MODELS.keys()):
+        if not real.is_cached(model):
+            click.echo(f"effattn: running {real.MODELS[model].title} once to capture Q, K and V", err=True)
 
 
 def _case(given: str, run_folder: Path | None) -> Case:

@@ -66,7 +66,10 @@ class Result:
     def rows_by_values(self) -> list[summary.Row]:
         """One row for each dtype and value distribution."""
         return summary.rows(
-            sorted(self.verdicts, key=lambda v: (self.request.dtypes.index(v.case.dtype), v.case.values)),
+            sorted(
+                self.verdicts,
+                key=lambda v: (self.request.dtypes.index(v.case.dtype), *_natural(v.case.values)),
+            ),
             by=lambda v: (v.case.dtype, v.case.values),
         )
 
@@ -186,6 +189,12 @@ def severity(verdict: Verdict) -> tuple[float, float]:
     if str(verdict.outcome) == "biased":
         return (-least, worst)
     return (worst, -least)
+
+
+def _natural(name: str) -> tuple[str, int]:
+    """Layer 2 before layer 10."""
+    front, _, layer = name.rpartition("/")
+    return (front, int(layer)) if layer.isdigit() else (name, -1)
 
 
 def _nothing_judged(verdicts: Sequence[Verdict], request: Request) -> list[str]:

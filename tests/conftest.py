@@ -10,6 +10,9 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+# Before torch is imported, as the command line does: threads that wait do not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import hypothesis
 import pytest
 

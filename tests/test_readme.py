@@ -103,6 +103,24 @@ def test_example_does_what_the_readme_shows(
     ]
 
 
+def test_the_usual_rule_lets_the_rounded_example_pass() -> None:
+    # FlashAttention's own tests: twice the error of PyTorch in the low precision, against float32.
+    import torch
+
+    from effattn import methods
+    from effattn.case import Case
+
+    rounded = methods.get(f"{ROOT / 'docs/examples/my_attention_rounded.py'}:attention")
+    for seed in range(5):
+        case = Case(heads=4, q_len=128, kv_len=128, head_dim=64, dtype="fp16", seed=seed)
+        q, k, v = inputs = case.tensors()
+        exact = (q.float() @ k.float().mT * case.softmax_scale).softmax(-1) @ v.float()
+        low = (q @ k.mT * case.softmax_scale).softmax(-1) @ v
+        error = (rounded(case, inputs).out.float() - exact).abs().max()
+        assert error <= 2 * (low.float() - exact).abs().max()
+        assert torch.isfinite(error)
+
+
 def test_transcripts_cover_the_main_command_a_pass_and_a_failure() -> None:
     outputs = [output for _, output in printed()]
     assert len(outputs) == 3

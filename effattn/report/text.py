@@ -60,8 +60,9 @@ def seconds(x: float) -> str:
 
 
 def counts(failed: Mapping[str, int]) -> str:
-    """Failing outcomes with their numbers: 3 inaccurate, 1 non-finite."""
-    return ", ".join(f"{n} {outcome}" for outcome, n in failed.items()) if failed else "0"
+    """Failing outcomes with their numbers, the most frequent first: 3 inaccurate, 1 non-finite."""
+    ordered = sorted(failed.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{n} {outcome}" for outcome, n in ordered) if failed else "0"
 
 
 def plain(text: str) -> str:

