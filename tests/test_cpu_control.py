@@ -17,7 +17,14 @@ from effattn.cpu.lower import kernel_source
 from effattn.errors import RequestError
 
 
-def run(kernel: Any, *args: Any, size: int = 64, dtype: torch.dtype = torch.float32, grid: int = 1, **constants: Any) -> torch.Tensor:
+def run(
+    kernel: Any,
+    *args: Any,
+    size: int = 64,
+    dtype: torch.dtype = torch.float32,
+    grid: int = 1,
+    **constants: Any,
+) -> torch.Tensor:
     o = torch.zeros(size, dtype=dtype)
     kernel[(grid,)](*args, o, **constants)
     return o
@@ -119,7 +126,7 @@ def collatz(n, o, N: tl.constexpr):
     path = tl.zeros([N], tl.int32)
     while v != 1:
         path = tl.where(tl.arange(0, N) == steps, v, path)
-        if v % 2 == 0:
+        if v % 2 == 0:  # noqa: SIM108
             v = v // 2
         else:
             v = 3 * v + 1
@@ -295,11 +302,17 @@ MODULE = """"builtin.module"() ({
         ('"tt.made_up"(%0) : (f32) -> f32', "the operation tt.made_up"),
         ('"arith.addf"(%0, %0) : (f32, f32) -> f6E2M3FN', "the type f6E2M3FN"),
         ('"tt.fp_to_fp"(%0) <{rounding = 7 : i32}> : (f32) -> f16', "tt.fp_to_fp with rounding mode 7"),
-        ('"tt.reduce"(%0) <{axis = 0 : i32}> ({\n^bb0(%a: f32, %b: f32):\n%2 = "tt.made_up"(%a) : (f32) -> f32 loc(#loc2)\n'
-         '"tt.reduce.return"(%2) : (f32) -> () loc(#loc2)\n}) : (f32) -> f32', "tt.made_up inside the combine region of tt.reduce"),
+        (
+            '"tt.reduce"(%0) <{axis = 0 : i32}> ({\n'
+            "^bb0(%a: f32, %b: f32):\n"
+            '%2 = "tt.made_up"(%a) : (f32) -> f32 loc(#loc2)\n'
+            '"tt.reduce.return"(%2) : (f32) -> () loc(#loc2)\n'
+            "}) : (f32) -> f32",
+            "tt.made_up inside the combine region of tt.reduce",
+        ),
     ],
     ids=["operation", "type", "attribute", "combine region"],
-)  # fmt: skip
+)
 def test_what_is_not_supported_is_refused_with_its_name_and_line(operation: str, what: str) -> None:
     with pytest.raises(RequestError) as caught:
         kernel_source(parse(MODULE.replace("{} loc", operation + " loc")), "strange")

@@ -12,8 +12,17 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool]
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+]
 GUARD = 77  # what surrounds every output
 
 
@@ -55,7 +64,9 @@ def test_tiles_of_any_stride_are_copied(dtype: torch.dtype) -> None:
 
 
 @triton.jit
-def copy_where(x, mask, o, other, M: tl.constexpr, N: tl.constexpr, OTHER: tl.constexpr, TRANSPOSED: tl.constexpr):
+def copy_where(
+    x, mask, o, other, M: tl.constexpr, N: tl.constexpr, OTHER: tl.constexpr, TRANSPOSED: tl.constexpr
+):
     at = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
     on = tl.load(mask + at) != 0
     where = tl.arange(0, M)[:, None] + tl.arange(0, N)[None, :] * M if TRANSPOSED else at
@@ -81,7 +92,9 @@ def test_masked_elements_are_neither_read_nor_written(dtype: torch.dtype, transp
     x = numbers(m * n, dtype)
     for name, mask in masks(m, n).items():
         o = torch.full((2 * m * n,), GUARD, dtype=dtype)
-        copy_where[(1,)](x, torch.from_numpy(mask.astype(np.int8)), o, 5, M=m, N=n, OTHER=True, TRANSPOSED=transposed)
+        copy_where[(1,)](
+            x, torch.from_numpy(mask.astype(np.int8)), o, 5, M=m, N=n, OTHER=True, TRANSPOSED=transposed
+        )
         tile = x.reshape(n, m).T if transposed else x.reshape(m, n)
         v = np.where(mask, tile.numpy(), 5)
         np.testing.assert_array_equal(o[: m * n].reshape(m, n).numpy(), v, err_msg=name)
@@ -382,5 +395,3 @@ def test_strides_beyond_32_bits() -> None:
     o = torch.zeros(4, dtype=torch.int8)
     far_apart[(1,)](x[1 << 30 :], o, 1 << 30, N=4)
     assert o.tolist() == [0, 0, 7, 9]
-
-

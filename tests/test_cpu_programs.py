@@ -112,7 +112,10 @@ class T:
         if self.dtype in FLOATS and dtype not in FLOATS:
             info = np.iinfo(NUMPY[dtype])
             big = 1 << (info.bits - 1)
-            flat = [0 if x != x else int(max(-big, min(big - 1, x))) for x in self.v.astype(np.float64).ravel().tolist()]
+            flat = [
+                0 if x != x else int(max(-big, min(big - 1, x)))
+                for x in self.v.astype(np.float64).ravel().tolist()
+            ]
             return T(dtype, np.array(flat, np.int64).reshape(self.v.shape).astype(NUMPY[dtype]))
         return T(dtype, as_dtype(dtype, self.v))
 
@@ -273,7 +276,9 @@ class Generator:
         if kind < 0.6:
             return self.define((dtype, shape), f"tl.load({base} + {at})")
         mask = self.mask(shape)
-        return self.define((dtype, shape), f"tl.load({base} + {at}, mask={mask}, other={self.rng.choice([0, 1, 3])})")
+        return self.define(
+            (dtype, shape), f"tl.load({base} + {at}, mask={mask}, other={self.rng.choice([0, 1, 3])})"
+        )
 
     def mask(self, shape: tuple[int, ...]) -> str:
         found = self.some(lambda d, s: d == "i1" and s == shape)
@@ -358,14 +363,20 @@ class Generator:
         if roll < 0.93:
             dtype, shape = rng.choice(["fp32", "i32", "bf16"]), self.shape()
             condition = self.need("i1", shape)
-            return (dtype, shape), f"tl.where({condition}, {self.need(dtype, shape)}, {self.need(dtype, shape)})"
+            return (
+                dtype,
+                shape,
+            ), f"tl.where({condition}, {self.need(dtype, shape)}, {self.need(dtype, shape)})"
         if roll < 0.96:
             dtype = rng.choice(["fp32", "i32"])
             a = self.need(dtype, (m, n))
             return (dtype, (n, m)), f"tl.reshape({a}, ({n}, {m}))"
         if roll < 0.98:
             dtype, axis = rng.choice(["i32", "fp32"]), rng.randrange(2)
-            return (dtype, (m, n)), f"tl.cumsum({self.need(dtype, (m, n))}, {axis}, reverse={rng.random() < 0.5})"
+            return (
+                dtype,
+                (m, n),
+            ), f"tl.cumsum({self.need(dtype, (m, n))}, {axis}, reverse={rng.random() < 0.5})"
         if roll < 0.99:
             return ("i32", (m,)), f"tl.argmax({self.need('i32', (m, n))}, 1)"
         dtype = rng.choice(["fp32", "bf16"])
@@ -376,7 +387,11 @@ class Generator:
         roll = rng.random()
         if roll < 0.72 or self.depth > 3:
             kind, text = self.expression()
-            target = self.some(lambda d, s: (d, s) == kind) if rng.random() < (0.75 if self.inside else 0.4) else None
+            target = (
+                self.some(lambda d, s: (d, s) == kind)
+                if rng.random() < (0.75 if self.inside else 0.4)
+                else None
+            )
             if target and target not in self.fixed:
                 self.write(f"{target} = {text}")
             else:
@@ -540,7 +555,9 @@ def mismatch(seed: int, folder: Path) -> str | None:
             Pointer(value.double().numpy() if name[2:] in ("fp16", "bf16") else value.numpy(), name[2:])
             for name, value in data.items()
         ]
-        scope["kernel"](*pointers, Pointer(memory, "fp32"), Pointer(want_f, "fp32"), Pointer(want_i, "i64"), T("i32", n))
+        scope["kernel"](
+            *pointers, Pointer(memory, "fp32"), Pointer(want_f, "fp32"), Pointer(want_i, "i64"), T("i32", n)
+        )
     got_f, got_i = out_f.numpy(), out_i.numpy()
     same = (got_f.view(np.int32) == want_f.view(np.int32)) | (np.isnan(got_f) & np.isnan(want_f))
     # The sign of the larger of two zeros is left open by the IR.

@@ -188,13 +188,20 @@ FAKE = '#!/bin/sh\ncase "$*" in *--version*) echo "fake 1.0"; exit 0;; esac\n'
         ("/nonexistent/cc", "CC is set to '/nonexistent/cc'"),
         ("/bin/false", "CC is set to '/bin/false'"),
         (None, "no C compiler found"),
-        (FAKE + "echo 'kernel.c:1: broken' >&2; exit 3\n", "exited 3 on the C code of kernel work (fake 1.0):\nkernel.c:1: broken"),
+        (
+            FAKE + "echo 'kernel.c:1: broken' >&2; exit 3\n",
+            "exited 3 on the C code of kernel work (fake 1.0):\nkernel.c:1: broken",
+        ),
         (FAKE + "kill -9 $$\n", "was ended by signal 9"),
     ],
     ids=["missing", "not a compiler", "none at all", "fails", "killed"],
 )
 def test_a_c_compiler_that_fails_is_one_clear_error_and_the_next_run_recovers(
-    compiler: str | None, says: str, launch: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compiler: str | None,
+    says: str,
+    launch: Callable[[], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
         if compiler is None:
@@ -212,13 +219,17 @@ def test_a_c_compiler_that_fails_is_one_clear_error_and_the_next_run_recovers(
     assert list(tmp_path.glob("cache/*/work.so"))
 
 
-def test_damaged_libraries_in_the_cache_are_found_and_replaced(launch: Callable[[], None], tmp_path: Path) -> None:
+def test_damaged_libraries_in_the_cache_are_found_and_replaced(
+    launch: Callable[[], None], tmp_path: Path
+) -> None:
     launch()
     (kernel,) = tmp_path.glob("cache/*/work.so")
     whole = kernel.read_bytes()
     for damage in (whole[:5000], b"", whole[:-3], whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]):
         kernel.write_bytes(damage)
-        with pytest.raises(RequestError, match="kernel work in Triton's cache is damaged; .* was removed: run again"):
+        with pytest.raises(
+            RequestError, match=r"kernel work in Triton's cache is damaged; .* was removed: run again"
+        ):
             launch()
         launch()
         assert toolchain.is_whole(kernel.read_bytes())
@@ -235,7 +246,7 @@ def test_a_cache_folder_that_cannot_be_written_is_one_clear_error(
     blocked.write_text("")
     with monkeypatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(blocked / "cache"))
-        with pytest.raises(RequestError, match="file/cache cannot be used .*set TRITON_CACHE_DIR"):
+        with pytest.raises(RequestError, match=r"file/cache cannot be used .*set TRITON_CACHE_DIR"):
             launch()
     launch()
 
@@ -243,7 +254,9 @@ def test_a_cache_folder_that_cannot_be_written_is_one_clear_error(
 def python(code: str, tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": path, **environment}
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
 
 
 def test_two_processes_that_compile_the_same_kernel_at_once_both_succeed(tmp_path: Path) -> None:

@@ -70,7 +70,11 @@ def _span(low_a, high_a, low_b, high_b):
 
 @triton.jit
 def _offsets(A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
-    return tl.arange(0, A)[:, None, None] * (B * C) + tl.arange(0, B)[None, :, None] * C + tl.arange(0, C)[None, None, :]
+    return (
+        tl.arange(0, A)[:, None, None] * (B * C)
+        + tl.arange(0, B)[None, :, None] * C
+        + tl.arange(0, C)[None, None, :]
+    )
 
 
 @triton.jit
@@ -100,7 +104,17 @@ def reduce_all(x, o, oi, AXIS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C
         tl.store(o + 8 * n + left, tl.xor_sum(v, AXIS, keep_dims=True))
 
 
-SHAPES = [(1, 1, 1), (1, 1, 16), (1, 4, 8), (2, 32, 4), (8, 1, 64), (1, 512, 1), (16, 2, 2), (1, 2, 512), (4, 16, 1)]
+SHAPES = [
+    (1, 1, 1),
+    (1, 1, 16),
+    (1, 4, 8),
+    (2, 32, 4),
+    (8, 1, 64),
+    (1, 512, 1),
+    (16, 2, 2),
+    (1, 2, 512),
+    (4, 16, 1),
+]
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -213,7 +227,9 @@ def _carry(a, x, b, y):
 
 
 @triton.jit
-def scan_all(x, o, AXIS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr):
+def scan_all(
+    x, o, AXIS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr
+):
     at = _offsets(A, B, C)
     n: tl.constexpr = A * B * C
     v = tl.load(x + at)
@@ -259,7 +275,15 @@ def test_a_scan_of_floats_goes_in_order() -> None:
 
 @triton.jit
 def product(
-    a, b, c, o, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr = "ieee"
+    a,
+    b,
+    c,
+    o,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    MODE: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):
     i, j, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     x = tl.load(a + i[:, None] * K + k[None, :])
@@ -299,7 +323,9 @@ def short(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor
 @pytest.mark.parametrize("mode", ["plain", "transposed", "added", "carried", "kept"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_products(dtype: torch.dtype, mode: str) -> None:
-    shapes = [(16, 16, 16), (32, 64, 16)] if mode != "plain" else [(1, 1, 1), (2, 4, 8), (4, 2, 256), (64, 64, 64), (16, 128, 32), (1, 256, 2), (8, 8, 4)]  # fmt: skip
+    shapes = [(16, 16, 16), (32, 64, 16)]
+    if mode == "plain":
+        shapes = [(1, 1, 1), (2, 4, 8), (4, 2, 256), (64, 64, 64), (16, 128, 32), (1, 256, 2), (8, 8, 4)]
     for m, n, k in shapes:
         a, b, c = short((m, k), dtype, 1), short((k, n), dtype, 2), values((m, n), torch.float32, 3)
         given = b.T.contiguous() if mode == "transposed" else b
@@ -342,7 +368,11 @@ def test_products_of_integers() -> None:
 
 
 def test_products_of_double_precision() -> None:
-    a, b, c = values((16, 32), torch.float32, 1), values((32, 8), torch.float32, 2), values((16, 8), torch.float64, 3)
+    a, b, c = (
+        values((16, 32), torch.float32, 1),
+        values((32, 8), torch.float32, 2),
+        values((16, 8), torch.float64, 3),
+    )
     o = torch.zeros(2 * 128, dtype=torch.float64)
     product[(1,)](a.double(), b.double(), c, o, M=16, N=8, K=32, MODE="added")
     same(o[:128], chain(a.double().numpy(), b.double().numpy(), c.numpy()))
@@ -350,7 +380,11 @@ def test_products_of_double_precision() -> None:
 
 def test_a_product_of_single_precision_is_fused() -> None:
     """c = fma(a, b, c): with K = 1 exact in float64 and rounded once."""
-    a, b, c = values((64, 1), torch.float32, 1), values((1, 64), torch.float32, 2), values((64, 64), torch.float32, 3)
+    a, b, c = (
+        values((64, 1), torch.float32, 1),
+        values((1, 64), torch.float32, 2),
+        values((64, 64), torch.float32, 3),
+    )
     c = -(a * b) + c * 2.0**-22  # cancels: what a first rounding lost would be the result
     o = torch.zeros(2 * 4096)
     product[(1,)](a, b, c, o, M=64, N=64, K=1, MODE="added")
@@ -359,7 +393,11 @@ def test_a_product_of_single_precision_is_fused() -> None:
 
 
 def test_tf32_rounds_the_factors_to_ten_bits_ties_away_from_zero() -> None:
-    a, b, c = values((16, 16), torch.float32, 1), values((16, 16), torch.float32, 2), values((16, 16), torch.float32, 3)
+    a, b, c = (
+        values((16, 16), torch.float32, 1),
+        values((16, 16), torch.float32, 2),
+        values((16, 16), torch.float32, 3),
+    )
     a[0, 0], a[0, 1], a[1, 0] = 1 + 2.0**-11, -1 - 2.0**-11, float("inf")
     o = torch.zeros(512)
     product[(1,)](a, b, c, o, M=16, N=16, K=16, MODE="added", PRECISION="tf32")

@@ -13,7 +13,13 @@ from effattn.cpu.ir import Op
 
 Rule = Callable[[Op, list[str]], str]
 
-_UNSIGNED = {"uint8_t": "uint8_t", "int8_t": "uint8_t", "int16_t": "uint16_t", "int32_t": "uint32_t", "int64_t": "uint64_t"}
+_UNSIGNED = {
+    "uint8_t": "uint8_t",
+    "int8_t": "uint8_t",
+    "int16_t": "uint16_t",
+    "int32_t": "uint32_t",
+    "int64_t": "uint64_t",
+}
 
 _CMPI = ["==", "!=", "<", "<=", ">", ">=", "<", "<=", ">", ">="]
 
@@ -117,7 +123,9 @@ def _float_from_int(op: Op, expr: str) -> str:
     if elem in ("f16", "bf16"):
         # Through double, exactly or rounded to odd, so that the type's own rounding is the only one.
         bits = op.operands[0].type.bits
-        wide = f"(double){expr}" if bits < 64 else f"{'i' if op.name == 'arith.sitofp' else 'u'}64_odd({expr})"
+        wide = (
+            f"(double){expr}" if bits < 64 else f"{'i' if op.name == 'arith.sitofp' else 'u'}64_odd({expr})"
+        )
         return f"f64_to_{elem}({wide})"
     return f"({_carrier(op)}){expr}"
 
@@ -160,7 +168,7 @@ def _fp_to_fp(op: Op, a: list[str]) -> str:
 
 def _bitcast(op: Op, a: list[str]) -> str:
     source, target = op.operands[0].type, op.results[0].type
-    if source.is_ptr and target.is_ptr or source.elem == target.elem:
+    if (source.is_ptr and target.is_ptr) or source.elem == target.elem:
         return a[0]
     raw = {
         "f16": "f16_store({})",

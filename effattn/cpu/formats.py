@@ -43,7 +43,17 @@ _MEMORY = {
 #: element type -> rounding of a result computed in the carrier
 _ROUND = {"f16": "round_f16({})", "bf16": "round_bf16({})"}
 
-_SIZES = {"float": 4, "double": 8, "uint8_t": 1, "int8_t": 1, "int16_t": 2, "uint16_t": 2, "int32_t": 4, "int64_t": 8, "char *": 8}
+_SIZES = {
+    "float": 4,
+    "double": 8,
+    "uint8_t": 1,
+    "int8_t": 1,
+    "int16_t": 2,
+    "uint16_t": 2,
+    "int32_t": 4,
+    "int64_t": 8,
+    "char *": 8,
+}
 
 
 def value_type(elem: str) -> str:
@@ -118,7 +128,7 @@ def _float_from_bits(bits: int, elem: str) -> float:
 def c_float(value: float, c_type: str) -> str:
     suffix = "f" if c_type == "float" else ""
     if math.isnan(value):
-        return f"__builtin_nan{suffix}(\"\")"
+        return f'__builtin_nan{suffix}("")'
     if math.isinf(value):
         return ("-" if value < 0 else "") + f"__builtin_inf{suffix}()"
     if c_type == "float":

@@ -39,7 +39,7 @@ class _Move:
 def _rewrite(loop: Op, k: int) -> None:
     body = loop.body
     arg, result, init = body.args[1 + k], loop.results[k], loop.operands[3 + k]
-    if not arg.type.is_tensor or not (arg.type.is_ptr or arg.type.is_int and arg.type.bits > 1):
+    if not arg.type.is_tensor or not (arg.type.is_ptr or (arg.type.is_int and arg.type.bits > 1)):
         return
     moves = _moves(body, arg, body.terminator.operands[k])
     if not moves:
@@ -60,7 +60,9 @@ def _rewrite(loop: Op, k: int) -> None:
         step = move.step
         if step.type != scalar:
             step = build.op("arith.extsi", [step], scalar, "step")
-        at = build.op("arith.subi" if move.op.name == "arith.subi" else "arith.addi", [at, step], scalar, arg.name)
+        at = build.op(
+            "arith.subi" if move.op.name == "arith.subi" else "arith.addi", [at, step], scalar, arg.name
+        )
         whole = build.moved(init, at, arg.name, old_type)
         _replace(move.op.results[0], whole)
         _remove(move.op)
@@ -68,7 +70,9 @@ def _rewrite(loop: Op, k: int) -> None:
     after_uses = list(result.uses)
     result.uses.clear()
     if after_uses:
-        after = _Builder(loop.block, loop.block.ops.index(loop) + 1).moved(init, result, result.name, old_type)
+        after = _Builder(loop.block, loop.block.ops.index(loop) + 1).moved(
+            init, result, result.name, old_type
+        )
         for user, position in after_uses:
             _set_operand(user, position, after)
 
@@ -116,7 +120,9 @@ class _Builder:
         self.block, self.at = block, at
         self.loc = block.ops[min(at, len(block.ops) - 1)].loc
 
-    def op(self, name: str, operands: list[Value], type_: Type, hint: str, attrs: dict[str, str] | None = None) -> Value:
+    def op(
+        self, name: str, operands: list[Value], type_: Type, hint: str, attrs: dict[str, str] | None = None
+    ) -> Value:
         op = Op(name, operands, [], attrs or {}, [], [], self.loc, self.block)
         result = Value(hint, type_, op, 0)
         op.results.append(result)

@@ -32,16 +32,21 @@ class Type:
     """A scalar or tensor type. `elem` is the element's spelling: f32, bf16, i1, ptr<f32>, ..."""
 
     elem: str
-    shape: tuple[int, ...] | None = None
+    #: None for a scalar, () for a tensor of rank 0
+    dims: tuple[int, ...] | None = None
 
     @property
     def is_tensor(self) -> bool:
-        return self.shape is not None
+        return self.dims is not None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.dims or ()
 
     @property
     def numel(self) -> int:
         count = 1
-        for n in self.shape or ():
+        for n in self.shape:
             count *= n
         return count
 
@@ -71,9 +76,9 @@ class Type:
         return int(match.group(1))
 
     def __str__(self) -> str:
-        if self.shape is None:
+        if self.dims is None:
             return self.elem
-        return "tensor<" + "x".join(map(str, self.shape)) + "x" + self.elem + ">"
+        return "tensor<" + "".join(f"{n}x" for n in self.shape) + self.elem + ">"
 
 
 _TYPES: dict[str, Type] = {}
@@ -459,7 +464,7 @@ class _Parser:
             raise ReadError(f"a region ends with {line[:80]}")
 
     def block_header(self, line: str, region: Region) -> Block:
-        label, _, args = line[1:].partition(":")[0].partition("(")
+        label = line[1:].partition(":")[0].partition("(")[0]
         block = Block(label.strip(), [], [], region)
         region.blocks.append(block)
         if "(" in line:

@@ -86,13 +86,19 @@ class Utils:
             "mem_bus_width": 0,
         }
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: Any) -> tuple[Any, int, int, int, int]:
+    def load_binary(
+        self, name: str, binary: bytes, shared: int, device: Any
+    ) -> tuple[Any, int, int, int, int]:
         """Load a shared library; returns (handle, address, registers, spills, most threads)."""
         if not toolchain.is_whole(binary):
             removed = toolchain.discard(name, binary)
             raise RequestError(
                 f"the compiled kernel {name} in Triton's cache is damaged; "
-                + (f"{', '.join(removed)} was removed: run again" if removed else "clear Triton's cache folder")
+                + (
+                    f"{', '.join(removed)} was removed: run again"
+                    if removed
+                    else "clear Triton's cache folder"
+                )
             )
         _runtime()
         library = _load(binary)
@@ -162,7 +168,9 @@ def _packer(signature: Sequence[tuple[str, Any]]) -> tuple[Callable[..., bytes],
             codes.append("Q")
             values.append(f"pointer({expr})")
         elif type_.startswith("tensordesc"):
-            raise NotImplementedError("tensor descriptors as kernel arguments are not supported on the CPU backend yet")
+            raise NotImplementedError(
+                "tensor descriptors as kernel arguments are not supported on the CPU backend yet"
+            )
         elif type_[0] in "fb":
             codes.append("d")
             values.append(expr)
@@ -200,7 +208,9 @@ class Launcher:
         self.pack, slots = _packer(list(src.signature.items()))
         expected = len(metadata.cpu_arguments)
         if slots != expected:
-            raise RequestError(f"kernel {metadata.name} takes {expected} arguments, its signature gives {slots}")
+            raise RequestError(
+                f"kernel {metadata.name} takes {expected} arguments, its signature gives {slots}"
+            )
         self.arena = int(metadata.cpu_arena)
         self.notes = dict.fromkeys(metadata.cpu_notes)
         self.cost = ctypes.c_int64(0)
@@ -231,7 +241,9 @@ class Launcher:
             exit_hook(launch_metadata)
 
 
-def benchmark(fn: Callable[[], Any], *, quantiles: Sequence[float] = (0.5, 0.2, 0.8), **_: Any) -> list[float]:
+def benchmark(
+    fn: Callable[[], Any], *, quantiles: Sequence[float] = (0.5, 0.2, 0.8), **_: Any
+) -> list[float]:
     """Milliseconds of a call at the given quantiles; what Triton's autotuner asks for."""
     fn()
     times = []

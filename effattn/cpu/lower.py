@@ -15,15 +15,16 @@ from effattn.cpu import blocks, elementwise, extras, induction, memory, tile
 from effattn.cpu.formats import Unsupported, rounded, splat_literal, value_type
 from effattn.cpu.ir import Block, Module, Op, Value, generic_text, parse
 from effattn.cpu.nest import Nest, compute_into
-from effattn.cpu.plan import Buffer, Plan, make_plan
+from effattn.cpu.plan import Buffer, Plan, make_plan, natural
 from effattn.cpu.support import UnsupportedKernel, check, kernel_name, refusal
 from effattn.errors import RequestError
 
-
 _KEYWORDS = frozenset(
-    """auto break case char const continue default do double else enum extern float for goto if inline int long
-    register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while asm
-    typeof args arena count head unix linux""".split()
+    (
+        "auto break case char const continue default do double else enum extern float for goto if inline int long "
+        "register restrict return short signed sizeof static struct switch typedef union unsigned void volatile "
+        "while asm typeof args arena count head unix linux "
+    ).split()  # noqa: SIM905
 )
 #: what the emitter itself names, and what macros of the prelude define for each C type
 _OWN_NAMES = re.compile(r"(i\d+|pid_[xyz]|grid_[xyz]|(.*_)?(float|double|u?int\d+_t|b?f\d+|[iu]\d+))$")
@@ -33,7 +34,9 @@ _OWN_NAMES = re.compile(r"(i\d+|pid_[xyz]|grid_[xyz]|(.*_)?(float|double|u?int\d
 def _prelude() -> tuple[str, frozenset[str]]:
     """The text that every C file starts with, and the functions, macros and types that it defines."""
     text = Path(__file__).with_name("prelude.h").read_text()
-    names = re.findall(r"#define (\w+)|\b(\w+)\(|typedef [^;]*?\b(\w+)(?: __attribute__[^;]*)?;", text + extras.header())
+    names = re.findall(
+        r"#define (\w+)|\b(\w+)\(|typedef [^;]*?\b(\w+)(?: __attribute__[^;]*)?;", text + extras.header()
+    )
     return text, _KEYWORDS.union(*names)
 
 
@@ -411,7 +414,8 @@ def kernel_source(module: Module, name: str) -> tuple[str, Plan]:
     arrays = {id(b): b for b in (*plan.buffers.values(), *plan.packs.values())}
     declared = [
         f"    {b.c_type} *const {e.arrays[key]} = __builtin_assume_aligned(arena + {b.offset}, 64);"
-        f" // {'x'.join(map(str, b.type.shape))} {b.type.elem}{'' if b.order == tuple(range(len(b.order))) else f', axes {b.order}'}"
+        f" // {'x'.join(map(str, b.type.shape))} {b.type.elem}"
+        + ("" if b.order == natural(b.type) else f", axes {b.order}")
         for key, b in arrays.items()
         if key in e.arrays
     ]

@@ -8,6 +8,7 @@ address is computed by itself. Masked-off elements are never touched.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from effattn.cpu.formats import load_expr, memory_size, memory_type, store_expr, value_type
@@ -97,7 +98,9 @@ def _parts(op: Op) -> tuple[Value, Value | None, Value | None]:
 class _Access:
     """The rows of one tile access: where each begins, how it goes on, and which of its elements are masked off."""
 
-    def __init__(self, emitter: FunctionEmitter, pointer: Value, mask: Value | None, order: tuple[int, ...]) -> None:
+    def __init__(
+        self, emitter: FunctionEmitter, pointer: Value, mask: Value | None, order: tuple[int, ...]
+    ) -> None:
         self.emitter = emitter
         self.mask = mask
         shape = pointer.type.shape
@@ -146,7 +149,7 @@ class _Access:
         slow: list[str],
         skipped: list[str],
         skipped_scope: Scope,
-        fill: object,
+        fill: Callable[..., list[str]] | None,
     ) -> None:
         nest, axis = self.nest, self.axis
         n = nest.shape[axis]

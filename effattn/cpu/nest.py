@@ -135,7 +135,9 @@ class Nest:
         for _ in self.outer:
             out.close()
 
-    def loop(self, axis: int, scope: Scope, statements: list[str], *, independent: bool = True, stop: str = "") -> list[str]:
+    def loop(
+        self, axis: int, scope: Scope, statements: list[str], *, independent: bool = True, stop: str = ""
+    ) -> list[str]:
         """Lines of an innermost loop over `axis`, whose values are in `scope`."""
         body = [*scope.lines, *statements]
         n = self.shape[axis]
@@ -235,7 +237,11 @@ def _join(nest: Nest, op: Op, value: Value, index: Index, inner: Scope | None) -
     if which.text == "0":
         return a
     return nest.define(
-        value_type(value.type.elem), value.name, f"{which.text} ? {b.text} : {a.text}", max(which.level, a.level, b.level), inner
+        value_type(value.type.elem),
+        value.name,
+        f"{which.text} ? {b.text} : {a.text}",
+        max(which.level, a.level, b.level),
+        inner,
     )
 
 
@@ -251,7 +257,11 @@ def _cat(nest: Nest, op: Op, value: Value, index: Index, inner: Scope | None) ->
     second = Expr(f"({at.text} < {n} ? 0 : {at.text} - {n})", at.level)
     x, y = nest.eval(a, (first, *index[1:]), inner), nest.eval(b, (second, *index[1:]), inner)
     return nest.define(
-        value_type(value.type.elem), value.name, f"{at.text} < {n} ? {x.text} : {y.text}", max(at.level, x.level, y.level), inner
+        value_type(value.type.elem),
+        value.name,
+        f"{at.text} < {n} ? {x.text} : {y.text}",
+        max(at.level, x.level, y.level),
+        inner,
     )
 
 
@@ -273,7 +283,9 @@ _VIEWS = {
 # ------------------------------------------------------------------------------------------- storing
 
 
-def compute_into(emitter: FunctionEmitter, buffer: Buffer, value: Value, *, fresh: bool, wrap: str = "{}") -> None:
+def compute_into(
+    emitter: FunctionEmitter, buffer: Buffer, value: Value, *, fresh: bool, wrap: str = "{}"
+) -> None:
     """Fill `buffer` with `value`. `fresh`: by the operation that defines it; else from where it is kept."""
     order = list(buffer.order)
     wide = [axis for axis in order if buffer.type.shape[axis] > 1]
@@ -294,7 +306,9 @@ def compute_into(emitter: FunctionEmitter, buffer: Buffer, value: Value, *, fres
     else:
         result = nest.eval(value, index, inner)
     where = linear(index, buffer.strides())
-    body = nest.loop(inner_axis, inner, [f"{emitter.array(buffer)}[{where.text}] = {wrap.format(result.text)};"])
+    body = nest.loop(
+        inner_axis, inner, [f"{emitter.array(buffer)}[{where.text}] = {wrap.format(result.text)};"]
+    )
     if by_row:
         start = linear(tuple(nest.index), buffer.strides()).text
         body.append(f"round_row_f16({emitter.array(buffer)} + {start}, {buffer.type.shape[inner_axis]});")
@@ -304,7 +318,9 @@ def compute_into(emitter: FunctionEmitter, buffer: Buffer, value: Value, *, fres
 
 
 def rounds_to_f16(op: Op) -> bool:
-    return op.name == "arith.truncf" and op.results[0].type.elem == "f16" and op.operands[0].type.elem == "f32"
+    return (
+        op.name == "arith.truncf" and op.results[0].type.elem == "f16" and op.operands[0].type.elem == "f32"
+    )
 
 
 # ------------------------------------------------------------------------------------- steps of addresses
@@ -341,7 +357,9 @@ class Steps:
             return self.of(source, axis, at)
         if name == "tt.expand_dims":
             gone = op.int_attr("axis")
-            return 0 if axis == gone else self.of(source, axis - (axis > gone), index[:gone] + index[gone + 1 :])
+            return (
+                0 if axis == gone else self.of(source, axis - (axis > gone), index[:gone] + index[gone + 1 :])
+            )
         if name == "tt.trans":
             perm = op.ints_attr("order")
             moved: list[Expr] = [ZERO] * len(index)
@@ -365,7 +383,8 @@ class Steps:
 
     def _combine(self, op: Op, steps: list[int | str | None], value: Value, index: Index) -> int | str | None:
         a, b = (steps[0], steps[1]) if len(steps) > 1 else (steps[0], 0)
-        assert a is not None and b is not None
+        assert a is not None
+        assert b is not None
         result: int | str | None = None
         if op.name == "tt.addptr":
             return _plus(a, _times(b, memory_size(op.results[0].type.pointee)))
@@ -387,7 +406,11 @@ class Steps:
     def _scaled(self, step: int | str, factor: Value) -> int | str | None:
         """`step` times a factor that is the same everywhere."""
         op = factor.op
-        while op is not None and op.name in ("tt.broadcast", "tt.expand_dims", "arith.extsi") and op.operands[0].type.is_tensor:
+        while (
+            op is not None
+            and op.name in ("tt.broadcast", "tt.expand_dims", "arith.extsi")
+            and op.operands[0].type.is_tensor
+        ):
             factor = op.operands[0]
             op = factor.op
         if op is not None and op.name == "arith.constant":

@@ -69,7 +69,7 @@ class Plan:
 
 
 def natural(type_: Type) -> tuple[int, ...]:
-    return tuple(range(len(type_.shape or ())))
+    return tuple(range(len(type_.shape)))
 
 
 # ------------------------------------------------------------------------------------------ decisions
@@ -297,7 +297,13 @@ class _Planner:
     def _movable(self, block: Block, value: Value, taken: set[Buffer]) -> Buffer | None:
         """The buffer of a value that an operation of this very block computes and that no other rule has moved."""
         op = value.op
-        if op is None or op.block is not block or not self.plan.kept(value) or op.name in LOOPS or op.name == "scf.if":
+        if (
+            op is None
+            or op.block is not block
+            or not self.plan.kept(value)
+            or op.name in LOOPS
+            or op.name == "scf.if"
+        ):
             return None
         buffer = self.plan.buffers[value]
         return None if buffer in taken else buffer

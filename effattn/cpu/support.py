@@ -17,7 +17,9 @@ class UnsupportedKernel(RequestError):
 
 def refusal(function: Op, op: Op, error: Unsupported) -> UnsupportedKernel:
     """The error that a user sees: kernel, source line, what."""
-    return UnsupportedKernel(f"kernel {kernel_name(function)}, {op.loc}: {error} is not supported by the CPU backend")
+    return UnsupportedKernel(
+        f"kernel {kernel_name(function)}, {op.loc}: {error} is not supported by the CPU backend"
+    )
 
 
 def check(function: Op, handled: Container[str]) -> None:

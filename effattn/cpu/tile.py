@@ -56,10 +56,12 @@ def dot(emitter: FunctionEmitter, op: Op) -> None:
 def notes(function: Op) -> list[str]:
     """What a kernel's author may not expect of its products; shown where its output is judged wrong."""
     lines = [
-        f"{op.loc}: tl.dot multiplies fp32 in tf32, which keeps 11 significant bits. That is Triton's default on NVIDIA "
-        'GPUs too, where input_precision is not given; pass input_precision="ieee" for fp32'
+        f"{op.loc}: tl.dot multiplies fp32 in tf32, which keeps 11 significant bits. That is Triton's default on "
+        'NVIDIA GPUs too, where input_precision is not given; pass input_precision="ieee" for fp32'
         for op in walk(function)
-        if op.name == "tt.dot" and op.operands[0].type.elem == "f32" and op.int_attr("inputPrecision", IEEE) == TF32
+        if op.name == "tt.dot"
+        and op.operands[0].type.elem == "f32"
+        and op.int_attr("inputPrecision", IEEE) == TF32
     ]
     return list(dict.fromkeys(lines))
 
@@ -173,7 +175,9 @@ def _reduce_general(emitter: FunctionEmitter, op: Op, axis: int) -> None:
     current = [nest.eval(x, index, inner) for x in op.operands]
     if tensor:
         buffers = [emitter.plan.buffers[r] for r in op.results]
-        where = [linear(tuple(e for a, e in enumerate(index) if a != axis), b.strides()).text for b in buffers]
+        where = [
+            linear(tuple(e for a, e in enumerate(index) if a != axis), b.strides()).text for b in buffers
+        ]
         targets = [f"{emitter.array(b)}[{w}]" for b, w in zip(buffers, where, strict=True)]
     at = index[axis].text
     combine = combine_lines(emitter, nest, op, targets, [c.text for c in current])
@@ -183,7 +187,9 @@ def _reduce_general(emitter: FunctionEmitter, op: Op, axis: int) -> None:
     emitter.close()
 
 
-def combine_lines(emitter: FunctionEmitter, nest: Nest, op: Op, left: list[str], right: list[str]) -> list[str]:
+def combine_lines(
+    emitter: FunctionEmitter, nest: Nest, op: Op, left: list[str], right: list[str]
+) -> list[str]:
     """Statements that apply the combine region to (left, right) and assign the result to `left`."""
     body = op.body
     half = len(body.args) // 2
@@ -204,7 +210,10 @@ def combine_lines(emitter: FunctionEmitter, nest: Nest, op: Op, left: list[str],
         names[inner.results[0]] = name
     assert half == len(left)
     end = body.ops[-1]
-    lines += [f"{t} = {names[v] if v in names else emitter.scalar(v)};" for t, v in zip(left, end.operands, strict=True)]
+    lines += [
+        f"{t} = {names[v] if v in names else emitter.scalar(v)};"
+        for t, v in zip(left, end.operands, strict=True)
+    ]
     return lines
 
 
@@ -225,7 +234,8 @@ def scan(emitter: FunctionEmitter, op: Op) -> None:
     first = [f"{t} = {c.text};" for t, c in zip(carries, current, strict=True)]
     statements = [f"if ({step} == 0) {{", *first, "} else {", *combine, "}"] if n > 1 else first
     statements += [
-        f"{emitter.array(b)}[{linear(index, b.strides()).text}] = {c};" for b, c in zip(buffers, carries, strict=True)
+        f"{emitter.array(b)}[{linear(index, b.strides()).text}] = {c};"
+        for b, c in zip(buffers, carries, strict=True)
     ]
     declare = [f"{b.c_type} {c} = 0;" for b, c in zip(buffers, carries, strict=True)]
     emitter.open("")

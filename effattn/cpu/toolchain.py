@@ -57,7 +57,7 @@ def _candidates() -> list[tuple[str, ...]]:
     given = os.environ.get("CC")
     if given:
         return [tuple(shlex.split(given))]
-    found = [(path,) for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
+    found: list[tuple[str, ...]] = [(path,) for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
     if importlib.util.find_spec("ziglang") is not None:
         found.append((sys.executable, "-m", "ziglang", "cc"))
     return found
@@ -88,7 +88,12 @@ def _probe(cc: str | None, path: str | None) -> Compiler:
     for command in _candidates():
         try:
             done = subprocess.run(
-                [*command, "--version"], capture_output=True, text=True, timeout=60, check=True, stdin=subprocess.DEVNULL
+                [*command, "--version"],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=True,
+                stdin=subprocess.DEVNULL,
             )
         except (OSError, subprocess.SubprocessError) as error:
             failures.append(f"{shlex.join(command)}: {error}")
@@ -170,12 +175,18 @@ def build(source: str, *, what: str, extra: tuple[str, ...] = ()) -> bytes:
         c_file.write_text(source)
         command = [*cc.command, *_flags(), *extra, "-o", str(so_file), str(c_file), "-lm"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, cwd=folder, stdin=subprocess.DEVNULL)
+            done = subprocess.run(
+                command, capture_output=True, text=True, cwd=folder, stdin=subprocess.DEVNULL
+            )
         except OSError as error:
             raise CompileError(f"could not start the C compiler {shlex.join(cc.command)}: {error}") from error
         if done.returncode != 0 or not so_file.exists():
             words = "\n".join(done.stderr.splitlines()[:20])
-            how = f"was ended by signal {-done.returncode}" if done.returncode < 0 else f"exited {done.returncode}"
+            how = (
+                f"was ended by signal {-done.returncode}"
+                if done.returncode < 0
+                else f"exited {done.returncode}"
+            )
             raise CompileError(f"the C compiler {how} on {what} ({cc.version}):\n{words}")
         return seal(so_file.read_bytes())
 
