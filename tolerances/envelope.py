@@ -39,7 +39,15 @@ import torch
 
 from effattn.exact import Exact
 from effattn.exact.blocks import row_blocks, rows_without_keys
-from effattn.tolerances.sums import ROUNDING_VARIANCE, EqualKeys, ScoreErrors, collect, is_fine, narrow
+from effattn.tolerances.sums import (
+    ROUNDING_VARIANCE,
+    EqualKeys,
+    Largest,
+    ScoreErrors,
+    collect,
+    is_fine,
+    narrow,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -120,12 +128,15 @@ def forward_envelope(
     fine = is_fine(numerics)
     in_float32 = fine and narrow(q, k, scale)
     equal = EqualKeys.of(q, k, v)
+    largest = Largest.of(k, v) if k.numel() else None
     grouped = repeat(None) if equal is None else row_blocks(q, k, equal.summed, causal=causal, block=block)
     for rows, groups in zip(blocks, grouped, strict=False):
         lse = rows.read(exact.lse).unsqueeze(-1)
         sums = collect(
             rows, lse, groups, numerics=numerics, errors=errors, scale=scale, in_float32=in_float32
         )
+        assert largest is not None
+        sums |= {name: x.cpu().numpy() for name, x in largest.read(rows, q.shape[1], q.shape[2]).items()}
         if equal is not None:
             sums["same_keys"] = rows.read(equal.keys).unsqueeze(-1).cpu().numpy()
             sums["same_pairs"] = rows.read(equal.pairs).unsqueeze(-1).cpu().numpy()

@@ -195,6 +195,32 @@ def narrow(q: torch.Tensor, k: torch.Tensor, scale: float) -> bool:
     return True
 
 
+class Largest(NamedTuple):
+    """Of all keys of a head, seen or not, (batch, kv_heads, ...): largest |k|^2, largest k^2, largest |v| by column."""
+
+    k_most: torch.Tensor
+    k_peak: torch.Tensor
+    v_most: torch.Tensor
+
+    @classmethod
+    def of(cls, k: torch.Tensor, v: torch.Tensor) -> Largest:
+        k2 = k.to(torch.float64).square()
+        return cls(
+            k2.sum(-1).amax(-1, keepdim=True),
+            k2.amax((2, 3)).unsqueeze(-1),
+            v.abs().amax(2).to(torch.float64),
+        )
+
+    def read(self, rows: Rows, heads: int, q_len: int) -> dict[str, torch.Tensor]:
+        """For a block of rows: (pairs, 1, ...)."""
+
+        def part(x: torch.Tensor) -> torch.Tensor:
+            x = x.repeat_interleave(heads // x.shape[1], 1)[:, :, None]
+            return rows.read(x.expand(-1, -1, q_len, -1))[:, :1]
+
+        return {name: part(x) for name, x in self._asdict().items()}
+
+
 def collect(
     rows: Rows,
     lse: torch.Tensor,
@@ -210,8 +236,8 @@ def collect(
     w_abs    sum w |v|              w2_v2, w2     sum w^2 v^2, sum w^2
     ws_v, ws sum w s v, sum w s     low, high     smallest and largest score
     count    keys visible           top, top_v    largest weight, the value of its key
-    v_most   largest |v| of a column    k_most, k_peak    largest |k|^2 and largest k^2 of a pair
     flushed  most that underflow takes from the weights of a row
+    k_most, k_peak, v_most: see `Largest`
 
     and where scores are judged one by one (`is_fine`): wb_abs, wb sum w b |v|, sum w b; b_most largest b; g_v2, g_v,
     g sum w^2 var v^2, sum w^2 var v, sum w^2 var; w_var sum w var. lse (pairs, rows, 1). `groups`: the same rows with
@@ -238,7 +264,7 @@ def collect(
                 total[name] = torch.where(later, x, total[name])
             elif name == "low":
                 total[name] = torch.minimum(total[name], x)
-            elif name in ("high", "top", "v_most", "k_most", "k_peak", "b_most"):
+            elif name in ("high", "top", "b_most"):
                 total[name] = torch.maximum(total[name], x)
             else:
                 total[name] = total[name] + x
@@ -261,15 +287,15 @@ class _Group(NamedTuple):
 def _common(
     s: torch.Tensor, w: torch.Tensor, lse: torch.Tensor, tile: Tile, equal: _Group | None, numerics: Numerics
 ) -> dict[str, torch.Tensor]:
-    """What both kinds of pass need; hides masked weights in w. s and w are float64."""
-    low, high = torch.aminmax(s, dim=-1, keepdim=True)
+    """What both kinds of pass need; makes masked scores and weights 0. s and w are float64."""
     if tile.hidden is not None:
+        s.masked_fill_(tile.hidden, 0.0)
         w.masked_fill_(tile.hidden, 0.0)
         count = (~tile.hidden).sum(-1, dtype=torch.float64)[None, :, None]
     else:
         count = torch.full((1, 1, 1), float(tile.k.shape[1]), dtype=torch.float64, device=s.device)
+    low, high = torch.aminmax(s, dim=-1, keepdim=True)
     top, key = w.max(dim=-1, keepdim=True)
-    k2 = tile.k * tile.k
     place = key.expand(-1, -1, tile.v.shape[-1])
     sums = {}
     if equal is not None:
@@ -281,8 +307,6 @@ def _common(
         "count": count,
         "top": top,
         "top_v": torch.gather(tile.v, 1, place),
-        "k_most": k2.sum(-1, keepdim=True).amax(1, keepdim=True),
-        "k_peak": k2.amax((1, 2), keepdim=True),
         "flushed": _flushed(w, low - lse, numerics, count),
     }
 
@@ -301,7 +325,6 @@ def _coarse(
         "w2": w2.sum(-1, keepdim=True),
         "ws_v": torch.bmm(ws, tile.v),
         "ws": ws.sum(-1, keepdim=True),
-        "v_most": v_abs.amax(1, keepdim=True),
     }
     if equal is not None:
         more["equal_w2_v2"] = torch.bmm(w2, equal.v.square() / equal.size)
@@ -326,7 +349,7 @@ def _fine(
     more = _common(s, w, lse, tile, equal, numerics)
     k = tile.k.to(dtype)
     b = torch.bmm(q_abs, k.abs().mT)
-    var = torch.bmm(q2, k.square_().mT)
+    var = torch.bmm(q2, (k * k).mT)
     # Columns of V are brought near 1 by powers of two, so that their squares fit float32.
     v_most = tile.v.abs().amax(1, keepdim=True)
     unit = torch.exp2(torch.floor(torch.log2(v_most.clamp(min=1e-150))))
@@ -336,7 +359,6 @@ def _fine(
     s, gap, w = s.to(dtype), gap.to(dtype), w.to(dtype)
     if tile.hidden is not None:
         gap.masked_fill_(tile.hidden, 0.0)
-        s.masked_fill_(tile.hidden, 0.0)
         b.masked_fill_(tile.hidden, 0.0)
     b.mul_(0.5 * errors.dot + errors.factors).add_(s.abs(), alpha=0.5 * errors.dot + errors.rounded)
     b.sub_(gap, alpha=errors.shifted)
@@ -362,7 +384,6 @@ def _fine(
         "w2": total(w2),
         "ws_v": product(ws, v, unit),
         "ws": total(ws),
-        "v_most": v_most,
         "b_most": b_most.to(torch.float64),
         "wb_abs": product(wb, v_abs, unit),
         "wb": total(wb),
