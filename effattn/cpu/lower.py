@@ -20,11 +20,12 @@ from effattn.cpu.support import UnsupportedKernel, check, kernel_name, refusal
 from effattn.errors import RequestError
 
 _KEYWORDS = frozenset(
-    (
-        "auto break case char const continue default do double else enum extern float for goto if inline int long "
-        "register restrict return short signed sizeof static struct switch typedef union unsigned void volatile "
-        "while asm typeof args arena count head unix linux "
-    ).split()  # noqa: SIM905
+    re.findall(
+        r"\w+",
+        """auto break case char const continue default do double else enum extern float for goto if inline int long
+        register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while
+        asm typeof args arena count head unix linux""",
+    )
 )
 #: what the emitter itself names, and what macros of the prelude define for each C type
 _OWN_NAMES = re.compile(r"(i\d+|pid_[xyz]|grid_[xyz]|(.*_)?(float|double|u?int\d+_t|b?f\d+|[iu]\d+))$")
