@@ -114,20 +114,21 @@ def _percent(words: str) -> str:
     return json.dumps(kept, ensure_ascii=True).replace("\\u", "\\\\u")
 
 
-_failures: dict[int, Any] = {}
+#: address of a loaded kernel -> where it reports failed assertions
+failures: dict[int, Any] = {}
 
 
 def remember(address: int, library: Any) -> None:
     """Note where a loaded kernel reports failed assertions, if it has any."""
     try:
-        _failures[address] = (ctypes.c_char * _SIZE).in_dll(library, "effattn_failure")
+        failures[address] = (ctypes.c_char * _SIZE).in_dll(library, "effattn_failure")
     except ValueError:
         return
 
 
 def raise_failed(address: int) -> None:
     """Raise DeviceAssertion for the first assertion that failed in the last launch."""
-    buffer = _failures.get(address)
+    buffer = failures.get(address)
     if buffer is not None and buffer[0] != b"\0":
         # The first byte is the flag; the text follows.
         words = bytes(buffer)[1:].split(b"\0", 1)[0].decode(errors="replace")

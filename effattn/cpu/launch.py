@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from effattn.cpu import toolchain
+from effattn.cpu import debug, descriptors, toolchain
 from effattn.errors import RequestError
 
 _C_TYPES = {
@@ -104,6 +104,7 @@ class Utils:
         library = _load(binary)
         symbol = ctypes.cast(library.effattn_kernel, ctypes.c_void_p).value
         assert symbol is not None
+        debug.remember(symbol, library)
         return library, symbol, 0, 0, 1 << 30
 
     def unload_module(self, module: Any) -> None:
@@ -168,9 +169,9 @@ def _packer(signature: Sequence[tuple[str, Any]]) -> tuple[Callable[..., bytes],
             codes.append("Q")
             values.append(f"pointer({expr})")
         elif type_.startswith("tensordesc"):
-            raise NotImplementedError(
-                "tensor descriptors as kernel arguments are not supported on the CPU backend yet"
-            )
+            for code, value in descriptors.parts(type_, expr):
+                codes.append(code)
+                values.append(value)
         elif type_[0] in "fb":
             codes.append("d")
             values.append(expr)
@@ -237,6 +238,8 @@ class Launcher:
         threads = get_num_threads()
         if self.run(self.pack(function, grid_x, grid_y, grid_z, threads, self.arena, self.cost_at, *args)):
             raise MemoryError(f"a thread could not get {self.arena} bytes of working memory for the kernel")
+        if debug.failures:
+            debug.raise_failed(function)
         if exit_hook is not None:
             exit_hook(launch_metadata)
 
