@@ -73,7 +73,8 @@ def dtype_of(item: pytest.Item) -> str:
     """The dtype that a test belongs to, or `NONE`."""
     callspec = getattr(item, "callspec", None)
     params = {} if callspec is None else callspec.params
-    named = params.get("dtype")
+    named = str(params.get("dtype")).removeprefix("torch.")
+    named = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}.get(named, named)
     if isinstance(params.get("case"), Case):
         named = params["case"].dtype
     return named if named in DTYPES else NONE
