@@ -138,7 +138,7 @@ def examine(errors: Errors, *, alarm: float = ALARM / TESTS) -> list[Finding]:
     known = list(errors.predictions())
     rounding = errors.format.round(errors.exact) - errors.exact
     if size:
-        finding = _size_in_spite(errors, cells, known, rounding, alarm)
+        finding = _size_in_spite(errors, cells, known, alarm)
         if finding is not None:
             findings.append(finding)
     if largest:
@@ -176,18 +176,23 @@ def _size(z2: Floats, cells: Cells | None, alarm: float) -> Finding | None:
     return Finding(name="size", statistic=math.sqrt(x), p_value=math.exp(log_p), threshold=alarm)
 
 
-def _size_in_spite(
-    errors: Errors, cells: Cells, known: Sequence[Prediction], rounding: Floats, alarm: float
-) -> Finding | None:
+def _size_in_spite(errors: Errors, cells: Cells, known: Sequence[Prediction], alarm: float) -> Finding | None:
     """The size test with cells, and with each known error taken out along with its variance."""
-    spacing = errors.format.ulp(errors.exact)
-    rounded = np.maximum(spacing * spacing / 12.0, rounding * rounding)
-    found = [_size(errors.error**2 / (errors.noise + rounded), cells, alarm)]
+    even = errors.format.ulp(errors.exact)
+    even *= even
+    even /= 12.0
+
+    def rounded(exact: Floats) -> Floats:
+        """The variance of rounding the output, or the square of the very error if that is larger."""
+        return np.maximum(even, (errors.format.round(exact) - exact) ** 2)
+
+    as_it_is = rounded(errors.exact)
+    found = [_size(errors.error**2 / (errors.noise + as_it_is), cells, alarm)]
     for p in known:
         # P's rounding with its own spacings, and P's rounding gone: either explains a correct kernel.
-        variance = errors.inner + rounded
-        found.append(_size(errors.error**2 / (variance + p.variance), cells, alarm))
-        found.append(_size((errors.error - p.error) ** 2 / variance, cells, alarm))
+        found.append(_size(errors.error**2 / (errors.inner + as_it_is + p.variance), cells, alarm))
+        rest = (errors.error - p.error) ** 2 / (errors.inner + rounded(errors.exact + p.error))
+        found.append(_size(rest, cells, alarm))
     return None if None in found else _weakest([f for f in found if f is not None])
 
 
