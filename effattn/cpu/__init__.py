@@ -11,12 +11,19 @@ Code that was written for device "cuda" runs unchanged inside `effattn.cpu.as_cu
 What is exact and what is declared:
   - arithmetic is IEEE in the declared type; conversions to fp16 and bf16 round once, to nearest even; signed integers
     wrap; there is no contraction.
-  - `tl.dot` is one chain per element in the order of k, c = fma(a, b, c), starting from the accumulator. For fp32
-    operands Triton's own default where `input_precision` is not given is tf32, and it is tf32 here too: the operands are
-    rounded to 11 significant bits, ties away from zero.
+  - where the IR leaves the result open: integers divided by 0 give -1 (all ones), and their remainder the dividend;
+    shifts by the width or more give 0, or the sign; floats become integers toward zero, saturating, NaN to 0.
+  - any NaN stays one and its bits are not specified, except where a value is only moved (loaded, stored, selected,
+    bitcast): that keeps every bit. `tl.maximum` and `tl.minimum` return the number where one side is NaN, and either
+    of two zeros; with `propagate_nan` the NaN, and -0 is less than +0.
+  - `tl.dot` is one chain per element in the order of k, c = fma(a, b, c), starting from the accumulator; accumulators
+    of 16 bits are summed in fp32 and rounded at the end. For fp32 operands Triton's own default where
+    `input_precision` is not given is tf32, and it is tf32 here too: the operands are rounded to 11 significant bits,
+    ties away from zero.
   - a sum of fp32 or fp64 along the last axis (of more than one element) uses min(n, 16) lanes, lane l taking the
     elements l, l + 16, ..., and then adds halves; any other reduction, and every scan, goes through the axis in order.
-  - exp2 and exp are polynomials below 1 ulp; other functions are the C library's.
+  - exp2 and exp of fp32 are polynomials with an error below 0.9 ulp; other functions are the C library's.
+  - a masked-off element is neither read nor written; without `other` it is 0.
 
 Triton imports this package while it imports itself, so nothing here imports triton, torch or numpy at the top.
 """
