@@ -30,9 +30,9 @@ def functions(x, o, n, BLOCK: tl.constexpr):
 
 
 #: name -> largest error in units in the last place, fp32 and fp64. exp and exp2 in fp32 are this backend's own,
-#: measured 0.86 and 0.87; the others are the C library's, which documents 1 to 2.
+#: measured 0.93 and 0.87 on twelve million numbers; the others are the C library's, which documents 1 to 2.
 FUNCTIONS = {
-    "exp": (0.9, 1.0),
+    "exp": (0.95, 1.0),
     "exp2": (0.9, 1.0),
     "log": (1.0, 1.0),
     "log2": (1.0, 1.5),

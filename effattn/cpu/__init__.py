@@ -22,7 +22,7 @@ What is exact and what is declared:
     ties away from zero.
   - a sum of fp32 or fp64 along the last axis (of more than one element) uses min(n, 16) lanes, lane l taking the
     elements l, l + 16, ..., and then adds halves; any other reduction, and every scan, goes through the axis in order.
-  - exp2 and exp of fp32 are polynomials with an error below 0.9 ulp; other functions are the C library's.
+  - exp2 and exp of fp32 are polynomials with an error below 0.95 ulp; other functions are the C library's.
   - a masked-off element is neither read nor written; without `other` it is 0.
 
 Triton imports this package while it imports itself, so nothing here imports triton, torch or numpy at the top.
