@@ -23,7 +23,10 @@ sys.exit(7)
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(Path(sys.executable).with_name("effattn")), "cpu", *arguments], capture_output=True, text=True, cwd=cwd
+        [str(Path(sys.executable).with_name("effattn")), "cpu", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
     )
 
 
@@ -64,13 +67,20 @@ def test_the_option_of_pytest(tmp_path: Path) -> None:
     assert with_option.returncode == 0, with_option.stdout
     without = subprocess.run(pytest_, cwd=tmp_path, capture_output=True, text=True)
     assert without.returncode == 1, "without the option nothing is emulated"
-    wrong = subprocess.run([*pytest_, "--effattn-cpu", "--effattn-cpu-capability", "1.0"], cwd=tmp_path, capture_output=True, text=True)
+    wrong = subprocess.run(
+        [*pytest_, "--effattn-cpu", "--effattn-cpu-capability", "1.0"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert wrong.returncode == 4
     assert "compute capability '1.0' is not known" in wrong.stderr
 
 
 def test_the_plugin_does_not_import_torch() -> None:
-    code = "import sys, effattn.cpu.pytest_plugin; sys.exit('torch' in sys.modules or 'triton' in sys.modules)"
+    code = (
+        "import sys, effattn.cpu.pytest_plugin; sys.exit('torch' in sys.modules or 'triton' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -78,7 +88,9 @@ def test_a_sitecustomize_that_was_there_still_runs(tmp_path: Path) -> None:
     import os
 
     (tmp_path / "sitecustomize.py").write_text("import builtins\nbuiltins.THERE = True\n")
-    code = "import sys, torch; print(THERE, torch.cuda.is_available(), any('autoload' in p for p in sys.path))"
+    code = (
+        "import sys, torch; print(THERE, torch.cuda.is_available(), any('autoload' in p for p in sys.path))"
+    )
     done = subprocess.run(
         [str(Path(sys.executable).with_name("effattn")), "cpu", "--", "python", "-c", code],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)},
