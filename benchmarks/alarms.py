@@ -36,7 +36,9 @@ def campaign(method_name: str, dtype: str, count: int) -> dict[str, Any]:
         verdict = judge(case, method)
         outcomes[str(verdict.outcome)] = outcomes.get(str(verdict.outcome), 0) + 1
         if str(verdict.outcome) not in ("pass", "not supported", "not judged"):
-            alarms.append({"case": case.to_dict(), "outcome": str(verdict.outcome), "message": verdict.message})
+            alarms.append(
+                {"case": case.to_dict(), "outcome": str(verdict.outcome), "message": verdict.message}
+            )
         for q in verdict.quantities:
             if q.z_rms is None or not q.count:
                 continue
@@ -81,15 +83,19 @@ def main() -> None:
     for dtype in options.dtype.split(","):
         row = campaign(options.method, dtype, options.cases)
         rows.append(row)
+        low, high = row["z_rms_case_5_95"]
         print(
             f"{dtype}: {len(row['alarms'])} alarms in {row['cases']} cases; z rms {row['z_rms_all_elements']:.3f} "
-            f"(cases: median {row['z_rms_case_median']:.2f}, 5 to 95 % {row['z_rms_case_5_95'][0]:.2f} to {row['z_rms_case_5_95'][1]:.2f}), "
-            f"largest {row['z_max']:.1f}; lse z rms {row['z_rms_lse'] or math.nan:.3f}; error/bound at most {row['fraction_max']:.2f}; "
-            f"bit-equal {row['bit_equal']:.1%}; {row['seconds']:.0f} s",
+            f"(cases: median {row['z_rms_case_median']:.2f}, 5 to 95 % {low:.2f} to {high:.2f}), "
+            f"largest {row['z_max']:.1f}; lse z rms {row['z_rms_lse'] or math.nan:.3f}; "
+            f"error/bound at most {row['fraction_max']:.2f}; bit-equal {row['bit_equal']:.1%}; {row['seconds']:.0f} s",
             flush=True,
         )
         for alarm in row["alarms"][:5]:
-            print(f"  {alarm['outcome']}: {json.dumps(alarm['case'])}\n    {alarm['message'].splitlines()[0]}", flush=True)
+            print(
+                f"  {alarm['outcome']}: {json.dumps(alarm['case'])}\n    {alarm['message'].splitlines()[0]}",
+                flush=True,
+            )
     if options.out is not None:
         from effattn.run import provenance
 

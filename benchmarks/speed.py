@@ -50,7 +50,9 @@ def torch_dtype(name: str) -> Any:
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def inputs(dtype: str, head_dim: int, *, batch: int = 2, heads: int = 4, length: int = 1024) -> tuple[Any, Any, Any]:
+def inputs(
+    dtype: str, head_dim: int, *, batch: int = 2, heads: int = 4, length: int = 1024
+) -> tuple[Any, Any, Any]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -66,7 +68,9 @@ def attention(rounds: int) -> list[dict[str, Any]]:
     from effattn.kernels.flash_attention import flash_attention_forward
 
     torch.set_num_threads(effattn.cpu.get_num_threads())
-    print(f"FlashAttention forward, batch 2, 4 heads, 1,024 x 1,024, {effattn.cpu.get_num_threads()} threads; torch = its CPU SDPA")
+    print(
+        f"FlashAttention forward, batch 2, 4 heads, 1,024 x 1,024, {effattn.cpu.get_num_threads()} threads; torch = its CPU SDPA"
+    )
     rows = []
     for head_dim in (64, 128):
         for dtype in DTYPES:
@@ -74,13 +78,16 @@ def attention(rounds: int) -> list[dict[str, Any]]:
                 q, k, v = inputs(dtype, head_dim)
                 row = paired(
                     lambda q=q, k=k, v=v, c=causal: flash_attention_forward(q, k, v, causal=c),
-                    lambda q=q, k=k, v=v, c=causal: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=c),
+                    lambda q=q, k=k, v=v, c=causal: torch.nn.functional.scaled_dot_product_attention(
+                        q, k, v, is_causal=c
+                    ),
                     rounds=rounds,
                 )
                 rows.append({"head_dim": head_dim, "dtype": dtype, "causal": causal, **row})
                 print(
                     f"  d={head_dim:<4}{dtype:5}{'causal' if causal else 'full':7} ours {row['ours_ms']:7.1f} ms   "
-                    f"torch {row['other_ms']:7.1f} ms   ratio {row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})",
+                    f"torch {row['other_ms']:7.1f} ms   ratio {row['ratio']:.2f} "
+                    f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f})",
                     flush=True,
                 )
     return rows
@@ -107,14 +114,23 @@ def interpreter(rounds: int) -> list[dict[str, Any]]:
     for dtype in ("fp16", "fp32"):
         q, k, v = inputs(dtype, 64)
         flash_attention_forward(q, k, v)
-        ours = statistics.median(seconds(lambda q=q, k=k, v=v: flash_attention_forward(q, k, v)) for _ in range(rounds))
+        ours = statistics.median(
+            seconds(lambda q=q, k=k, v=v: flash_attention_forward(q, k, v)) for _ in range(rounds)
+        )
         code = _INTERPRET.format(folder=str(Path(__file__).parent), dtype=dtype)
         done = subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code],
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
         )
         other = float(done.stdout.split()[-1])
         rows.append({"dtype": dtype, "ours_ms": ours * 1e3, "other_ms": other * 1e3, "speedup": other / ours})
-        print(f"  {dtype:5} ours {ours * 1e3:7.1f} ms   interpreter {other * 1e3:9.1f} ms   {other / ours:.0f} times faster", flush=True)
+        print(
+            f"  {dtype:5} ours {ours * 1e3:7.1f} ms   interpreter {other * 1e3:9.1f} ms   {other / ours:.0f} times faster",
+            flush=True,
+        )
     return rows
 
 
@@ -140,7 +156,10 @@ def judge(rounds: int) -> list[dict[str, Any]]:
         split = {key: statistics.median(p[key] for p in parts) * 1e3 for key in parts[0]}
         row = {"dtype": dtype, "ms": statistics.median(times) * 1e3, "parts_ms": split}
         rows.append(row)
-        print(f"  {dtype:5} {row['ms']:.2f} ms   " + "   ".join(f"{k} {v:.2f}" for k, v in split.items()), flush=True)
+        print(
+            f"  {dtype:5} {row['ms']:.2f} ms   " + "   ".join(f"{k} {v:.2f}" for k, v in split.items()),
+            flush=True,
+        )
     return rows
 
 
@@ -153,7 +172,9 @@ def launch(rounds: int) -> list[dict[str, Any]]:
     x = torch.ones(1, 1, 1, 16)
     flash_attention_forward(x, x, x)
     many = 200
-    times = [seconds(lambda: [flash_attention_forward(x, x, x) for _ in range(many)]) / many for _ in range(rounds)]
+    times = [
+        seconds(lambda: [flash_attention_forward(x, x, x) for _ in range(many)]) / many for _ in range(rounds)
+    ]
     row = {"us": statistics.median(times) * 1e6}
     print(f"One call of flash_attention_forward with one query and one key: {row['us']:.0f} us")
     return [row]
@@ -171,7 +192,11 @@ def commands(rounds: int) -> list[dict[str, Any]]:
             start = time.perf_counter()
             subprocess.run([*program, *arguments], env=env, capture_output=True, check=True)
             times.append(time.perf_counter() - start)
-        row = {"command": "effattn " + " ".join(arguments[:4]), "state": label, "seconds": statistics.median(times)}
+        row = {
+            "command": "effattn " + " ".join(arguments[:4]),
+            "state": label,
+            "seconds": statistics.median(times),
+        }
         rows.append(row)
         print(f"  {row['command']:45} {label:14} {row['seconds']:6.2f} s", flush=True)
 
@@ -206,7 +231,12 @@ def main() -> None:
     if options.out is not None:
         from effattn.run import provenance
 
-        record = {"schema": 1, "date": provenance.now(), **provenance.collect(device="cpu"), "figures": figures}
+        record = {
+            "schema": 1,
+            "date": provenance.now(),
+            **provenance.collect(device="cpu"),
+            "figures": figures,
+        }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=1, allow_nan=False, default=_plain) + "\n")
         print(f"written to {options.out}")

@@ -61,7 +61,17 @@ def test_a_wrapper_written_for_a_gpu_runs(cuda: None) -> None:
 
 
 def test_nothing_is_left_behind() -> None:
-    owners = (torch, torch.Tensor, torch.cuda, torch.cuda.random, torch.cuda.memory, torch.accelerator, torch.version, torch.amp, torch._C)
+    owners = (
+        torch,
+        torch.Tensor,
+        torch.cuda,
+        torch.cuda.random,
+        torch.cuda.memory,
+        torch.accelerator,
+        torch.version,
+        torch.amp,
+        torch._C,
+    )
     before = [dict(vars(owner)) for owner in owners]
     target = triton.runtime.driver.active.get_current_target()
     with effattn.cpu.as_cuda():
@@ -95,7 +105,15 @@ def test_tensors_of_the_cpu_stay_what_they_are(cuda: None) -> None:
     x = torch.randn(3, requires_grad=True)
     y = (x * 2).sum()
     y.backward()
-    for t in (x, y, x.grad, torch.zeros(2), torch.tensor([1.0]), torch.empty_like(x), torch.ones(3, device="cpu")):
+    for t in (
+        x,
+        y,
+        x.grad,
+        torch.zeros(2),
+        torch.tensor([1.0]),
+        torch.empty_like(x),
+        torch.ones(3, device="cpu"),
+    ):
         assert t is not None
         assert type(t) is torch.Tensor
         assert not t.is_cuda
@@ -233,7 +251,9 @@ def test_random_numbers_have_a_stream_of_their_own(cuda: None) -> None:
     assert torch.rand(2, device="cuda", generator=g).is_cuda
 
 
-@pytest.mark.parametrize(("capability", "name", "multiprocessors"), [("8.0", "A100", 108), ("9.0", "H100", 132), ("7.5", "T4", 40)])
+@pytest.mark.parametrize(
+    ("capability", "name", "multiprocessors"), [("8.0", "A100", 108), ("9.0", "H100", 132), ("7.5", "T4", 40)]
+)
 def test_the_declared_gpu_answers(capability: str, name: str, multiprocessors: int) -> None:
     with effattn.cpu.as_cuda(capability=capability):
         properties = torch.cuda.get_device_properties(torch.device("cuda"))
@@ -338,9 +358,15 @@ def test_autotuners_try_all_where_asked() -> None:
 
 
 def test_unknown_settings_are_refused() -> None:
-    with pytest.raises(RequestError, match=r"compute capability '3\.5' is not known; expected one of 7\.0"), effattn.cpu.as_cuda(capability="3.5"):
+    with (
+        pytest.raises(RequestError, match=r"compute capability '3\.5' is not known; expected one of 7\.0"),
+        effattn.cpu.as_cuda(capability="3.5"),
+    ):
         pass
-    with pytest.raises(RequestError, match="autotune 'some' is not known"), effattn.cpu.as_cuda(autotune="some"):
+    with (
+        pytest.raises(RequestError, match="autotune 'some' is not known"),
+        effattn.cpu.as_cuda(autotune="some"),
+    ):
         pass
     with pytest.raises(RequestError, match="without activate"):
         compat.deactivate()

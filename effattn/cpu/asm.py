@@ -28,7 +28,18 @@ _FLOAT = {
     "f16": ("f16_load((uint16_t){})", "f16_store(round_f16({}))"),
     "bf16": ("bf16_load((uint16_t){})", "bf16_store(round_bf16({}))"),
 }
-_COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
+_COMPARE = {
+    "eq": "==",
+    "ne": "!=",
+    "lt": "<",
+    "le": "<=",
+    "gt": ">",
+    "ge": ">=",
+    "lo": "<",
+    "ls": "<=",
+    "hi": ">",
+    "hs": ">=",
+}
 _DIRECTION = {"rn": "rn", "rz": "rz", "rm": "rd", "rp": "ru"}
 
 
@@ -46,7 +57,12 @@ class Translator:
     def __init__(self, text: str, operands: list[str]) -> None:
         self.operands = operands
         self.lines: list[str] = []
-        text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", text.replace("\\0A", "\n").replace("\\09", " ").replace("\\n", "\n"), flags=re.S)
+        text = re.sub(
+            r"//[^\n]*|/\*.*?\*/",
+            " ",
+            text.replace("\\0A", "\n").replace("\\09", " ").replace("\\n", "\n"),
+            flags=re.DOTALL,
+        )
         self.statements(text)
 
     def statements(self, text: str) -> None:
@@ -134,7 +150,7 @@ class Translator:
         self.lines.append(f"{guard}{{ {self.instruction(name, tokens)} }}")
 
     def declare(self, text: str) -> None:
-        match = re.match(r"\.reg\s+\.(\w+)\s+(.*)", text, re.S)
+        match = re.match(r"\.reg\s+\.(\w+)\s+(.*)", text, re.DOTALL)
         if match is None or match.group(1) not in _WIDTH:
             raise Unsupported(f"inline assembly with the declaration {text!r}")
         for name in match.group(2).split(","):
@@ -166,7 +182,12 @@ class Translator:
         if type_ in ("f16x2", "bf16x2"):
             half = type_[:-2]
             parts = [
-                self.value(opcode, mods, half, [_FLOAT[half][0].format(f"({self.operand(s, type_)} >> {16 * h})") for s in sources])
+                self.value(
+                    opcode,
+                    mods,
+                    half,
+                    [_FLOAT[half][0].format(f"({self.operand(s, type_)} >> {16 * h})") for s in sources],
+                )
                 for h in (0, 1)
             ]
             low, high = (f"(uint32_t){self.write(half, p)}" for p in parts)
@@ -194,7 +215,7 @@ class Translator:
         else:
             suffix = "" if type_ == "f64" else "f"
             text = form.format(*a, f=suffix, T=_int(type_) if kind != "float" else "", w=_WIDTH[type_])
-        if type_ in ("f16", "bf16") and opcode in ("fma",):
+        if type_ in ("f16", "bf16") and opcode == "fma":
             text = f"f64_to_{type_}(fma_odd({', '.join(a)}))"
         if "sat" in mods:
             if kind != "float":
@@ -213,11 +234,18 @@ class Translator:
             names = self.vector(target)
             part = width // len(names)
             bits = self.operand(source, mods[-1])
-            return " ".join(self.set(n, f"({_unsigned(part)})({bits} >> {i * part})") for i, n in enumerate(names) if n != "_")
+            return " ".join(
+                self.set(n, f"({_unsigned(part)})({bits} >> {i * part})")
+                for i, n in enumerate(names)
+                if n != "_"
+            )
         if source.startswith("{"):
             names = self.vector(source)
             part, whole = width // len(names), _unsigned(width)
-            bits = " | ".join(f"({whole})({_unsigned(part)}){self.operand(n, 'b32')} << {i * part}" for i, n in enumerate(names))
+            bits = " | ".join(
+                f"({whole})({_unsigned(part)}){self.operand(n, 'b32')} << {i * part}"
+                for i, n in enumerate(names)
+            )
             return self.set(target, bits)
         return self.set(target, self.operand(source, mods[-1]))
 
@@ -269,7 +297,11 @@ class Translator:
         third = "1"
         if combine:
             token = tokens[3]
-            third = f"!{self.operand(token[1:], 'pred')}" if token.startswith("!") else f"!!{self.operand(token, 'pred')}"
+            third = (
+                f"!{self.operand(token[1:], 'pred')}"
+                if token.startswith("!")
+                else f"!!{self.operand(token, 'pred')}"
+            )
         sign = {"and": "&", "or": "|", "xor": "^", None: "&"}[combine]
         lines = [self.set(targets[0].strip(), f"({text}) {sign} {third}")]
         if len(targets) > 1:
@@ -279,7 +311,9 @@ class Translator:
     def op_selp(self, opcode: str, mods: list[str], tokens: list[str]) -> str:
         target, a, b, p = tokens
         type_ = mods[-1]
-        return self.set(target, f"{self.operand(p, 'pred')} ? {self.operand(a, type_)} : {self.operand(b, type_)}")
+        return self.set(
+            target, f"{self.operand(p, 'pred')} ? {self.operand(a, type_)} : {self.operand(b, type_)}"
+        )
 
     def op_cvt(self, opcode: str, mods: list[str], tokens: list[str]) -> str:
         source, target = mods[-1], mods[-2]
@@ -313,7 +347,11 @@ class Translator:
             else:
                 x = f"{helper}2{'float' if target == 'f32' else 'double'}_{direction}({x}, 0, 0)"
         elif "sat" in flags:
-            low, high = (0, (1 << _WIDTH[target]) - 1) if target[0] != "s" else (-(1 << _WIDTH[target] - 1), (1 << _WIDTH[target] - 1) - 1)
+            low, high = (
+                (0, (1 << _WIDTH[target]) - 1)
+                if target[0] != "s"
+                else (-(1 << _WIDTH[target] - 1), (1 << _WIDTH[target] - 1) - 1)
+            )
             x = f"({x} < {low} ? {low} : {x} > INT64_C({high}) ? INT64_C({high}) : {x})"
         if "sat" in flags and target in _FLOAT:
             x = f"SATURATE({x})"
@@ -331,7 +369,9 @@ class Translator:
             high, low = (self.read("f32", t) for t in tokens[1:3])
             if "relu" in flags:
                 high, low = f"RELU({high})", f"RELU({low})"
-            return self.set(tokens[0], f"(uint32_t){store.format(low)} | (uint32_t){store.format(high)} << {bits}")
+            return self.set(
+                tokens[0], f"(uint32_t){store.format(low)} | (uint32_t){store.format(high)} << {bits}"
+            )
         from_, to = source.removesuffix("x2"), target.removesuffix("x2")
         (load, _), (_, store) = kinds[from_], kinds[to]
         size = 16 if from_ in ("f16", "bf16") else 8
@@ -343,12 +383,16 @@ class Translator:
     def op_prmt(self, opcode: str, mods: list[str], tokens: list[str]) -> str:
         if mods != ["b32"]:
             raise KeyError(mods)
-        return self.set(tokens[0], "byte_permute({}, {}, {})".format(*(self.operand(t, "b32") for t in tokens[1:4])))
+        return self.set(
+            tokens[0], "byte_permute({}, {}, {})".format(*(self.operand(t, "b32") for t in tokens[1:4]))
+        )
 
     def op_lop3(self, opcode: str, mods: list[str], tokens: list[str]) -> str:
         if mods != ["b32"]:
             raise KeyError(mods)
-        return self.set(tokens[0], "logic3({}, {}, {}, {})".format(*(self.operand(t, "b32") for t in tokens[1:5])))
+        return self.set(
+            tokens[0], "logic3({}, {}, {}, {})".format(*(self.operand(t, "b32") for t in tokens[1:5]))
+        )
 
     def op_bfe(self, opcode: str, mods: list[str], tokens: list[str]) -> str:
         if _WIDTH[mods[-1]] != 32:
@@ -388,12 +432,22 @@ _SIMPLE: dict[str, dict[str, str]] = {
     "not": {"bits": "~{0}"},
     "cnot": {"bits": "{0} == 0"},
     "shl": {"bits": "((uint32_t){1} < {w} ? {0} << (uint32_t){1} : 0)"},
-    "shr": {"int": "({0} >> ((uint32_t){1} < {w} ? (uint32_t){1} : {w} - 1)) * ((uint32_t){1} < {w} || ({T})-1 < 0)"},
+    "shr": {
+        "int": "({0} >> ((uint32_t){1} < {w} ? (uint32_t){1} : {w} - 1)) * ((uint32_t){1} < {w} || ({T})-1 < 0)"
+    },
     "popc": {"bits": "__builtin_popcountll({0})"},
     "clz": {"bits": "(count_leading64({0}) - (64 - {w}))"},
     "brev": {"bits": "(bit_reverse64({0}) >> (64 - {w}))"},
 }
-_DIRECTED = {"add": "add", "sub": "sub", "mul": "mul", "div": "div", "rcp": "div", "sqrt": "sqrt", "fma": "fma"}
+_DIRECTED = {
+    "add": "add",
+    "sub": "sub",
+    "mul": "mul",
+    "div": "div",
+    "rcp": "div",
+    "sqrt": "sqrt",
+    "fma": "fma",
+}
 
 
 def _layout(op: Op) -> tuple[int, list[tuple[Value, int, int]]]:
@@ -408,7 +462,12 @@ def _layout(op: Op) -> tuple[int, list[tuple[Value, int, int]]]:
 
 
 _STORE = {"f16": "f16_store({})", "bf16": "bf16_store({})", "f32": "bits_of({})", "f64": "bits64_of({})"}
-_LOAD = {"f16": "f16_load((uint16_t){})", "bf16": "bf16_load((uint16_t){})", "f32": "f32_of((uint32_t){})", "f64": "f64_of({})"}
+_LOAD = {
+    "f16": "f16_load((uint16_t){})",
+    "bf16": "bf16_load((uint16_t){})",
+    "f32": "f32_of((uint32_t){})",
+    "f64": "f64_of({})",
+}
 
 
 def _bits(value: Value, text: str) -> str:
@@ -454,9 +513,14 @@ def _body(op: Op, element: list[list[str]]) -> tuple[list[str], list[list[str]]]
             c_type = _unsigned(max(bits * per, 8))
             if parts is None:
                 lines.append(f"{c_type} {name} = 0;")
-                where[-1] += [f"({_unsigned(bits)})({name} >> {bits * j})" if per > 1 else name for j in range(per)]
+                where[-1] += [
+                    f"({_unsigned(bits)})({name} >> {bits * j})" if per > 1 else name for j in range(per)
+                ]
             else:
-                packed = [f"({c_type}){_bits(value, parts[k + j])}" + (f" << {bits * j}" if j else "") for j in range(per)]
+                packed = [
+                    f"({c_type}){_bits(value, parts[k + j])}" + (f" << {bits * j}" if j else "")
+                    for j in range(per)
+                ]
                 lines.append(f"{c_type} {name} = {' | '.join(packed)};")
     text = op.attrs["asm_string"]
     translated = Translator(text[1:-1], registers)

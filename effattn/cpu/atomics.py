@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from effattn.cpu.lower import FunctionEmitter
 
 #: tt.RMWOp
-_RMW = {1: "and", 2: "or", 3: "xor", 4: "add", 5: "fadd", 6: "max", 7: "min", 8: "umax", 9: "umin", 10: "xchg"}
+_RMW = {
+    1: "and",
+    2: "or",
+    3: "xor",
+    4: "add",
+    5: "fadd",
+    6: "max",
+    7: "min",
+    8: "umax",
+    9: "umin",
+    10: "xchg",
+}
 
 
 def _function(name: str, type_: Type) -> tuple[str, str]:
@@ -69,7 +80,9 @@ def each_element(
         call = f"{nest.eval(mask, index, inner).text} ? {call} : 0"
     target = f"{emitter.array(buffer)}[{linear(index, buffer.strides()).text}]"
     emitter.open("")
-    nest.emit(nest.loop(axis, inner, [f"{target} = ({value_type(result.type.elem)})({call});"], independent=False))
+    nest.emit(
+        nest.loop(axis, inner, [f"{target} = ({value_type(result.type.elem)})({call});"], independent=False)
+    )
     emitter.close()
 
 

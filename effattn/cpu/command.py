@@ -17,7 +17,9 @@ from effattn.cpu import compat
 from effattn.errors import RequestError
 
 _AUTOLOAD = Path(__file__).with_name("autoload")
-_EXAMPLES = "`effattn cpu -- python script.py`, `effattn cpu -- pytest tests/` or `effattn cpu -- -m package.module`"
+_EXAMPLES = (
+    "`effattn cpu -- python script.py`, `effattn cpu -- pytest tests/` or `effattn cpu -- -m package.module`"
+)
 
 
 def command_line(program: Sequence[str], path: str) -> list[str]:
@@ -27,7 +29,9 @@ def command_line(program: Sequence[str], path: str) -> list[str]:
     name, *rest = program
     if name in ("-m", "-c"):
         if not rest:
-            raise RequestError(f"{name} needs {'a module' if name == '-m' else 'code'} to run, such as {_EXAMPLES}")
+            raise RequestError(
+                f"{name} needs {'a module' if name == '-m' else 'code'} to run, such as {_EXAMPLES}"
+            )
         return [sys.executable, *program]
     if name.startswith("-"):
         raise RequestError(f"expected a program after --, found the option {name}; such as {_EXAMPLES}")
@@ -38,7 +42,9 @@ def command_line(program: Sequence[str], path: str) -> list[str]:
     found = shutil.which(name, path=path)
     if found is None:
         why = "exists, but cannot be executed" if Path(name).exists() else "was not found"
-        raise RequestError(f"the program {name!r} {why}; expected one on PATH or a path to one, such as {_EXAMPLES}")
+        raise RequestError(
+            f"the program {name!r} {why}; expected one on PATH or a path to one, such as {_EXAMPLES}"
+        )
     return [found, *rest]
 
 

@@ -99,7 +99,9 @@ def activate_from_environment() -> None:
 
 
 @contextmanager
-def as_cuda(*, capability: str | tuple[int, int] = DEFAULT_CAPABILITY, autotune: str = "first") -> Iterator[None]:
+def as_cuda(
+    *, capability: str | tuple[int, int] = DEFAULT_CAPABILITY, autotune: str = "first"
+) -> Iterator[None]:
     """Run code written for device "cuda" on the CPU inside the block.
 
     `capability`: the compute capability that is declared, such as "9.0"; decides the name, the number of
@@ -122,7 +124,9 @@ def _install(capability: tuple[int, int], autotune: str) -> ExitStack:
         # What stood in the owner itself: an inherited attribute comes back by deleting ours.
         before = vars(owner).get(name, _MISSING)
         setattr(owner, name, value)
-        undo.callback(delattr, owner, name) if before is _MISSING else undo.callback(setattr, owner, name, before)
+        undo.callback(delattr, owner, name) if before is _MISSING else undo.callback(
+            setattr, owner, name, before
+        )
 
     with ExitStack() as failing:
         failing.push(undo.__exit__)

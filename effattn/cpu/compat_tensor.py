@@ -55,7 +55,9 @@ def is_cuda_device(device: Any) -> bool:
     else:
         return False
     if index:
-        raise RuntimeError(f"CUDA error: invalid device ordinal: {device}; the emulated machine has one device, cuda:0")
+        raise RuntimeError(
+            f"CUDA error: invalid device ordinal: {device}; the emulated machine has one device, cuda:0"
+        )
     return True
 
 
@@ -144,7 +146,11 @@ def tag(x: torch.Tensor) -> torch.Tensor:
 def _tag_outputs(out: Any, args: Any, kwargs: Any) -> Any:
     if isinstance(out, torch.Tensor):
         # An operation in place, or with out=, returns what it was given: that stays where it is.
-        if type(out) is not torch.Tensor or any(out is x for x in args) or any(out is x for x in kwargs.values()):
+        if (
+            type(out) is not torch.Tensor
+            or any(out is x for x in args)
+            or any(out is x for x in kwargs.values())
+        ):
             return out
         return torch.Tensor._make_subclass(CudaTensor, out)
     if isinstance(out, (tuple, list)):
@@ -248,7 +254,9 @@ def _to(original: Any) -> Any:
             return _placed(original(self, dtype, *args[1:], **rest), self, target, rest.get("copy", False))
         if kwargs.get("device") is not None:
             device = kwargs["device"]
-        elif isinstance(first, (str, torch.device)) or (isinstance(first, int) and not isinstance(first, bool)):
+        elif isinstance(first, (str, torch.device)) or (
+            isinstance(first, int) and not isinstance(first, bool)
+        ):
             device, args = first, args[1:]
         else:
             return original(self, *args, **kwargs)
@@ -258,7 +266,9 @@ def _to(original: Any) -> Any:
             return original(self, device, *args, **rest)
         if args and args[0] is None:
             args = args[1:]
-        return _placed(original(self, *args, **rest) if args or rest else self, self, target, rest.get("copy", False))
+        return _placed(
+            original(self, *args, **rest) if args or rest else self, self, target, rest.get("copy", False)
+        )
 
     return to
 
@@ -267,7 +277,9 @@ def _placed(x: torch.Tensor, given: torch.Tensor, target: bool, copy: bool) -> t
     return moved(x, target) if not copy or x is not given else moved(x.clone(), target)
 
 
-def _cuda(self: torch.Tensor, device: Any = None, non_blocking: bool = False, memory_format: Any = None) -> torch.Tensor:
+def _cuda(
+    self: torch.Tensor, device: Any = None, non_blocking: bool = False, memory_format: Any = None
+) -> torch.Tensor:
     if device is not None and not is_cuda_device(device):
         raise ValueError(f"Invalid device, must be cuda device: {device}")
     out = moved(self, True)
@@ -285,7 +297,11 @@ def _type(original: Any) -> Any:
         if dtype is None:
             name = original(self)
             return name.replace("torch.", "torch.cuda.") if self.is_cuda else name
-        name = dtype if isinstance(dtype, str) else f"{getattr(dtype, '__module__', '')}.{getattr(dtype, '__name__', '')}"
+        name = (
+            dtype
+            if isinstance(dtype, str)
+            else f"{getattr(dtype, '__module__', '')}.{getattr(dtype, '__name__', '')}"
+        )
         if name.startswith("torch.cuda."):
             return moved(original(self, name.replace("torch.cuda.", "torch.")), True)
         return original(self, dtype, *args, **kwargs)

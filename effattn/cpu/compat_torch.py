@@ -69,7 +69,9 @@ class Event:
     device = DEVICE
     cuda_event = 0
 
-    def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False, **_: Any) -> None:
+    def __init__(
+        self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False, **_: Any
+    ) -> None:
         self.at: float | None = None
 
     def record(self, stream: Any = None) -> None:
@@ -294,7 +296,9 @@ def _autocast_class() -> Any:
             self._host = None
             if device_type == "cuda":
                 dtype = self.fast_dtype
-                self._host = original("cpu", dtype=dtype, enabled=self._enabled, cache_enabled=self._cache_enabled)
+                self._host = original(
+                    "cpu", dtype=dtype, enabled=self._enabled, cache_enabled=self._cache_enabled
+                )
 
         def __enter__(self) -> Any:
             entered = super().__enter__()

@@ -59,8 +59,15 @@ def _format(value: Value, as_hex: bool, signed: bool) -> tuple[str, str]:
             return "0x%0*llx".replace("*", str(type_.bits // 4)), "(unsigned long long)bits_of((float)" + ""
         return "%f", "(double)"
     if as_hex:
-        return f"0x%0{max(type_.bits // 4, 1)}llx", f"(unsigned long long)(u{value_type(type_.elem).removeprefix('u')})"
-    return ("%lld", "(long long)") if signed and type_.bits > 1 else ("%llu", f"(unsigned long long)(u{value_type(type_.elem).removeprefix('u')})")
+        return (
+            f"0x%0{max(type_.bits // 4, 1)}llx",
+            f"(unsigned long long)(u{value_type(type_.elem).removeprefix('u')})",
+        )
+    return (
+        ("%lld", "(long long)")
+        if signed and type_.bits > 1
+        else ("%llu", f"(unsigned long long)(u{value_type(type_.elem).removeprefix('u')})")
+    )
 
 
 def print_(emitter: FunctionEmitter, op: Op) -> None:
@@ -76,7 +83,9 @@ def print_(emitter: FunctionEmitter, op: Op) -> None:
         close = ")" if "bits_of(" in cast else ""
         words = f"{_literal(prefix)[1:-1]}{note}{form}"
         if not value.type.is_tensor:
-            emitter.line(f'printf("pid (%d, %d, %d) idx (){words}\\n", {pids}, {cast}{emitter.scalar(value)}{close});')
+            emitter.line(
+                f'printf("pid (%d, %d, %d) idx (){words}\\n", {pids}, {cast}{emitter.scalar(value)}{close});'
+            )
             continue
         nest, axis, index = rows(emitter, value.type)
         inner = Scope()
@@ -84,7 +93,9 @@ def print_(emitter: FunctionEmitter, op: Op) -> None:
         places = ", ".join("%ld" for _ in index)
         at = "".join(f", (long)({e.text})" for e in index)
         emitter.open("")
-        text = f'printf("pid (%d, %d, %d) idx ({places}){words}\\n", {pids}{at}, {cast}{element.text}{close});'
+        text = (
+            f'printf("pid (%d, %d, %d) idx ({places}){words}\\n", {pids}{at}, {cast}{element.text}{close});'
+        )
         nest.emit(nest.loop(axis, inner, [text], independent=False))
         emitter.close()
     emitter.line("fflush(stdout);")
@@ -104,7 +115,14 @@ def assert_(emitter: FunctionEmitter, op: Op) -> None:
     at = "".join(f", (long)({e.text})" for e in index)
     words += f", element ({', '.join('%ld' for _ in index)})"
     emitter.open("")
-    nest.emit(nest.loop(axis, inner, [f"if (!{holds.text}) {{ FAIL({_percent(words)}, {pids}{at}); return; }}"], independent=False))
+    nest.emit(
+        nest.loop(
+            axis,
+            inner,
+            [f"if (!{holds.text}) {{ FAIL({_percent(words)}, {pids}{at}); return; }}"],
+            independent=False,
+        )
+    )
     emitter.close()
 
 

@@ -44,4 +44,7 @@ def header() -> str:
 
 def needed(function: Op) -> bool:
     """Whether a kernel uses anything of extras.h."""
-    return any(op.name in _NEED_HEADER or any("f8E" in v.type.elem for v in (*op.results, *op.operands)) for op in walk(function))
+    return any(
+        op.name in _NEED_HEADER or any("f8E" in v.type.elem for v in (*op.results, *op.operands))
+        for op in walk(function)
+    )

@@ -16,7 +16,10 @@ from effattn.cpu.ir import Op
 FORMATS = {"f8E4M3FN": "e4m3fn", "f8E5M2": "e5m2", "f8E4M3FNUZ": "e4m3fnuz", "f8E5M2FNUZ": "e5m2fnuz"}
 
 #: type of a PTX conversion -> (from bits, to bits with rounding)
-PTX = {"e4m3": ("e4m3fn_load((uint8_t){})", "e4m3fn_store(round_e4m3fn({}))"), "e5m2": ("e5m2_load((uint8_t){})", "e5m2_store(round_e5m2({}))")}
+PTX = {
+    "e4m3": ("e4m3fn_load((uint8_t){})", "e4m3fn_store(round_e4m3fn({}))"),
+    "e5m2": ("e5m2_load((uint8_t){})", "e5m2_store(round_e5m2({}))"),
+}
 
 RTZ = 0
 
@@ -43,7 +46,9 @@ def register() -> None:
         if source == target or not (source in FORMATS or target in FORMATS):
             return plain_bitcast(op, a)
         bits = store_expr(source, a[0]) if source in FORMATS else f"(uint8_t){a[0]}"
-        return load_expr(target, bits) if target in FORMATS else f"({formats.value_type(target)})(int8_t){bits}"
+        return (
+            load_expr(target, bits) if target in FORMATS else f"({formats.value_type(target)})(int8_t){bits}"
+        )
 
     def fp_to_fp(op: Op, a: list[str]) -> str:
         source, target = op.operands[0].type.elem, op.results[0].type.elem

@@ -44,7 +44,11 @@ def _blocks(half: int, tf32: int, fp8: int) -> dict[str, int]:
 MODELS: dict[str, DotModel] = {
     model.name: model
     for model in (
-        DotModel(name="ieee", meaning="one chain of fp32 fused multiply-adds per element, in the order of k", block={}),
+        DotModel(
+            name="ieee",
+            meaning="one chain of fp32 fused multiply-adds per element, in the order of k",
+            block={},
+        ),
         DotModel(
             name="volta",
             meaning="NVIDIA V100: blocks of 4, 23 fractional bits, toward zero (fp16 only)",

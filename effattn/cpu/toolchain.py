@@ -57,7 +57,9 @@ def _candidates() -> list[tuple[str, ...]]:
     given = os.environ.get("CC")
     if given:
         return [tuple(shlex.split(given))]
-    found: list[tuple[str, ...]] = [(path,) for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
+    found: list[tuple[str, ...]] = [
+        (path,) for name in ("cc", "gcc", "clang") if (path := shutil.which(name))
+    ]
     if importlib.util.find_spec("ziglang") is not None:
         found.append((sys.executable, "-m", "ziglang", "cc"))
     return found

@@ -33,7 +33,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.filterwarnings("default"))  # the packages' warnings are not ours to repair
+            item.add_marker(
+                pytest.mark.filterwarnings("default")
+            )  # the packages' warnings are not ours to repair
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -79,7 +81,13 @@ def allowance(dtype: str, roundings: float, dot: str) -> float:
 
 
 def check_close(
-    package: str, what: str, got: torch.Tensor, exact: torch.Tensor, dtype: str, roundings: float, dot: str = "fp32"
+    package: str,
+    what: str,
+    got: torch.Tensor,
+    exact: torch.Tensor,
+    dtype: str,
+    roundings: float,
+    dot: str = "fp32",
 ) -> None:
     """Fail unless `got` is as near to the float64 `exact` as rounding explains, on the whole and in every row.
 
@@ -89,7 +97,9 @@ def check_close(
     assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     x, y = (torch.atleast_1d(t.detach().cpu().double()) for t in (got, exact))
     assert y.norm() > 0, f"{what}: the reference is 0, which would compare nothing"
-    assert torch.isfinite(x).all(), f"{what}: {int((~torch.isfinite(x)).sum())} of {x.numel()} values are not finite"
+    assert torch.isfinite(x).all(), (
+        f"{what}: {int((~torch.isfinite(x)).sum())} of {x.numel()} values are not finite"
+    )
     allowed = allowance(dtype, roundings, dot)
     error = float((x - y).norm() / y.norm())
     assert error <= allowed, f"{what} in {dtype}: error {error:.2e} of the norm, allowed {allowed:.2e}"
@@ -98,7 +108,9 @@ def check_close(
     share = rows / norms.clamp(min=typical)
     worst = int(share.argmax())
     # A row has fewer elements to average over than the whole.
-    assert share[worst] <= 3 * allowed, f"{what} in {dtype}: row {worst} is off by {share[worst]:.2e}, allowed {3 * allowed:.2e}"
+    assert share[worst] <= 3 * allowed, (
+        f"{what} in {dtype}: row {worst} is off by {share[worst]:.2e}, allowed {3 * allowed:.2e}"
+    )
     compared[package] += 1
 
 
@@ -107,7 +119,7 @@ Kernel = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def compare() -> Callable[..., None]:
-    """compare(package, kernel, reference, dtype, *float64 inputs, roundings=...): the results, and the gradients of all inputs."""
+    """compare(package, kernel, reference, dtype, *float64 inputs, roundings=...): results and all gradients."""
 
     def run(
         package: str,
@@ -132,14 +144,18 @@ def compare() -> Callable[..., None]:
             check_close(package, f"output {i}", x, y, dtype, roundings, dot)
         if not grads:
             return
-        seeds = [torch.randn(y.shape, dtype=torch.float64).to(x.dtype) for x, y in zip(got, exact, strict=True)]
+        seeds = [
+            torch.randn(y.shape, dtype=torch.float64).to(x.dtype) for x, y in zip(got, exact, strict=True)
+        ]
         torch.autograd.backward(got, [s.cuda() for s in seeds])
         torch.autograd.backward(exact, [s.double() for s in seeds])
         for i, (x, y) in enumerate(zip(low, high, strict=True)):
             assert x.grad is not None, f"input {i} got no gradient"
             assert y.grad is not None
             name = names[i] if names is not None else f"input {i}"
-            check_close(package, f"gradient of {name}", x.grad, y.grad, dtype, grad_roundings or 2 * roundings, dot)
+            check_close(
+                package, f"gradient of {name}", x.grad, y.grad, dtype, grad_roundings or 2 * roundings, dot
+            )
 
     return run
 

@@ -12,7 +12,9 @@ def causal_mask(q_len: int, kv_len: int) -> Tensor:
     return torch.ones(q_len, kv_len, dtype=torch.bool).triu(1 + kv_len - q_len)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None, bias: Tensor | None = None
+) -> Tensor:
     """(batch, heads, length, dim); key heads are repeated for groups of query heads."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -66,7 +68,9 @@ def gated_recurrence(x: Tensor, g: Tensor) -> Tensor:
     return torch.stack(out, 1)
 
 
-def polynomial_attention(q: Tensor, k: Tensor, v: Tensor, *, constant: float, linear: float, square: float, eps: float) -> Tensor:
+def polynomial_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, constant: float, linear: float, square: float, eps: float
+) -> Tensor:
     """Weights constant + linear s + square s^2 of the scores, causal, normalised; (batch, time, heads, dim)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     s = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
@@ -94,7 +98,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def angles(length: int, dim: int) -> Tensor:
     """Angles of the rotary embedding (length, dim / 2)."""
-    return torch.arange(length, dtype=torch.float64)[:, None] * 10000 ** (-torch.arange(dim // 2, dtype=torch.float64) * 2 / dim)
+    return torch.arange(length, dtype=torch.float64)[:, None] * 10000 ** (
+        -torch.arange(dim // 2, dtype=torch.float64) * 2 / dim
+    )
 
 
 def sparsemax(x: Tensor) -> Tensor:

@@ -53,8 +53,20 @@ def retention_decay(x: torch.Tensor) -> torch.Tensor:
 #: name -> (kernel, inputs, reference, roundings on the way, whether it multiplies tiles: in fp32 these are tf32)
 KERNELS: dict[str, tuple[str, dict[str, Any], str, float, bool]] = {
     "chunk_linear_attn": ("linear_attn:chunk_linear_attn", {"normalize": False}, "linear", 2, True),
-    "fused_chunk_linear_attn": ("linear_attn:fused_chunk_linear_attn", {"normalize": False}, "linear", 2, True),
-    "fused_recurrent_linear_attn": ("linear_attn:fused_recurrent_linear_attn", {"normalize": False}, "linear", 1, False),
+    "fused_chunk_linear_attn": (
+        "linear_attn:fused_chunk_linear_attn",
+        {"normalize": False},
+        "linear",
+        2,
+        True,
+    ),
+    "fused_recurrent_linear_attn": (
+        "linear_attn:fused_recurrent_linear_attn",
+        {"normalize": False},
+        "linear",
+        1,
+        False,
+    ),
     "chunk_retention": ("retention:chunk_retention", {}, "retention", 2, True),
     "parallel_retention": ("retention:parallel_retention", {}, "retention", 2, True),
     "fused_recurrent_retention": ("retention:fused_recurrent_retention", {}, "retention", 1, False),
@@ -71,7 +83,13 @@ KERNELS: dict[str, tuple[str, dict[str, Any], str, float, bool]] = {
     "chunk_kda": ("kda:chunk_kda", {}, "kda", 3, True),
     "chunk_hgrn": ("hgrn:chunk_hgrn", {}, "hgrn", 1, False),
     "fused_recurrent_hgrn": ("hgrn:fused_recurrent_hgrn", {}, "hgrn", 1, False),
-    "parallel_forgetting_attn": ("forgetting_attn.parallel:parallel_forgetting_attn", {}, "forgetting", 2, True),
+    "parallel_forgetting_attn": (
+        "forgetting_attn.parallel:parallel_forgetting_attn",
+        {},
+        "forgetting",
+        2,
+        True,
+    ),
     "parallel_based": ("based:parallel_based", {"use_norm": True}, "based", 2, False),
 }
 
@@ -108,7 +126,9 @@ def setting(kind: str, ref: ModuleType) -> tuple[tuple[torch.Tensor, ...], Kerne
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", KERNELS)
-def test_fla_computes_the_recurrence_and_its_gradients(name: str, dtype: str, compare: Any, references: ModuleType) -> None:
+def test_fla_computes_the_recurrence_and_its_gradients(
+    name: str, dtype: str, compare: Any, references: ModuleType
+) -> None:
     path, options, kind, roundings, tiles = KERNELS[name]
     torch.manual_seed(1)
     inputs, reference = setting(kind, references)
@@ -116,7 +136,15 @@ def test_fla_computes_the_recurrence_and_its_gradients(name: str, dtype: str, co
         with pytest.raises(AssertionError, match="does not support float32"):
             kernel(path, **options)(*(x.float().cuda() for x in inputs))
         return
-    compare("fla-core", kernel(path, **options), reference, dtype, *inputs, roundings=roundings, dot="tf32" if tiles else "fp32")
+    compare(
+        "fla-core",
+        kernel(path, **options),
+        reference,
+        dtype,
+        *inputs,
+        roundings=roundings,
+        dot="tf32" if tiles else "fp32",
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -148,7 +176,9 @@ def test_lightning_attention(decay: bool, dtype: str, compare: Any, references: 
         rates = None
         if decay:
             # The kernel is told the slopes in the dtype of q.
-            rounded = slopes.to({"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]).double()
+            rounded = slopes.to(
+                {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+            ).double()
             rates = -rounded.expand(q.shape[0], q.shape[1], 2)
         return references.recurrence(q, k, v, rates, scale=1.0).transpose(1, 2)
 

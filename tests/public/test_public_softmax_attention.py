@@ -44,7 +44,11 @@ def paged(k: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     per = -(-length // size)
     padded = torch.zeros(batch, heads, per * size, dim, dtype=k.dtype, device=k.device)
     padded[:, :, :length] = k
-    blocks = padded.view(batch, heads, per, size, dim).permute(0, 2, 3, 1, 4).reshape(batch * per, size, heads, dim)
+    blocks = (
+        padded.view(batch, heads, per, size, dim)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(batch * per, size, heads, dim)
+    )
     order = torch.randperm(batch * per, generator=torch.Generator().manual_seed(3))
     cache = torch.empty_like(blocks)
     cache[order.to(k.device)] = blocks
@@ -91,7 +95,19 @@ def sage(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tor
 
 def cases(dtype: str, method: Attention) -> list[Case]:
     if method is conch_paged:
-        return [Case(batch=3, heads=4, kv_heads=2, q_len=1, kv_len=70, head_dim=64, scale=CONCH_SCALE, dtype=dtype, seed=5)]
+        return [
+            Case(
+                batch=3,
+                heads=4,
+                kv_heads=2,
+                q_len=1,
+                kv_len=70,
+                head_dim=64,
+                scale=CONCH_SCALE,
+                dtype=dtype,
+                seed=5,
+            )
+        ]
     if method is conch_varlen:
         shape: dict[str, Any] = {"batch": 2, "heads": 4, "kv_heads": 2, "head_dim": 64, "scale": CONCH_SCALE}
         return [
@@ -99,8 +115,13 @@ def cases(dtype: str, method: Attention) -> list[Case]:
             Case(q_len=33, kv_len=70, dtype=dtype, **shape),
         ]
     if method is fla_parallel:
-        return [Case(heads=4, kv_heads=2, q_len=n, kv_len=n, head_dim=32, causal="bottom-right", dtype=dtype) for n in (80, 64)]
-    return [Case(heads=2, q_len=n, kv_len=n, head_dim=64, causal="bottom-right", dtype=dtype) for n in (128, 100)]
+        return [
+            Case(heads=4, kv_heads=2, q_len=n, kv_len=n, head_dim=32, causal="bottom-right", dtype=dtype)
+            for n in (80, 64)
+        ]
+    return [
+        Case(heads=2, q_len=n, kv_len=n, head_dim=64, causal="bottom-right", dtype=dtype) for n in (128, 100)
+    ]
 
 
 #: What a kernel does not do in the dtype of its inputs: it is judged as what it is.
@@ -117,7 +138,9 @@ def declared(method: Attention, dtype: str) -> numerics.Numerics:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", [flash_attention_triton, fla_parallel, conch_varlen, conch_paged], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "method", [flash_attention_triton, fla_parallel, conch_varlen, conch_paged], ids=lambda m: m.__name__
+)
 def test_forward_is_as_accurate_as_its_numerics_allow(method: Attention, dtype: str) -> None:
     if dtype == "bf16" and method in (conch_varlen, conch_paged):
         pytest.skip("no envelope for an accumulator of bf16: see test_sums_kept_in_bf16")
@@ -146,7 +169,9 @@ def test_sums_kept_in_bf16(method: Attention, close: Any, references: ModuleType
         inputs = case.tensors()
         out = method(*(x.cuda() for x in (inputs.q, inputs.k, inputs.v)), case.causal != "none")
         exact = references.softmax_attention(
-            *(x.double() for x in (inputs.q, inputs.k, inputs.v)), causal=case.causal != "none", scale=CONCH_SCALE
+            *(x.double() for x in (inputs.q, inputs.k, inputs.v)),
+            causal=case.causal != "none",
+            scale=CONCH_SCALE,
         )
         # A rounding of maximum, weights, sum, rescaled output and output in each of the three blocks.
         close("conch", "output", out, exact, "bf16", 6)
@@ -164,7 +189,9 @@ def test_an_accumulator_of_16_bits_is_noticed(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [128, 100])
-def test_gradients_of_flash_attention_triton(length: int, dtype: str, compare: Any, references: ModuleType) -> None:
+def test_gradients_of_flash_attention_triton(
+    length: int, dtype: str, compare: Any, references: ModuleType
+) -> None:
     x = [torch.randn(1, 2, length, 64, dtype=torch.float64) for _ in range(3)]
     # fp32 inputs become fp16: its unit roundoff is that of tf32.
     compare(
@@ -181,7 +208,9 @@ def test_gradients_of_fla_parallel_attention(dtype: str, compare: Any, reference
     from fla.ops.attn.parallel import parallel_attn
 
     def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return references.softmax_attention(*(t.transpose(1, 2) for t in (q, k, v)), causal=True).transpose(1, 2)
+        return references.softmax_attention(*(t.transpose(1, 2) for t in (q, k, v)), causal=True).transpose(
+            1, 2
+        )
 
     compare("fla-core", parallel_attn, reference, dtype, *x, roundings=2, dot="tf32", names="qkv")
 
