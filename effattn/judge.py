@@ -260,7 +260,7 @@ class _Judgement:
         if count == 0:
             return Quantity(name=part.name, count=0, set_aside=total)
         index = _index(int(fraction.argmax()), fraction.shape)
-        z = part.error / np.maximum(part.sigma, 1e-300)
+        z = part.error / np.where(part.sigma > 0.0, part.sigma, math.inf)  # no key, no deviation
         rounded = part.format.round(part.exact)
         off = part.got != rounded
         if not everything:

@@ -34,6 +34,9 @@ ORDERS: tuple[tuple[int | None, bool], ...] = (
     (128, True),
 )
 
+#: P relative to its sum, and to nothing, and the arrangements (`Numerics.normalise`) in which it may be
+_OTHER_ORDERS = (("normalised", ("before", "any")), ("not shifted", ("any",)))
+
 #: scores at a time
 _SCORES = 1 << 20
 
@@ -58,10 +61,7 @@ def roundings_of_p(
     orders: list[tuple[int | None, bool] | str] = []
     if numerics.normalise != "before":
         orders += [o for o in ORDERS if o[0] is None or o[0] < k.shape[2]]
-    if numerics.normalise != "after":
-        orders.append("normalised")
-    if numerics.normalise == "any":
-        orders.append("not shifted")
+    orders += [kind for kind, arrangements in _OTHER_ORDERS if numerics.normalise in arrangements]
     for order in orders:
         error = torch.zeros((*q.shape[:3], v.shape[3]), dtype=torch.float64, device=q.device)
         variance = torch.zeros_like(error)
