@@ -25,7 +25,9 @@ def _sum_up(out, x, N: tl.constexpr):
     tl.atomic_add(out + N - 1 + i * 0, tl.load(x + i))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64]
+)
 def test_no_update_is_lost(dtype: torch.dtype) -> None:
     """Whole numbers small enough that every sum is exact in every order; 400 programs on all threads."""
     programs = 400 if dtype not in (torch.float16, torch.bfloat16) else 7
@@ -203,8 +205,16 @@ def test_rounding_to_fp8_at_every_boundary(kind: str) -> None:
     values = values[values.isfinite()].unique()
     middles = (values[1:] + values[:-1]) / 2
     points = torch.cat([values, middles]).float()
-    points = torch.cat([points, torch.nextafter(points, torch.tensor(torch.inf)), torch.nextafter(points, torch.tensor(-torch.inf))])
-    points = torch.cat([points, torch.tensor([largest * 1.01, -largest * 2, torch.inf, -torch.inf, torch.nan, 1e-40, -0.0])])
+    points = torch.cat(
+        [
+            points,
+            torch.nextafter(points, torch.tensor(torch.inf)),
+            torch.nextafter(points, torch.tensor(-torch.inf)),
+        ]
+    )
+    points = torch.cat(
+        [points, torch.tensor([largest * 1.01, -largest * 2, torch.inf, -torch.inf, torch.nan, 1e-40, -0.0])]
+    )
     points = torch.nn.functional.pad(points, (0, 2048 - len(points)))
     out = torch.empty(2048, dtype=dtype)
     _convert[(1,)](points, out, 2048)
@@ -236,7 +246,9 @@ def _toward_zero(x, y, N: tl.constexpr):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounding_toward_zero(dtype: torch.dtype) -> None:
-    x = torch.cat([torch.randn(1000), torch.tensor([65519.0, -1e30, 1e-7, -6e-8, 0.0, -0.0, torch.inf, -torch.inf])])
+    x = torch.cat(
+        [torch.randn(1000), torch.tensor([65519.0, -1e30, 1e-7, -6e-8, 0.0, -0.0, torch.inf, -torch.inf])]
+    )
     x = torch.nn.functional.pad(x, (0, 1024 - len(x)))
     y = torch.empty(1024, dtype=dtype)
     _toward_zero[(1,)](x, y, 1024)
@@ -274,7 +286,9 @@ def test_functions_of_libdevice(dtype: torch.dtype) -> None:
     ]  # fmt: skip
     for row, (got, wanted) in enumerate(zip(out.double(), expected, strict=True)):
         # erfinv of a rounded argument: its derivative is large near 1. Elsewhere: 2 ulp of fp32.
-        allowed = 2.0**-22 * (1000 if row == 2 else 1) * wanted.abs().clamp(min=2.0**-3 if row == 7 else 2.0**-20)
+        allowed = (
+            2.0**-22 * (1000 if row == 2 else 1) * wanted.abs().clamp(min=2.0**-3 if row == 7 else 2.0**-20)
+        )
         assert ((got - wanted).abs() <= allowed).all(), f"function {row}"
 
 
@@ -308,7 +322,7 @@ def test_directed_rounding_and_bits_of_libdevice() -> None:
     assert torch.equal(floor, x.double().floor().clamp(*limit).nan_to_num(nan=0.0).float())
     assert torch.equal(near, x.double().round().clamp(*limit).nan_to_num(nan=0.0).float())
     bits = x.numpy().view(np.uint32)
-    assert ones.tolist() == [bin(b).count("1") for b in bits]
+    assert ones.tolist() == [int(b).bit_count() for b in bits]
     assert leading.tolist() == [32 - int(b).bit_length() for b in bits]
 
 
@@ -319,7 +333,12 @@ def test_directed_rounding_and_bits_of_libdevice() -> None:
 def _assembly(x, k, out, packed, N: tl.constexpr):
     i = tl.arange(0, N)
     a, n = tl.load(x + i), tl.load(k + i)
-    tl.store(out + i, tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1))
+    tl.store(
+        out + i,
+        tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1
+        ),
+    )
     block: tl.constexpr = """
         {
             .reg .pred p;       // softplus with a guard
@@ -333,8 +352,12 @@ def _assembly(x, k, out, packed, N: tl.constexpr):
             @!p mul.f32 $0, t1, 0f3F317218;
         }
     """
-    tl.store(out + N + i, tl.inline_asm_elementwise(block, "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1))
-    nth = tl.inline_asm_elementwise("fns.b32 $0, $1, 0, 2;", "=r,r", [n], dtype=tl.int32, is_pure=True, pack=1)
+    tl.store(
+        out + N + i, tl.inline_asm_elementwise(block, "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1)
+    )
+    nth = tl.inline_asm_elementwise(
+        "fns.b32 $0, $1, 0, 2;", "=r,r", [n], dtype=tl.int32, is_pure=True, pack=1
+    )
     tl.store(out + 2 * N + i, nth.to(tl.float32))
     lo, hi = tl.inline_asm_elementwise(
         "{ .reg .b64 t; mul.wide.s32 t, $2, $3; mov.b64 {$0, $1}, t; }",
@@ -344,7 +367,12 @@ def _assembly(x, k, out, packed, N: tl.constexpr):
     tl.store(packed + N + i, hi)
     # Four bytes at once.
     s = tl.inline_asm_elementwise(
-        "lop3.b32 $0, $1, $2, 0, 0x3C;", "=r,r,r", [n.to(tl.int8), (n >> 8).to(tl.int8)], dtype=tl.int8, is_pure=True, pack=4
+        "lop3.b32 $0, $1, $2, 0, 0x3C;",
+        "=r,r,r",
+        [n.to(tl.int8), (n >> 8).to(tl.int8)],
+        dtype=tl.int8,
+        is_pure=True,
+        pack=4,
     )
     tl.store(packed + 2 * N + i, s.to(tl.int32))
 
@@ -356,7 +384,9 @@ def test_inline_assembly() -> None:
     out, packed = torch.empty(3, n), torch.empty(3, n, dtype=torch.int32)
     _assembly[(1,)](x, k, out, packed, n)
     assert torch.allclose(out[0].double(), torch.exp2(x.double()), rtol=2.0**-22, atol=2.0**-126)
-    assert torch.allclose(out[1].double(), torch.nn.functional.softplus(x.double(), threshold=20), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(
+        out[1].double(), torch.nn.functional.softplus(x.double(), threshold=20), rtol=1e-5, atol=1e-6
+    )
     second = [[b for b in range(32) if v >> b & 1][1] for v in k.tolist()]
     assert out[2].tolist() == second
     square = k.long() ** 2
@@ -368,12 +398,17 @@ def test_inline_assembly() -> None:
 @triton.jit
 def _unknown_assembly(x):
     i = tl.arange(0, 16)
-    y = tl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [tl.load(x + i)], dtype=tl.int32, is_pure=True, pack=1)
+    y = tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [tl.load(x + i)], dtype=tl.int32, is_pure=True, pack=1
+    )
     tl.store(x + i, y)
 
 
 def test_assembly_that_looks_at_other_threads_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedKernel, match=r"_unknown_assembly, .*test_cpu_extras.py:\d+: the PTX instruction shfl.sync.idx.b32"):
+    with pytest.raises(
+        UnsupportedKernel,
+        match=r"_unknown_assembly, .*test_cpu_extras.py:\d+: the PTX instruction shfl.sync.idx.b32",
+    ):
         _unknown_assembly[(1,)](torch.zeros(16, dtype=torch.int32))
 
 
@@ -411,7 +446,10 @@ def _checked(x, out, N: tl.constexpr):
 
 def test_device_assert_raises_where_it_fails_and_only_there() -> None:
     x, out = torch.tensor([1.0, 2.0, 9.0, 3.0]), torch.zeros(4)
-    with pytest.raises(DeviceAssertion, match=r"100% too large; kernel _checked, .*test_cpu_extras.py:\d+, program \(0, 0, 0\), element \(2\)"):
+    with pytest.raises(
+        DeviceAssertion,
+        match=r"100% too large; kernel _checked, .*test_cpu_extras.py:\d+, program \(0, 0, 0\), element \(2\)",
+    ):
         _checked[(1,)](x, out, 4, debug=True)
     assert out.sum() == 0, "the program ended there"
     _checked[(1,)](x.clamp(max=4), out, 4, debug=True)
@@ -431,7 +469,9 @@ def _copy_tiles(src, dst, M: tl.constexpr):
 
 def test_descriptors_made_by_the_host() -> None:
     x, y = torch.randn(50, 40), torch.zeros(50, 40)
-    _copy_tiles[(4,)](TensorDescriptor.from_tensor(x, [16, 16]), TensorDescriptor.from_tensor(y, [16, 16]), 16)
+    _copy_tiles[(4,)](
+        TensorDescriptor.from_tensor(x, [16, 16]), TensorDescriptor.from_tensor(y, [16, 16]), 16
+    )
     expected = torch.zeros(50, 40)
     expected[:, 8:24] = x[:, :16] * 2
     assert torch.equal(y, expected)
