@@ -73,7 +73,7 @@ def campaign(method_name: str, dtype: str, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--method", default="flash")
     parser.add_argument("--dtype", default="fp16,bf16,fp32")
     parser.add_argument("--cases", type=int, default=2000)

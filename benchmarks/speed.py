@@ -32,7 +32,8 @@ def seconds(fn: Callable[[], Any]) -> float:
 
 def paired(a: Callable[[], Any], b: Callable[[], Any], *, rounds: int) -> dict[str, float]:
     """Medians of a and b in milliseconds and the median of a/b over pairs, after one warm-up of each."""
-    a(), b()
+    a()
+    b()
     pairs = [(seconds(a), seconds(b)) for _ in range(rounds)]
     ratios = sorted(x / y for x, y in pairs)
     return {
@@ -219,7 +220,7 @@ SECTIONS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas between")
     parser.add_argument("--rounds", type=int, default=11, help="pairs timed (11)")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")

@@ -4,6 +4,9 @@ Triton imports this module while it imports itself, so it must stay light: nothi
 and the reader, the emitter and the toolchain load when the first kernel is compiled.
 """
 
+# Triton's base classes annotate differently from version to version, some not at all.
+# pyright: reportIncompatibleMethodOverride=false
+
 from __future__ import annotations
 
 import functools

@@ -1,5 +1,8 @@
 """Triton's view of this backend at run time: which device, how a library is loaded and launched."""
 
+# Triton's base classes annotate differently from version to version, some not at all.
+# pyright: reportIncompatibleMethodOverride=false
+
 from __future__ import annotations
 
 from typing import Any
