@@ -83,8 +83,10 @@ class Envelope:
     out_noise: Floats
     #: the part of `out_noise` that comes from the accumulators' format: everything but the rounding of P
     out_inner: Floats
-    #: what may add up to one side without being a fault: accumulated roundings of equal terms, flushed weights
+    #: what a single element may be off by without being a fault, as in the bound: sums of equal terms, lost weights
     out_steady: Floats
+    #: the part of it that comes from weights lost to underflow, which has the sign of V in all rows
+    out_lost: Floats
     #: bound and deviation of the log-sum-exp
     lse_bound: Floats
     lse_sigma: Floats
@@ -158,7 +160,8 @@ def forward_envelope(
         for name, x in result.items():
             if name not in fields:
                 fields[name] = np.zeros((*shape, *x.shape[2:]), dtype=x.dtype)
-            rows.write(torch.from_numpy(fields[name]), torch.from_numpy(x))
+            # torch warns of arrays that cannot be written, such as broadcast ones.
+            rows.write(torch.from_numpy(fields[name]), torch.from_numpy(x if x.flags.writeable else x.copy()))
     if not fields:  # no row sees a key
         for name in _FIELDS:
             fields[name] = np.zeros((*shape, dim) if name.startswith(("out", "along")) else shape)
@@ -169,8 +172,8 @@ def forward_envelope(
 
 #: the fields of an Envelope that are arrays
 _FIELDS = (
-    "out_bound", "out_reach", "out_sigma", "out_noise", "out_inner", "out_steady", "lse_bound", "lse_sigma",
-    "condition", "judged", "along_scale", "along_top",
+    "out_bound", "out_reach", "out_sigma", "out_noise", "out_inner", "out_steady", "out_lost", "lse_bound",
+    "lse_sigma", "condition", "judged", "along_scale", "along_top",
 )  # fmt: skip
 
 
@@ -222,7 +225,8 @@ def _finish(
     # What flush costs, the sums (half each sign), and the division; then the weights' errors and the products.
     flush = x.flushed * x.v_most
     steady = x.w_abs * (0.5 * adds) + o_abs * (1.5 * adds + 4.0 * u)
-    steady += flush + n * acc.smallest_subnormal
+    lost = flush + n * acc.smallest_subnormal
+    steady += lost
     if fine:
         reach = (x.wb_abs + common * x.w_abs) * stretch + x.w_abs * product
     else:
@@ -308,6 +312,7 @@ def _finish(
         "out_noise": noise,
         "out_inner": inner,
         "out_steady": steady,
+        "out_lost": lost + np.zeros_like(steady),
         "lse_bound": lse_bound[..., 0],
         "lse_sigma": np.sqrt(lse_var)[..., 0],
         "condition": condition[..., 0],
