@@ -139,7 +139,7 @@ def judge(rounds: int) -> list[dict[str, Any]]:
     """One judged small case, warm: tensors, kernel, reference, envelope, verdict."""
     from effattn import methods
     from effattn.case import Case
-    from effattn.judge import judge as judge_case
+    from effattn.run.executor import judge as judge_case
 
     print("A judged case: 2 heads, 64 x 64, d = 32, causal; kernel, reference and verdict together, warm")
     method = methods.get("flash")
@@ -183,7 +183,7 @@ def launch(rounds: int) -> list[dict[str, Any]]:
 
 def commands(rounds: int) -> list[dict[str, Any]]:
     """Whole commands, as a user starts them: cold means an empty kernel cache."""
-    program = [sys.executable, "-m", "effattn.cli"]
+    program = [sys.executable, "-c", "import sys; from effattn.cli import main; sys.exit(main())"]
     rows = []
 
     def timed(label: str, arguments: list[str], cache: str, repeat: int) -> None:
