@@ -19,7 +19,7 @@ _PUBLIC: dict[str, str] = {
     "method": "effattn.methods.declare",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]
+__all__ = ["__version__", *sorted(_PUBLIC)]  # pyright: ignore[reportUnsupportedDunderAll] one list, not two
 
 
 def __getattr__(name: str) -> Any:

@@ -126,7 +126,7 @@ def collatz(n, o, N: tl.constexpr):
     path = tl.zeros([N], tl.int32)
     while v != 1:
         path = tl.where(tl.arange(0, N) == steps, v, path)
-        if v % 2 == 0:  # noqa: SIM108
+        if v % 2 == 0:
             v = v // 2
         else:
             v = 3 * v + 1

@@ -313,7 +313,7 @@ def _generator_class() -> Any:
     original: Any = torch.Generator
 
     class _Meta(type(original)):
-        def __instancecheck__(cls, instance: Any) -> bool:
+        def __instancecheck__(cls, instance: Any) -> bool:  # pyright: ignore[reportSelfClsParameterName]
             return isinstance(instance, original)
 
     class Generator(original, metaclass=_Meta):
