@@ -330,6 +330,7 @@ class _Judgement:
             noise=self._rows(envelope.out_noise, n),
             inner=self._rows(envelope.out_inner, n),
             steady=self._rows(envelope.out_steady, n),
+            lost=self._rows(envelope.out_lost, n),
             format=self.out.format,
             directions=directions,
             predictions=self._predictions,

@@ -45,6 +45,7 @@ def errors_of(
         noise=variance,
         inner=np.full(error.shape, inner**2),
         steady=np.zeros(error.shape),
+        lost=np.zeros(error.shape),
         format=FORMATS["bf16"],
         directions={
             "mean": np.ones((1, columns)),

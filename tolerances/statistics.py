@@ -31,9 +31,10 @@ mantissa, u^2 / 3 against 0.18 u^2), so P(any > x) <= 2 N exp(-x^2 / 3.7) over N
 The log-sum-exp is held to its bound only. It is fp32, its bound a few hundred roundings, and what goes wrong with it
 goes wrong by more; its errors are those of one score, which the average over keys does not make random.
 
-Harmless one-sided errors. A folded constant is rounded once for all, exp errs to one side, equal terms round alike.
-What may do so is `Envelope.out_inner` and `Envelope.out_steady`, errors of the accumulators' format: their full size,
-with all elements aligned, is taken off before the direction is tested.
+Harmless one-sided errors. A folded constant is rounded once for all, exp errs to one side, sums of similar terms round
+alike, weights are lost to underflow. These are errors of the accumulators' format, so of the size of
+`Envelope.out_inner`, and `Envelope.out_lost`: their full size, with all elements of a row aligned and all rows of one
+sign, is taken off before the direction is tested.
 
 Two errors are not random given the inputs: that of rounding the output (known, if the kernel's own error is small
 beside it), and that of rounding P (known, if the maximum is found first). Where many weights lie closer together
@@ -101,11 +102,12 @@ class Errors:
 
     error: Floats
     exact: Floats
-    #: Envelope.out_sigma, out_noise, out_inner, out_steady
+    #: Envelope.out_sigma, out_noise, out_inner, out_steady, out_lost
     sigma: Floats
     noise: Floats
     inner: Floats
     steady: Floats
+    lost: Floats
     format: Format
     #: name -> direction for each row, or one for all
     directions: dict[str, Floats]
@@ -212,7 +214,7 @@ def _slope(
     if cells is None:
         square = float(along @ along)
     else:
-        steady = np.sqrt(errors.inner) + errors.steady
+        steady = np.sqrt(errors.inner) + errors.lost
         allowed = np.einsum("ij,ij->i", np.broadcast_to(np.abs(direction), steady.shape), steady) * weight
         together = np.abs(cells.sum(along)) + cells.sum(allowed)
         square = float(together @ together)

@@ -185,7 +185,7 @@ class ScaleInBf16(_OtherScale):
         return super().finish(state, dtype)[0], None  # type: ignore[return-value]
 
 
-@wrong("decay-in-input-dtype", HALF, lambda case: case.values == "growing-max" and _several_blocks(case))
+@wrong("decay-in-input-dtype", HALF, lambda case: _many_rows(case) and _several_blocks(case))
 class DecayRounded(Flash):
     """The factor of the accumulator rounded to the inputs' dtype, that of l not."""
 
