@@ -22,6 +22,7 @@ import effattn
 from effattn import exact, methods
 from effattn.case import Case
 from effattn.errors import NotSupported, RequestError, WrongReturn
+from effattn.judge import judge
 from effattn.methods import torch_sdpa
 from effattn.methods.base import Output, as_output
 from effattn.methods.user import KEYWORDS, UserFunction
@@ -338,7 +339,38 @@ class _nothing:
     def __exit__(self, *error: object) -> None: ...
 
 
-def test_scale_is_always_given_and_alignment_is_never_none() -> None:
+@pytest.mark.parametrize("default", [None, 1.0])
+def test_function_is_left_to_its_own_scale_where_the_case_names_none(default: float | None) -> None:
+    seen: list[float | None] = []
+
+    def function(q, k, v, *, scale=default):  # type: ignore[no-untyped-def]
+        seen.append(scale)
+        return q
+
+    for given in (case(head_dim=16), case(head_dim=16, scale=0.5)):
+        UserFunction(function)(given, given.tensors())
+    # A default that is a number is the function's business only where nobody says otherwise.
+    assert seen == [None if default is None else 0.25, 0.5]
+
+
+def test_wrong_scale_of_a_function_s_own_is_found() -> None:
+    def function(q, k, v, *, scale=None):  # type: ignore[no-untyped-def]
+        own = 16**-0.5 if scale is None else scale  # of the padded head_dim
+        return exact.attention(q, k, v, scale=own).out.to(q.dtype)
+
+    verdict = judge(case(head_dim=7, q_len=33, kv_len=40), UserFunction(function))
+    assert verdict.outcome == "inaccurate"
+
+
+def test_module_gets_the_keywords_of_its_forward() -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v, causal=False):  # type: ignore[no-untyped-def]
+            return q
+
+    assert UserFunction(Attention(), spec="mine.py:attention").keywords == {"causal"}
+
+
+def test_options_always_get_scale_and_alignment_is_never_none() -> None:
     seen: dict[str, Any] = {}
 
     def function(q, k, v, **options):  # type: ignore[no-untyped-def]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 #: keyword -> what a function that has it is given
 KEYWORDS: dict[str, str] = {
     "causal": "bool: whether a query sees only the keys up to its own position",
-    "scale": "float: what scores are multiplied by; always given",
+    "scale": "float: what scores are multiplied by; left out where the case names none and the default is None",
     "causal_alignment": "'bottom-right' or 'top-left': where the diagonal of a causal mask ends or starts",
 }
 #: what `causal=True` means to a function that says nothing about it: FlashAttention's convention since 2.1
@@ -49,6 +49,9 @@ class UserFunction(Method):
         #: the keywords of KEYWORDS that the function takes
         self.keywords = _keywords(function, self.spec)
         self._declared = declared
+        # A case that names no scale is there to see that the function's own, for None, is the right one.
+        scale = _signature(function).parameters.get("scale")
+        self._own_scale = scale is not None and scale.default is None
         if declared.causal_alignment is not None and "causal_alignment" in self.keywords:
             raise RequestError(
                 f"{self.spec!r} declares causal_alignment={declared.causal_alignment!r} and also has a"
@@ -111,6 +114,8 @@ class UserFunction(Method):
             "causal_alignment": case.causal if case.causal != "none" else DEFAULT_ALIGNMENT,
         }
         keywords = {name: value for name, value in offered.items() if name in self.keywords}
+        if case.scale is None and self._own_scale:
+            del keywords["scale"]
         with triton_on(inputs.q.device):
             return as_output(self.function(inputs.q, inputs.k, inputs.v, **keywords))
 
@@ -120,9 +125,15 @@ def load(spec: str) -> UserFunction:
     return UserFunction(load_function(spec), spec=spec)
 
 
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature that a call meets; of a torch module, whose own takes anything, that of its `forward`."""
+    forward = getattr(function, "forward", None)
+    return inspect.signature(forward if callable(forward) and not inspect.isroutine(function) else function)
+
+
 def _keywords(function: Callable[..., Any], spec: str) -> frozenset[str]:
     try:
-        parameters = list(inspect.signature(function).parameters.values())
+        parameters = list(_signature(function).parameters.values())
     except (ValueError, TypeError) as error:
         raise RequestError(
             f"cannot read the signature of {spec!r} ({error}); wrap it in a Python function"
