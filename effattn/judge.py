@@ -175,6 +175,7 @@ class _Judgement:
     ) -> None:
         self.case, self.inputs, self.numerics = case, inputs, numerics
         self.exact, self.envelope = exact, envelope
+        self.all_judged = bool(envelope.judged.all())
         self.out = _Part(
             "out", output.out, exact.out, envelope.out_bound, envelope.out_sigma, numerics.format("output")
         )
@@ -249,7 +250,7 @@ class _Judgement:
         import numpy as np
 
         judged = self.envelope.judged
-        everything = bool(judged.all())
+        everything = self.all_judged
         size = np.abs(part.error)
         # Rows that see no key have bound 0: any error there is beyond it. No error is 0 of any bound.
         fraction = size / np.maximum(part.bound, 1e-300)
@@ -260,7 +261,10 @@ class _Judgement:
         if count == 0:
             return Quantity(name=part.name, count=0, set_aside=total)
         index = _index(int(fraction.argmax()), fraction.shape)
-        z = part.error / np.where(part.sigma > 0.0, part.sigma, math.inf)  # no key, no deviation
+        # Rows that see no key have no deviation to divide by.
+        z = part.error / (
+            np.where(part.sigma > 0.0, part.sigma, math.inf) if self.envelope.empty_rows else part.sigma
+        )
         rounded = part.format.round(part.exact)
         off = part.got != rounded
         if not everything:
@@ -301,7 +305,7 @@ class _Judgement:
         if empty:
             x = x[:, :, empty:]
         x = x.reshape(-1, columns)
-        if not self.envelope.judged.all():
+        if not self.all_judged:
             x = x[self.envelope.judged[:, :, empty:].reshape(-1)]
         return x
 

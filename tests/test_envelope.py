@@ -15,7 +15,7 @@ from effattn.case import DTYPES, Case
 from effattn.tolerances import sums
 from effattn.tolerances.envelope import Envelope, _running_sum, forward_envelope
 from effattn.tolerances.numerics import Numerics, for_dtype
-from effattn.zoo.flash import Flash, State
+from effattn.zoo.tiled import Flash, State
 
 RIGHT = (
     "flash",

@@ -61,7 +61,9 @@ def test_kernels_say_what_they_do_and_have_names_for_the_command_line(specimen: 
 
 
 def test_an_unknown_kernel_is_answered_with_those_like_it() -> None:
-    with pytest.raises(RequestError, match="no kernel 'output-times-1-01'. Did you mean output-times-1-001"):
+    with pytest.raises(
+        RequestError, match=r"no kernel 'output-times-1-01'\. Did you mean output-times-1-001"
+    ):
         zoo.get("output-times-1-01")
     with pytest.raises(AttributeError, match="no kernel 'flahs'"):
         _ = zoo.flahs

@@ -103,7 +103,9 @@ class Format:
         shift *= 1.5 * 2.0 ** (53 - self.precision)
         rounded: Any = x + shift
         rounded -= shift
-        rounded[abs(rounded) > self.largest] = float("inf") if self.has_inf else float("nan")
+        beyond = abs(rounded) > self.largest
+        if beyond.any():
+            rounded[beyond] = float("inf") if self.has_inf else float("nan")
         return _library(x).copysign(rounded, x)
 
     def order(self, x: Array) -> Array:

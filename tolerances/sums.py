@@ -215,6 +215,8 @@ class Largest(NamedTuple):
         """For a block of rows: (pairs, 1, ...)."""
 
         def part(x: torch.Tensor) -> torch.Tensor:
+            if len(rows.q) == x.shape[0] * x.shape[1]:
+                return x.reshape(len(rows.q), 1, -1)
             x = x.repeat_interleave(heads // x.shape[1], 1)[:, :, None]
             return rows.read(x.expand(-1, -1, q_len, -1))[:, :1]
 

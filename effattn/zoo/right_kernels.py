@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from effattn.zoo.flash import LOG2E, Flash, State
+from effattn.zoo.tiled import LOG2E, Flash, State
 from effattn.zoo.specimen import right
 
 

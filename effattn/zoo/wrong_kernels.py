@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from effattn.zoo.flash import LOG2E, Flash, State
+from effattn.zoo.tiled import LOG2E, Flash, State
 from effattn.zoo.specimen import ALL, HALF, wrong
 
 if TYPE_CHECKING:
