@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from effattn.zoo.tiled import LOG2E, Flash, State
 from effattn.zoo.specimen import right
+from effattn.zoo.tiled import LOG2E, Flash, State
 
 
 def _plain(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from effattn.zoo.tiled import LOG2E, Flash, State
 from effattn.zoo.specimen import HALF, wrong
+from effattn.zoo.tiled import LOG2E, Flash, State
 from effattn.zoo.wrong_kernels import _OtherScale, _several_blocks, _something
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from effattn.zoo.tiled import LOG2E, Flash, State
 from effattn.zoo.specimen import ALL, HALF, wrong
+from effattn.zoo.tiled import LOG2E, Flash, State
 
 if TYPE_CHECKING:
     from effattn.case import Case
