@@ -342,10 +342,10 @@ class _Judgement:
         )
 
     def _predictions(self) -> Iterator[Prediction]:
-        from effattn.tolerances.predict import roundings_of_p
+        from effattn.tolerances.predict import known_errors
 
         shape = (*self.envelope.judged.shape, self.case.v_dim)
-        for error, variance in roundings_of_p(
+        for error, variance in known_errors(
             *self.inputs,
             numerics=self.numerics,
             exact=self.exact,

@@ -364,3 +364,21 @@ def test_roundings_of_p_that_are_known_are_predicted(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("effattn.tolerances.predict._OTHER_ORDERS", ())
     blind = judge(case, zoo.get("flash-two-pass").method())
     assert [finding.name for finding in blind.findings] == ["largest"]
+
+
+@pytest.mark.parametrize("kernel", ["flash", "one-running-sum", "weights-normalised-first", "flash-reversed"])
+def test_rows_that_share_their_partial_sums_share_their_luck(kernel: str) -> None:
+    # Nearly equal weights: 256 rows, but one path of partial sums, which happens to be a long way from 0.
+    case = Case(
+        heads=4,
+        kv_heads=1,
+        q_len=64,
+        kv_len=700,
+        head_dim=2,
+        dtype="fp32",
+        scale=3e-4,
+        values="outliers",
+        seed=594419,
+    )
+    verdict = judge(case, zoo.get(kernel).method())
+    assert verdict.outcome == Outcome.PASS, verdict.message

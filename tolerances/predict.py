@@ -1,10 +1,16 @@
-"""The rounding of P, predicted from the inputs for several orders of the keys.
+"""What is known of a correct kernel's errors beyond their expected size, for several orders of the keys.
+
+Rounding P:
 
 A weight is rounded relative to the maximum known at its time: that of all keys, or of the blocks so far. Where the
 maximum barely grows, or the weights lie on few values, the roundings of a correct kernel are not random but known, and
 may all have one sign. These predictions are what `statistics` takes out before it calls an error a bias.
 
 Everything is float64 except for the one rounding into P's format.
+
+Sums: a running sum rounds its partial sums. Over all orders of the keys these have the mean square that the envelope
+expects, but for one order it may be a few times as large. Where all rows have nearly the same weights they share their
+partial sums, and that luck does not average out. So the partial sums from the first key and from the last are looked at.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ import torch
 
 from effattn.exact.blocks import row_blocks
 from effattn.tolerances.statistics import Prediction
+from effattn.tolerances.sums import ROUNDING_VARIANCE
 
 if TYPE_CHECKING:
     from effattn.exact import Exact
@@ -37,12 +44,15 @@ ORDERS: tuple[tuple[int | None, bool], ...] = (
 #: P relative to its sum, and to nothing, and the arrangements (`Numerics.normalise`) in which it may be
 _OTHER_ORDERS = (("normalised", ("before", "any")), ("not shifted", ("any",)))
 
+#: keys from one partial sum to the next
+_STEP = 16
+
 #: scores at a time
 _SCORES = 1 << 20
 
 
 @torch.no_grad()
-def roundings_of_p(
+def known_errors(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -54,9 +64,14 @@ def roundings_of_p(
 ) -> Iterator[Prediction]:
     """For each order: error and variance of the output before it is rounded, (batch * heads * q_len, v_dim) each.
 
-    Nothing where the numerics do not round P. Rows that see no key have error 0.
+    Where the numerics do not round P, the variance that the sums of this order have, and error 0. Rows that see no key
+    have error 0.
     """
     if not numerics.rounds_p:
+        for from_last in (False, True):
+            yield _partial_sums(
+                q, k, v, from_last, numerics=numerics, exact=exact, causal=causal, scale=scale
+            )
         return
     orders: list[tuple[int | None, bool] | str] = []
     if numerics.normalise != "before":
@@ -89,6 +104,46 @@ def roundings_of_p(
         yield Prediction(
             error.reshape(-1, columns).cpu().numpy(), variance.reshape(-1, columns).cpu().numpy()
         )
+
+
+def _partial_sums(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    from_last: bool,
+    *,
+    numerics: Numerics,
+    exact: Exact,
+    causal: str,
+    scale: float,
+) -> Prediction:
+    """Variance of the running sums of P V and of l over the keys in their order, or in reverse."""
+    variance = torch.zeros((*q.shape[:3], v.shape[3]), dtype=torch.float64, device=q.device)
+    block = (max(1, _SCORES // (k.shape[2] * (q.shape[1] // k.shape[1]))), k.shape[2])
+    for rows in row_blocks(q, k, v, causal=causal, block=block):
+        (tile,) = rows.tiles()
+        s = torch.bmm(rows.q * scale, tile.k.mT)
+        if tile.hidden is not None:
+            s.masked_fill_(tile.hidden, -math.inf)
+        w = (s - rows.read(exact.lse).unsqueeze(-1)).exp_()
+        # A column of ones has l for its sum.
+        columns = torch.nn.functional.pad(tile.v, (0, 1), value=1.0)
+        total = torch.zeros((*w.shape[:2], columns.shape[-1]), dtype=torch.float64, device=q.device)
+        squares = torch.zeros_like(total)
+        starts = range(0, w.shape[-1], _STEP)
+        for start in reversed(starts) if from_last else starts:
+            keys = slice(start, min(start + _STEP, w.shape[-1]))
+            n = keys.stop - keys.start
+            after = total + torch.bmm(w[..., keys], columns[:, keys])
+            # From one partial sum to the next in a straight line, give or take what random order inside adds.
+            squares += (total.square() + total * after + after.square()) * (n / 3.0)
+            squares += torch.bmm(w[..., keys].square(), columns[:, keys].square()) * ((n + 1.0) / 6.0)
+            total = after
+        sums = squares[..., :-1] + total[..., :-1].square() * squares[..., -1:]
+        rows.write(variance, sums)
+    one = ROUNDING_VARIANCE * numerics.format("acc").unit_roundoff ** 2
+    variance = variance.mul_(one).reshape(-1, v.shape[3]).cpu().numpy()
+    return Prediction(variance * 0.0, variance)
 
 
 def _maximum(s: torch.Tensor, block: int | None, from_last: bool) -> torch.Tensor:
