@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from effattn.cpu import blocks, elementwise, extras, induction, memory, tile
+from effattn.cpu import blocks, elementwise, extras, induction, memory, outline, tile
 from effattn.cpu.formats import Unsupported, rounded, splat_literal, value_type
 from effattn.cpu.ir import Block, Module, Op, Value, generic_text, parse
 from effattn.cpu.nest import Nest, compute_into
@@ -57,6 +57,14 @@ class FunctionEmitter:
         self.last_comment = ""
         self.multi_block = len(function.regions[0].blocks) > 1
         self.static_names: dict[Value, str] = {}
+        #: C types of the scalars that are in scope somewhere
+        self.types: dict[str, str] = dict(outline.PROGRAM)
+        #: C declarations of the tiles that have a name, by that name
+        self.tiles: dict[str, str] = {}
+        self.functions: list[str] = []
+        self.current: Op = function
+        #: lines and depth of the kernel's body, while the lines of a group are collected
+        self.body: tuple[list[str], int] | None = None
 
     # -- text
 
@@ -64,12 +72,34 @@ class FunctionEmitter:
         self.lines.append("    " * self.depth + text)
 
     def open(self, head: str) -> None:
+        """Begin a block. One without a head is a group: its statements become a C function of their own."""
+        if not head and self.body is None:
+            self.body = self.lines, self.depth
+            self.lines, self.depth = [], 1
+            return
         self.line(f"{head} {{" if head else "{")
         self.depth += 1
 
     def close(self, tail: str = "") -> None:
+        if self.body is not None and self.depth == 1:
+            lines = self.lines
+            self.lines, self.depth = self.body
+            self.body = None
+            self.group(lines)
+            return
         self.depth -= 1
         self.line("}" + tail)
+
+    def group(self, lines: list[str]) -> None:
+        """Make a C function of these lines, and call it."""
+        op = self.current
+        hint = op.name.split(".", 1)[1]
+        # SSA numbers go: `load_k`, not `load_k_17`.
+        named = [re.sub(r"_\d+$", "", v.name) for v in (*op.results[:1], *op.operands[:1])]
+        name = self.unique("_".join([hint, *[n for n in named if not n[0].isdigit()][:1]]))
+        made = outline.group(name, lines, self.types, self.tiles, self.last_comment)
+        self.functions += made.definition
+        self.line(made.call)
 
     def comment(self, op: Op) -> None:
         loc = op.loc
@@ -103,6 +133,7 @@ class FunctionEmitter:
         name = self.arrays.get(id(buffer))
         if name is None:
             name = self.arrays[id(buffer)] = self.unique(f"t_{buffer.name}")
+            self.tiles[name] = _tile(buffer, name)
         return name
 
     def static_array(self, value: Value, literals: list[str]) -> str:
@@ -133,7 +164,7 @@ class FunctionEmitter:
         name = self.names.get(value)
         if name is None:
             name = self.names[value] = self.unique(value.name)
-            c_type = value_type(value.type.elem)
+            c_type = self.types[name] = value_type(value.type.elem)
             if self.multi_block:
                 self.hoisted.append(f"{c_type} {name} = 0;")
             else:
@@ -146,6 +177,7 @@ class FunctionEmitter:
             self.line(f"{self.declare(value)} = {text};")
             return
         name = self.names[value] = self.unique(value.name)
+        self.types[name] = c_type
         self.line(f"const {c_type} {name} = {text};")
 
     # -- blocks and operations
@@ -158,6 +190,7 @@ class FunctionEmitter:
                 raise refusal(self.function, op, error) from error
 
     def op(self, op: Op) -> None:
+        self.current = op
         handler = _HANDLERS.get(op.name)
         if handler is not None:
             self.comment(op)
@@ -222,6 +255,7 @@ class FunctionEmitter:
         if source.order == target.order:
             self.line(f"__builtin_memcpy({self.array(target)}, {self.array(source)}, {target.bytes});")
             return
+        self.open("")
         names = [f"i{a}" for a in target.order]
         for name, axis in zip(names, target.order, strict=True):
             self.open(f"for (long {name} = 0; {name} < {target.type.shape[axis]}; {name}++)")
@@ -229,6 +263,7 @@ class FunctionEmitter:
         self.line(f"{self.array(target)}[{at[0]}] = {self.array(source)}[{at[1]}];")
         for _ in names:
             self.close()
+        self.close()
 
 
 # ------------------------------------------------------------------------------------- control flow
@@ -254,6 +289,7 @@ def _for(e: FunctionEmitter, op: Op) -> None:
     # A 64-bit counter: the last addition of a 32-bit one could wrap.
     e.open(f"for ({cast} {counter} = {lower}; {counter} < {upper}; {counter} += {step})")
     name = e.names[induction] = e.unique(induction.name)
+    e.types[name] = c_type
     e.line(f"const {c_type} {name} = ({c_type}){counter};")
     e.block(op.body)
     e.parallel(args, op.body.terminator.operands, op.body.terminator)
@@ -396,10 +432,11 @@ def kernel_source(module: Module, name: str) -> tuple[str, Plan]:
     plan = make_plan(function)
     e = FunctionEmitter(function, plan)
     entry = function.regions[0].blocks[0]
+    arguments: list[str] = []
     for i, arg in enumerate(entry.args):
-        e.names[arg] = e.unique(arg.name)
-        e.line(_argument(i, arg, e.names[arg]))
-    head = len(e.lines)
+        variable = e.names[arg] = e.unique(arg.name)
+        e.types[variable] = value_type(arg.type.elem)
+        arguments.append("    " + _argument(i, arg, variable))
     for block in function.regions[0].blocks:
         if block is not entry:
             for arg in block.args:
@@ -409,17 +446,12 @@ def kernel_source(module: Module, name: str) -> tuple[str, Plan]:
         if block is not entry:
             e.lines.append(f"{block.label}:;")
             e.last_comment = ""
-        e.open("")
+        e.line("{")
+        e.depth += 1
         e.block(block)
         e.close()
-    arrays = {id(b): b for b in (*plan.buffers.values(), *plan.packs.values())}
-    declared = [
-        f"    {b.c_type} *const {e.arrays[key]} = __builtin_assume_aligned(arena + {b.offset}, 64);"
-        f" // {'x'.join(map(str, b.type.shape))} {b.type.elem}"
-        + ("" if b.order == natural(b.type) else f", axes {b.order}")
-        for key, b in arrays.items()
-        if key in e.arrays
-    ]
+    used = outline.words(e.lines)
+    tiles = ["    " + text for name, text in e.tiles.items() if name in used]
     hoisted = ["    " + x for x in e.hoisted]
     safe = re.sub(r"[^\w.]", "_", name)
     source = "\n".join(
@@ -427,18 +459,29 @@ def kernel_source(module: Module, name: str) -> tuple[str, Plan]:
             _prelude()[0],
             *([extras.header()] if extras.needed(function) else []),
             f"/* ---- kernel {safe} ---- */",
+            "",
             *e.statics,
+            *e.functions,
             "EXPORT void effattn_kernel(const int64_t *args, int32_t pid_x, int32_t pid_y, int32_t pid_z,",
             "                           int32_t grid_x, int32_t grid_y, int32_t grid_z, char *arena) {",
-            *e.lines[:head],
-            *declared,
+            *arguments,
+            *tiles,
             *hoisted,
-            *e.lines[head:],
+            *e.lines,
             "}",
             "",
         ]
     )
     return source, plan
+
+
+def _tile(buffer: Buffer, name: str) -> str:
+    shape = "x".join(map(str, buffer.type.shape))
+    axes = "" if buffer.order == natural(buffer.type) else f", axes {buffer.order}"
+    return (
+        f"{buffer.c_type} *const {name} = __builtin_assume_aligned(arena + {buffer.offset}, 64);"
+        f" // {shape} {buffer.type.elem}{axes}"
+    )
 
 
 def entry_name(module: Module) -> str:

@@ -67,6 +67,10 @@ class Plan:
     def kept(self, value: Value) -> bool:
         return value in self.buffers
 
+    def all_buffers(self) -> list[Buffer]:
+        """Every buffer once."""
+        return list({id(b): b for b in (*self.buffers.values(), *self.packs.values())}.values())
+
 
 def natural(type_: Type) -> tuple[int, ...]:
     return tuple(range(len(type_.shape)))
@@ -405,8 +409,7 @@ class _Planner:
     def place(self) -> None:
         """First fit, by start of life."""
         live: list[Buffer] = []
-        unique = {id(b): b for b in (*self.plan.buffers.values(), *self.plan.packs.values())}
-        for buffer in sorted(unique.values(), key=lambda b: (b.first, b.last)):
+        for buffer in sorted(self.plan.all_buffers(), key=lambda b: (b.first, b.last)):
             live = [b for b in live if b.last >= buffer.first]
             offset = 0
             for other in sorted(live, key=lambda b: b.offset):

@@ -7,6 +7,8 @@
 #include <stdint.h>
 
 #define INLINE static inline __attribute__((always_inline, unused))
+/* A loop nest of a kernel: its own function, since compilers take longer the larger a function is. */
+#define NEST static __attribute__((noinline))
 #define EXPORT __attribute__((visibility("default")))
 #if defined(__clang__)
 #define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
