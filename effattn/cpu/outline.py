@@ -46,7 +46,10 @@ def indented(lines: Sequence[str]) -> list[str]:
 
 
 def _assigned(name: str, text: str) -> bool:
-    return re.search(rf"(?<![\w.]){name}\s*(=(?!=)|[-+*/%|&^]=|<<=|>>=|\+\+|--)|(\+\+|--|&){name}\b", text) is not None
+    return (
+        re.search(rf"(?<![\w.]){name}\s*(=(?!=)|[-+*/%|&^]=|<<=|>>=|\+\+|--)|(\+\+|--|&){name}\b", text)
+        is not None
+    )
 
 
 def group(
