@@ -9,6 +9,10 @@ Query i sees key j (both from 0):
 - causal "top-left": where j <= i, as with `is_causal=True` in torch's scaled_dot_product_attention
 
 A row that sees no key has output 0 and log-sum-exp -inf.
+
+Options change a score in this order: scale, softcap, bias, ALiBi; then window, lengths and mask hide pairs. Positions
+count with the mask's alignment: query i stands at i + shift, shift = kv_len - q_len (top-left: 0), with an entry's own
+lengths where it has some. A window shows the keys from i + shift - left to i + shift + right.
 """
 
 from __future__ import annotations
@@ -17,11 +21,14 @@ import hashlib
 import json
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from effattn import options
 from effattn.errors import RequestError
+from effattn.options import Extras
 
 if TYPE_CHECKING:
     import torch
@@ -42,15 +49,26 @@ _MAX_EXTENT = 2**31 - 1
 _MAX_FILE = 1 << 16
 
 
-class Inputs(NamedTuple):
-    """The tensors of a case, all of its dtype."""
-
+class _Tensors(NamedTuple):
     #: (batch, heads, q_len, head_dim)
     q: torch.Tensor
     #: (batch, kv_heads, kv_len, head_dim)
     k: torch.Tensor
     #: (batch, kv_heads, kv_len, v_dim)
     v: torch.Tensor
+
+
+class Inputs(_Tensors):
+    """The tensors of a case: the three that every case has, all of its dtype, and `extras`, those of its options."""
+
+    extras: Extras
+
+    def __new__(
+        cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras | None = None
+    ) -> Inputs:
+        inputs = super().__new__(cls, q, k, v)
+        inputs.extras = Extras() if extras is None else extras
+        return inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +90,24 @@ class Case:
     causal: str = "none"
     #: None means head_dim ** -0.5, and that number becomes None; `softmax_scale` has the number
     scale: float | None = None
+    #: (left, right): how many keys before and after its own position a query sees, -1 for all; a number w for (w, w)
+    window: tuple[int, int] | None = None
+    #: scores become softcap * tanh(score / softcap)
+    softcap: float | None = None
+    #: one of `options.ALIBI`
+    alibi: str = "none"
+    #: "none", or the axes along which it varies, some of b, h, q, k; in the dtype of q, or with ":fp32" in that
+    bias: str = "none"
+    #: the same for a boolean mask, without a dtype
+    mask: str = "none"
+    #: whether each head has one more logit, without a value
+    sinks: bool = False
+    #: one of `options.LENGTHS`
+    lengths: str = "none"
+    #: the probability with which a weight is dropped
+    dropout: float = 0.0
+    #: whether the gradients are asked for as well
+    backward: bool = False
     #: the order of the axes in memory and what else is special about it, see `effattn.layout`
     layout: str = "bhsd"
     #: a distribution's name, see `effattn.values`
@@ -109,11 +145,37 @@ class Case:
             if not isinstance(value, str) or value not in allowed:
                 raise RequestError(f"{field} {value!r}: expected one of {', '.join(allowed)}.")
         put("scale", self._checked_scale())
+        self._check_options(put)
         for field in ("layout", "values"):
             if not isinstance(getattr(self, field), str):
                 raise RequestError(f"{field} {getattr(self, field)!r}: expected a text, in quotes.")
         put("layout", layout.parse(self.layout).text)
         values.get(self.values).check(self)
+
+    def _check_options(self, put: Callable[[str, object], None]) -> None:
+        put("window", options.checked_window(self.window))
+        if self.softcap is not None:
+            what = f"a positive number below {options.MOST_SOFTCAP:.0f}, or nothing for no cap"
+            put(
+                "softcap",
+                options.checked_number("softcap", self.softcap, 2.0**-20, options.MOST_SOFTCAP, what),
+            )
+        put(
+            "dropout",
+            options.checked_number(
+                "dropout", self.dropout, 0.0, 1.0, "a probability, at least 0 and below 1"
+            ),
+        )
+        for field, allowed in (("alibi", options.ALIBI), ("lengths", options.LENGTHS)):
+            if getattr(self, field) not in allowed:
+                raise RequestError(f"{field} {getattr(self, field)!r}: expected one of {', '.join(allowed)}.")
+        options.checked_axes("bias", self.bias, dtypes=("fp32",))
+        options.checked_axes("mask", self.mask)
+        if self.bias == f"{self.bias.partition(':')[0]}:{self.dtype}":
+            put("bias", self.bias.partition(":")[0])
+        for field in ("sinks", "backward"):
+            if not isinstance(getattr(self, field), bool):
+                raise RequestError(f"{field} {getattr(self, field)!r}: expected true or false.")
 
     def _checked_scale(self) -> float | None:
         scale = self.scale
@@ -141,6 +203,16 @@ class Case:
         return self._usual_scale if self.scale is None else self.scale
 
     @property
+    def plain(self) -> bool:
+        """Whether the case has no option that changes scores, weights or what is visible, but for the causal mask."""
+        return options.is_plain(self)
+
+    @property
+    def alignment(self) -> str:
+        """Where positions count from, for the window and ALiBi too: that of the causal mask, or bottom-right."""
+        return "bottom-right" if self.causal == "none" else self.causal
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The torch dtype of q, k and v."""
         import torch
@@ -154,7 +226,7 @@ class Case:
         for field in fields(self):
             value = getattr(self, field.name)
             if value != usual.get(field.name, field.default):
-                data[field.name] = value
+                data[field.name] = list(value) if isinstance(value, tuple) else value
         return data
 
     def to_json(self) -> str:
@@ -278,12 +350,13 @@ class Case:
             parts.append(f"causal {self.causal}")
         if self.scale is not None:
             parts.append(f"scale {self.scale:g}")
+        parts += options.described(self)
         if self.layout != "bhsd":
             parts.append(f"layout {self.layout}")
         return ", ".join([*parts, f"{self.values} seed {self.seed}"])
 
     def tensors(self, device: str | torch.device = "cpu") -> Inputs:
-        """Builds q, k and v: fresh memory in the case's layout, NaN all around.
+        """Builds q, k, v and the tensors of the options: fresh memory in the case's layout, NaN all around.
 
         The values are drawn in float64 from the seed and rounded to the dtype once, so they are the same,
         bit for bit, on every machine. RequestError where the device isn't there or memory doesn't suffice.
@@ -313,12 +386,13 @@ class Case:
                 tensors.append(
                     layout.build(bits, placed, dtype=self.dtype, expand=name != "q", device=device)
                 )
+            extras = options.draw(self, device)
         except (MemoryError, torch.OutOfMemoryError):
             raise RequestError(
                 f"case {self.describe()}: its tensors don't fit into the memory of {device}. Take a smaller"
                 " case."
             ) from None
-        return Inputs(*tensors)
+        return Inputs(*tensors, extras=extras)
 
 
 def _integer(field: str, value: object, least: int, most: int) -> int:

@@ -46,6 +46,8 @@ def judge(case: Case, method: Method, *, device: str = "cpu") -> Verdict:
     """
     seconds: dict[str, float] = {}
     reason = method.unsupported(case)
+    if reason is None and not (case.plain and not case.backward):
+        reason = "options besides the causal mask and the scale, and gradients, are not judged yet"
     if reason is not None:
         return _short(case, method, Outcome.NOT_SUPPORTED, f"not supported: {reason}", seconds)
     numerics = method.numerics(case)

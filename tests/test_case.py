@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effattn import layout as layouts
-from effattn import values
+from effattn import options, values
 from effattn.case import CAUSAL, DTYPES, Case
 from effattn.errors import RequestError
 
@@ -40,6 +40,15 @@ def cases(draw: st.DrawFn) -> Case:
         layout="+".join([draw(st.sampled_from(layouts.ORDERS)), *suffixes]),
         values=draw(st.sampled_from(values.names())),
         seed=draw(st.integers(0, 2**63 - 1)),
+        window=draw(st.none() | st.integers(0, 9) | st.tuples(st.integers(-1, 9), st.integers(-1, 9))),
+        softcap=draw(st.none() | st.floats(1.0, 50.0)),
+        alibi=draw(st.sampled_from(options.ALIBI)),
+        bias=draw(st.sampled_from(("none", "bhqk", "qk", "bk:fp32"))),
+        mask=draw(st.sampled_from(("none", "bhqk", "qk", "bk"))),
+        sinks=draw(st.booleans()),
+        lengths=draw(st.sampled_from(options.LENGTHS)),
+        dropout=draw(st.sampled_from((0.0, 0.1))),
+        backward=draw(st.booleans()),
     )
 
 
@@ -70,7 +79,8 @@ def test_the_id_differs_where_any_field_does() -> None:
     changes: list[dict[str, Any]] = [
         {"batch": 2}, {"heads": 2}, {"heads": 2, "kv_heads": 1}, {"q_len": 5}, {"kv_len": 5}, {"head_dim": 9},
         {"v_dim": 7}, {"dtype": "bf16"}, {"causal": "top-left"}, {"scale": 0.5}, {"layout": "bshd"},
-        {"values": "uniform"}, {"seed": 1},
+        {"values": "uniform"}, {"seed": 1}, {"window": (3, -1)}, {"softcap": 20.0}, {"alibi": "drawn"}, {"bias": "qk"},
+        {"mask": "qk"}, {"sinks": True}, {"lengths": "kv"}, {"dropout": 0.25}, {"backward": True},
     ]  # fmt: skip
     made = [Case(**SMALL), *(Case(**{**SMALL, **change}) for change in changes)]
     assert len({case.id for case in made}) == len(made)
@@ -85,6 +95,10 @@ def test_what_means_the_same_is_the_same() -> None:
     assert type(Case(scale=2, **SMALL).scale) is float
     assert case.softmax_scale == pytest.approx(8**-0.5, rel=1e-15)
     assert Case(scale=-0.25, **SMALL).softmax_scale == -0.25
+    assert Case(window=3, **SMALL) == Case(window=(3, 3), **SMALL) == Case(window=[3, 3], **SMALL)
+    assert Case(window=-1, **SMALL) == Case(window=(-1, -1), **SMALL) == Case(**SMALL)
+    assert Case(bias="qk:fp32", **{**SMALL, "dtype": "fp32"}) == Case(bias="qk", **{**SMALL, "dtype": "fp32"})
+    assert Case(bias="qk:fp32", **SMALL) != Case(bias="qk", **SMALL)
 
 
 def test_the_description_has_all_that_is_unusual() -> None:
@@ -96,6 +110,14 @@ def test_the_description_has_all_that_is_unusual() -> None:
     assert case.describe() == (
         "fp16, batch 2, 4 heads (2 kv), 4x6, d=8 v_dim=3, causal top-left, scale 0.5, layout bshd,"
         " one-hot seed 5"
+    )
+    case = Case(
+        window=(3, -1), softcap=20, alibi="geometric", bias="hqk:fp32", mask="bk", sinks=True, lengths="both",
+        dropout=0.1, backward=True, **SMALL,
+    )  # fmt: skip
+    assert case.describe() == (
+        "fp16, batch 1, 1 head, 4x6, d=8, window 3,all, softcap 20, alibi geometric, bias hqk:fp32, mask bk, sinks,"
+        " lengths, dropout 0.1, backward, normal seed 0"
     )
 
 
@@ -133,6 +155,21 @@ def test_the_description_has_all_that_is_unusual() -> None:
         ({"layout": None}, "layout None: expected a text"),
         ({"values": "nromal"}, "values 'nromal' is unknown.*Did you mean 'normal'"),
         ({"values": 3}, "values 3: expected a text"),
+        ({"window": (1, 2, 3)}, r"window \(1, 2, 3\): expected two numbers of keys \(left, right\)"),
+        ({"window": (1, -2)}, r"window \(1, -2\): expected two"),
+        ({"window": 1.5}, r"window 1\.5: expected two"),
+        ({"window": True}, "window True: expected two"),
+        ({"softcap": 0}, "softcap 0: expected a positive number"),
+        ({"softcap": math.inf}, "softcap inf: expected a positive"),
+        ({"alibi": True}, "alibi True: expected one of none, geometric, drawn"),
+        ({"bias": "kq"}, "bias 'kq': expected 'none', or some of the letters b, h, q, k in this order"),
+        ({"bias": "qk:fp8"}, "bias 'qk:fp8': expected 'none'.*perhaps with :fp32"),
+        ({"bias": ""}, "bias '': expected 'none'"),
+        ({"mask": "qk:fp32"}, "mask 'qk:fp32': expected 'none'"),
+        ({"sinks": 1}, "sinks 1: expected true or false"),
+        ({"lengths": "q"}, "lengths 'q': expected one of none, kv, both"),
+        ({"dropout": 1.0}, r"dropout 1\.0: expected a probability"),
+        ({"backward": None}, "backward None: expected true or false"),
     ],
 )
 def test_a_wrong_field_is_named_with_what_was_expected(change: dict[str, Any], message: str) -> None:
@@ -336,3 +373,67 @@ def test_a_case_too_large_for_the_memory_is_refused() -> None:
     case = Case(q_len=2**31 - 1, kv_len=4, head_dim=2**31 - 1, dtype="fp16")
     with pytest.raises(RequestError, match="don't fit into the memory"):
         case.tensors()
+
+
+#: all options at once, with several entries, heads and tiles
+FULL: dict[str, Any] = {
+    "batch": 3, "heads": 6, "kv_heads": 2, "q_len": 40, "kv_len": 90, "head_dim": 8, "v_dim": 7, "window": (30, -1),
+    "softcap": 20.0, "alibi": "drawn", "bias": "hqk", "mask": "bqk", "sinks": True, "lengths": "both", "dropout": 0.1,
+    "backward": True, "layout": "bshd+pad+step", "seed": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_options_come_with_their_tensors(dtype: str) -> None:
+    case = Case(dtype=dtype, **FULL)
+    q, k, v = inputs = case.tensors()
+    extras = inputs.extras
+    assert {name: tuple(x.shape) for name, x in extras.present().items()} == {
+        "alibi_slopes": (3, 6), "bias": (1, 6, 40, 90), "mask": (3, 1, 40, 90), "sinks": (6,), "q_lengths": (3,),
+        "kv_lengths": (3,), "d_out": (3, 6, 40, 7), "d_lse": (3, 6, 40),
+    }  # fmt: skip
+    assert extras.bias is not None
+    assert extras.d_out is not None
+    assert extras.d_out.dtype == extras.bias.dtype == q.dtype
+    assert extras.d_out.stride(3) == extras.bias.stride(3) == 2
+    _assert_surrounded_by_nan(extras.d_out)
+    plain = Case(
+        **{**FULL, "dtype": dtype, "backward": False, "bias": "none", "sinks": False, "layout": "bhsd"}
+    )
+    # An option changes neither q, k and v nor what the other options draw.
+    for x, expected in zip((q, k, v), plain.tensors(), strict=True):
+        assert torch.equal(x, expected)
+    for name, x in plain.tensors().extras.present().items():
+        assert torch.equal(x, extras.present()[name])
+    assert plain.tensors().extras.d_out is None
+    assert Case(**{**FULL, "dtype": dtype, "bias": "qk:fp32"}).tensors().extras.bias.dtype == torch.float32  # type: ignore[union-attr]
+
+
+def test_masks_hide_rows_and_stretches_of_keys_and_lengths_reach_both_ends() -> None:
+    rows, stretches, ends = 0, 0, set()
+    for seed in range(8):
+        extras = Case(**{**FULL, "dtype": "fp16", "seed": seed, "q_len": 64, "kv_len": 200}).tensors().extras
+        assert extras.mask is not None
+        assert extras.q_lengths is not None
+        assert extras.kv_lengths is not None
+        rows += int((~extras.mask.any(-1)).sum())
+        # A whole tile of 64 keys that one row doesn't see, though it sees others.
+        tiles = extras.mask.unfold(-1, 64, 1).any(-1)
+        stretches += int((~tiles).any(-1).logical_and(extras.mask.any(-1)).sum())
+        ends |= {*extras.q_lengths.tolist()} & {0, 64}
+        assert 200 in extras.kv_lengths
+        assert 0 in extras.kv_lengths
+    assert rows > 20
+    assert stretches > 200
+    assert ends == {0, 64}
+
+
+def test_slopes_follow_the_geometric_rule() -> None:
+    """The figures of the paper: 1/2 to 1/256 for 8 heads; for 12, those of 8 and four of those of 16."""
+    assert options.geometric_slopes(8) == [2.0**-i for i in range(1, 9)]
+    assert options.geometric_slopes(12) == [2.0**-i for i in range(1, 9)] + [
+        2.0 ** (-i / 2) for i in (1, 3, 5, 7)
+    ]
+    slopes = Case(**{**FULL, "dtype": "fp32", "alibi": "geometric"}).tensors().extras.alibi_slopes
+    assert slopes is not None
+    assert slopes.tolist()[:4] == [0.25, 0.0625, 0.015625, 0.00390625]

@@ -133,7 +133,7 @@ class Rows:
         part.copy_(values.reshape(part.shape))
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: str) -> None:
+def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: str) -> None:
     """RequestError unless q (b, h, m, d), k (b, g, n, d) and v (b, g, n, e) go together, h a multiple of"
     " g."""
     if not q.ndim == k.ndim == v.ndim == 4:
@@ -178,7 +178,7 @@ def row_blocks(
     None chooses one by the cache, and takes small problems in a single tile. RequestError, at once, for
     shapes that don't go together.
     """
-    _check(q, k, v, causal)
+    check_shapes(q, k, v, causal)
     if block is not None and min(block) < 1:
         raise RequestError(f"block {tuple(block)!r}: expected at least one query and one key in a tile.")
     return _row_blocks(q, k, v, causal, block)

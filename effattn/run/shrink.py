@@ -99,6 +99,7 @@ def _changes(case: Case) -> Iterator[dict[str, Any]]:
             yield {"layout": "+".join([order, *(suffix for suffix in suffixes if suffix != dropped)])}
     yield {"layout": "+".join(["bhsd", *suffixes])}
 
+    yield from _fewer_options(case)
     yield {"causal": "none"}
     yield {"scale": None}
     yield {"values": "normal"}
@@ -121,6 +122,23 @@ def _changes(case: Case) -> Iterator[dict[str, Any]]:
         for n in _smaller(case.v_dim, least=1):
             yield {"v_dim": n}
     yield {"seed": 0}
+
+
+def _fewer_options(case: Case) -> Iterator[dict[str, Any]]:
+    """All options left out, each by itself, and what is less of one."""
+    usual: dict[str, Any] = {
+        "backward": False, "dropout": 0.0, "lengths": "none", "mask": "none", "bias": "none", "alibi": "none",
+        "sinks": False, "softcap": None, "window": None,
+    }  # fmt: skip
+    yield usual
+    for name, value in usual.items():
+        yield {name: value}
+    if case.lengths == "both":
+        yield {"lengths": "kv"}
+    yield {"bias": case.bias.partition(":")[0]}
+    for name in ("bias", "mask"):
+        if len(getattr(case, name).partition(":")[0]) > 2:
+            yield {name: "qk"}
 
 
 def _fewer_heads(heads: int, kv_heads: int) -> list[tuple[int, int]]:
