@@ -6,14 +6,15 @@
 
 `effattn cpu -- python script.py` and `pytest --effattn-cpu` do the same for a whole process.
 
-Inside, torch says that there is one CUDA device; tensors made for it live in host memory (compat_tensor.py); `torch.cuda`
-answers for a declared GPU (compat_torch.py); Triton's driver is the CPU backend's under that GPU's name, and autotuners
+Inside, torch says that there is one CUDA device; tensors made for it live in host memory (compat_tensor.py,
+compat_storage.py); autocast follows CUDA's lists (compat_autocast.py); `torch.cuda` answers for a declared GPU
+(compat_torch.py); Triton's driver is the CPU backend's under that GPU's name, it refuses tensors of the CPU, and autotuners
 take their first valid configuration (compat_triton.py). Everything is undone on leaving. Tensors made inside tell the
 truth outside: they are on the CPU.
 
 Not emulated: CUDA graphs (refused), torch.compile (runs eagerly), CUDA C++ and CuTe kernels, cuBLAS and cuDNN handles,
-NCCL, more than one device, errors on mixing devices, the asynchrony of streams, memory statistics (0), autocast's list of
-operations (the CPU's is used), and names that were bound before (`from torch import zeros`) the emulation began.
+NCCL, more than one device, torch's errors on mixing devices, the asynchrony of streams, memory statistics (0), and names
+that were bound before (`from torch import zeros`) the emulation began.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def as_cuda(
 
 
 def _install(capability: tuple[int, int], autotune: str) -> ExitStack:
-    from effattn.cpu import compat_tensor, compat_torch, compat_triton
+    from effattn.cpu import compat_autocast, compat_storage, compat_tensor, compat_torch, compat_triton
 
     undo = ExitStack()
 
@@ -134,7 +135,9 @@ def _install(capability: tuple[int, int], autotune: str) -> ExitStack:
         # Triton first: it chooses its default driver while torch.cuda still tells the truth.
         compat_triton.install(patch, capability, autotune)
         compat_tensor.install(patch)
+        undo.callback(compat_storage.install(patch))
         compat_torch.install(patch, capability)
+        undo.callback(compat_autocast.install(patch))
         undo.enter_context(compat_tensor.module_moves())
         _set_active(compat_tensor.state, True)
         failing.pop_all()

@@ -125,9 +125,14 @@ class CudaTensor(torch.Tensor):
     def __format__(self, spec: str) -> str:
         return format(self.item(), spec) if self.dim() == 0 else repr(self)
 
+    def tolist(self) -> Any:
+        return plain(self).tolist()
+
     def __reduce_ex__(self, proto: Any) -> Any:
-        # What is saved is a plain tensor, which loads anywhere.
-        return moved(self.detach(), False).requires_grad_(self.requires_grad).__reduce_ex__(proto)
+        from effattn.cpu import compat_storage
+
+        compat_storage.mark_on_device(self)
+        return plain(self).requires_grad_(self.requires_grad).__reduce_ex__(proto)
 
 
 def plain(x: torch.Tensor) -> torch.Tensor:
@@ -201,12 +206,6 @@ def moved(x: torch.Tensor, to_cuda: bool) -> torch.Tensor:
     return _copied(x, to_cuda)
 
 
-def _moved_tree(value: Any) -> Any:
-    from torch.utils._pytree import tree_map_only
-
-    return tree_map_only(torch.Tensor, lambda x: moved(x, True), value)
-
-
 # ------------------------------------------------------------------------------------------ patched functions
 
 #: factories that look at data which may be the caller's own memory
@@ -229,7 +228,12 @@ def _factory(fn: Any, name: str) -> Any:
         else:
             wanted = is_cuda_device(device)
         if not wanted:
+            pinned = kwargs.pop("pin_memory", False)
             out = fn(*args, **kwargs)
+            if pinned:
+                from effattn.cpu import compat_storage
+
+                compat_storage.mark_pinned(out)
             if device is not None and isinstance(out, CudaTensor):
                 out = moved(out, False)
             return out
@@ -264,11 +268,12 @@ def _to(original: Any) -> Any:
         target = is_cuda_device(device)
         if not target and torch.device(device).type != "cpu":
             return original(self, device, *args, **rest)
-        if args and args[0] is None:
-            args = args[1:]
-        return _placed(
-            original(self, *args, **rest) if args or rest else self, self, target, rest.get("copy", False)
-        )
+        # What follows the device: dtype=None, non_blocking=False, copy=False. Without a dtype they would be read as one.
+        rest |= dict(zip(("dtype", "non_blocking", "copy"), args, strict=False))
+        rest.pop("non_blocking", None)
+        if rest.get("dtype") is None:
+            rest.pop("dtype", None)
+        return _placed(original(self, **rest) if rest else self, self, target, rest.get("copy", False))
 
     return to
 
@@ -365,7 +370,6 @@ def install(patch: Patch) -> None:
     patch(torch.Tensor, "cuda", _cuda)
     patch(torch.Tensor, "cpu", _cpu)
     patch(torch.Tensor, "type", _type(torch.Tensor.type))
-    patch(torch.Tensor, "pin_memory", lambda self, device=None: moved(self, False))
     patch(torch, "Generator", _generator_class())
 
     inside = devices.DeviceContext.__torch_function__
@@ -386,16 +390,6 @@ def install(patch: Patch) -> None:
 
     patch(torch, "set_default_device", set_default_device)
     patch(torch, "get_default_device", lambda: DEVICE if state.default_device else get_default())
-
-    load = torch.load
-
-    @functools.wraps(load)
-    def loaded(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(map_location, (str, torch.device)) and is_cuda_device(map_location):
-            return _moved_tree(load(f, "cpu", *args, **kwargs))
-        return load(f, map_location, *args, **kwargs)
-
-    patch(torch, "load", loaded)
 
 
 def _hashable_in(fn: Any, known: Any) -> bool:

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 
 from effattn.cpu.compat_gpus import GPUS
-from effattn.cpu.compat_tensor import DEVICE, Patch, device_generator, is_cuda_device, seed_device, state
+from effattn.cpu.compat_tensor import (
+    DEVICE,
+    CudaTensor,
+    Patch,
+    device_generator,
+    is_cuda_device,
+    seed_device,
+    state,
+)
 from effattn.errors import NotSupported
 
 
@@ -49,6 +57,9 @@ class Stream:
 
     def synchronize(self) -> None:
         pass
+
+    def is_capturing(self) -> bool:
+        return False
 
     def __enter__(self) -> Stream:
         return self
@@ -107,6 +118,85 @@ class _Context:
 
     def __exit__(self, *_: Any) -> bool:
         return False
+
+
+class _Runtime:
+    """`torch.cuda.cudart()`: profiling marks and registrations, which do nothing and succeed."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith(("cudaProfiler", "cudaHost")):
+            return lambda *_, **__: 0
+        raise AttributeError(f"{name} of the CUDA runtime is not emulated on the CPU")
+
+
+def _for_devices(original: Any, emulated: Any) -> Any:
+    """`torch.Stream` or `torch.Event`, where a device that is emulated gets the emulation's."""
+
+    class _Meta(type):
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, (original, emulated))
+
+        def __call__(cls, device: Any = None, *args: Any, **kwargs: Any) -> Any:
+            # The accelerator's, where none is named.
+            if device is None or is_cuda_device(device):
+                return emulated(*args, **kwargs)
+            return original(device, *args, **kwargs)
+
+    return _Meta(original.__name__, (), {"__doc__": original.__doc__})
+
+
+def _tensor_type(name: str, dtype: torch.dtype) -> Any:
+    """`torch.cuda.FloatTensor` and its like: it makes tensors, and is what a tensor of that dtype is an instance of."""
+
+    class _Meta(type):
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, CudaTensor) and instance.is_cuda and instance.dtype == dtype
+
+        def __call__(cls, *args: Any) -> torch.Tensor:
+            if args and all(isinstance(x, int) for x in args):
+                return torch.empty(args, dtype=dtype, device="cuda")
+            return torch.tensor(args[0] if args else [], dtype=dtype, device="cuda")
+
+    return _Meta(name, (), {"dtype": dtype, "is_cuda": True, "__module__": "torch.cuda"})
+
+
+def _host_only(original: Any) -> Any:
+    """The profiler's constructor without the activities of a GPU, of which there is nothing to record."""
+    from torch.profiler import ProfilerActivity
+
+    def __init__(self: Any, *, activities: Any = None, **kwargs: Any) -> None:
+        if activities is not None:
+            activities = [a for a in activities if a != ProfilerActivity.CUDA] or [ProfilerActivity.CPU]
+        original(self, activities=activities, **kwargs)
+
+    return __init__
+
+
+_TENSOR_TYPES = {
+    "FloatTensor": torch.float32,
+    "DoubleTensor": torch.float64,
+    "HalfTensor": torch.float16,
+    "BFloat16Tensor": torch.bfloat16,
+    "ByteTensor": torch.uint8,
+    "CharTensor": torch.int8,
+    "ShortTensor": torch.int16,
+    "IntTensor": torch.int32,
+    "LongTensor": torch.int64,
+    "BoolTensor": torch.bool,
+}
+
+
+def _set_default_tensor_type(original: Any) -> Any:
+    def set_default_tensor_type(t: Any) -> None:
+        name = t if isinstance(t, str) else f"{t.__module__}.{t.__name__}"
+        if name.startswith("torch.cuda."):
+            torch.set_default_dtype(_TENSOR_TYPES[name.removeprefix("torch.cuda.")])
+            torch.set_default_device("cuda")
+        else:
+            original(t)
+            torch.set_default_device(None)
+
+    return set_default_tensor_type
 
 
 def _refuse(what: str) -> Any:
@@ -215,6 +305,8 @@ def _answers(capability: tuple[int, int], seed: int) -> dict[str, Any]:
         "get_device_properties": get_device_properties,
         "get_device_name": get_device_name,
         "get_arch_list": lambda: [f"sm_{capability[0]}{capability[1]}"],
+        "cudart": _Runtime,
+        "check_error": nothing,
         "can_device_access_peer": lambda *_: False,
         "synchronize": nothing,
         "current_stream": lambda device=None: stream,
@@ -285,45 +377,13 @@ def _accelerator(answers: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _autocast_class() -> Any:
-    original: Any = torch.autocast
-
-    class autocast(original):
-        """For "cuda" both are switched: what code asks of "cuda", and the CPU's, which does the casting here."""
-
-        def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
-            super().__init__(device_type, *args, **kwargs)
-            self._host = None
-            if device_type == "cuda":
-                dtype = self.fast_dtype
-                self._host = original(
-                    "cpu", dtype=dtype, enabled=self._enabled, cache_enabled=self._cache_enabled
-                )
-
-        def __enter__(self) -> Any:
-            entered = super().__enter__()
-            if self._host is not None:
-                self._host.__enter__()
-            return entered
-
-        def __exit__(self, *error: Any) -> Any:
-            if self._host is not None:
-                self._host.__exit__(*error)
-            return super().__exit__(*error)
-
-    return autocast
-
-
 def _eager(model: Any = None, **_: Any) -> Any:
     """torch.compile that compiles nothing: what it would generate is code for a GPU."""
     return (lambda fn: fn) if model is None else model
 
 
 def install(patch: Patch, capability: tuple[int, int]) -> None:
-    """Patch `torch.cuda`, `torch.accelerator`, autocast, the declared versions and torch.compile."""
-    import torch.amp.autocast_mode
-    import torch.cuda.amp
-
+    """Patch `torch.cuda`, `torch.accelerator`, the declared versions and torch.compile."""
     answers = _answers(capability, torch.initial_seed())
     for name, value in answers.items():
         patch(torch.cuda, name, value)
@@ -339,8 +399,15 @@ def install(patch: Patch, capability: tuple[int, int]) -> None:
     patch(torch._C, "_cuda_getCurrentRawStream", lambda device=0: 0)
     patch(torch.version, "cuda", "12.8")
     patch(torch.backends.cuda, "is_built", lambda: True)
-    autocast = _autocast_class()
-    patch(torch, "autocast", autocast)
-    patch(torch.amp, "autocast", autocast)
-    patch(torch.amp.autocast_mode, "autocast", autocast)
+    # Recurrent layers ask before they use it, and take torch's own path.
+    patch(torch.backends.cudnn, "is_acceptable", lambda tensor: False)
+    # A choice of kernel that only a GPU has must leave one that can run.
+    patch(torch._C, "_set_sdp_use_math", lambda enabled: None)
+    kineto = torch.profiler.profiler._KinetoProfile
+    patch(kineto, "__init__", _host_only(kineto.__init__))
+    for name, dtype in _TENSOR_TYPES.items():
+        patch(torch.cuda, name, _tensor_type(name, dtype))
+    patch(torch, "set_default_tensor_type", _set_default_tensor_type(torch.set_default_tensor_type))
+    patch(torch, "Stream", _for_devices(torch.Stream, Stream))
+    patch(torch, "Event", _for_devices(torch.Event, Event))
     patch(torch, "compile", _eager)

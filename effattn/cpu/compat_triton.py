@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import triton.testing
 from triton.backends.compiler import GPUTarget
 
+from effattn.cpu import compat_storage, launch
 from effattn.cpu.compat_gpus import GPUS
 from effattn.cpu.compat_tensor import DEVICE, Patch
 from effattn.cpu.compiler import BACKEND, CPUBackend
@@ -35,11 +37,29 @@ class _Utils:
         }
 
 
+def _device_address(value: Any) -> int:
+    """The address that a pointer argument stands for. ValueError, in Triton's words, for memory that a GPU cannot reach."""
+    import torch
+
+    # Pinned memory is mapped into the device's address space; an empty tensor's address is 0.
+    if isinstance(value, torch.Tensor) and value.is_cpu and not compat_storage.is_pinned(value):
+        address = value.data_ptr()
+        if address:
+            raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+        return address
+    return launch.address_of(value)
+
+
+class _Launcher(launch.Launcher):
+    pointer = staticmethod(_device_address)
+
+
 class EmulatedDriver(CPUDriver):
     """The CPU driver under the name of a GPU."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
         super().__init__()
+        self.launcher_cls = _Launcher
         self.capability = capability
         self.utils = _Utils(self.utils, capability)
         # Kernels ask at compile time which target they are for, so each has its own cache.
@@ -98,6 +118,15 @@ def _unmeasured(original: Any) -> Any:
     return _bench
 
 
+def _do_bench_without_graph(
+    fn: Any, rep: int = 20, grad_to_none: Any = None, quantiles: Any = None, return_mode: str = "mean"
+) -> Any:
+    """`triton.testing.do_bench_cudagraph`, timed as do_bench does."""
+    return triton.testing.do_bench(
+        fn, rep=rep, grad_to_none=grad_to_none, quantiles=quantiles, return_mode=return_mode
+    )
+
+
 def install(patch: Patch, capability: tuple[int, int], autotune: str) -> None:
     """Choose the emulated driver, let the CPU backend answer for its target, and limit autotuners."""
     from triton.backends import backends
@@ -110,6 +139,8 @@ def install(patch: Patch, capability: tuple[int, int], autotune: str) -> None:
     for name, backend in list(backends.items()):
         if name == "nvidia":
             patch(backend.compiler, "supports_target", staticmethod(lambda target: False))
+    # It would capture a graph, which is not emulated.
+    patch(triton.testing, "do_bench_cudagraph", _do_bench_without_graph)
     if autotune == "first":
         patch(Autotuner, "prune_configs", _first_valid(Autotuner.prune_configs))
         patch(Autotuner, "_bench", _unmeasured(Autotuner._bench))

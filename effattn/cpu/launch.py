@@ -129,7 +129,7 @@ def _load(binary: bytes) -> ctypes.CDLL:
         os.unlink(path)
 
 
-def _pointer(value: Any) -> int:
+def address_of(value: Any) -> int:
     """The address that a pointer argument stands for: of a tensor in host memory, or a number."""
     try:
         if value.is_cpu:
@@ -150,7 +150,9 @@ def _pointer(value: Any) -> int:
     )
 
 
-def _packer(signature: Sequence[tuple[str, Any]]) -> tuple[Callable[..., bytes], int]:
+def _packer(
+    signature: Sequence[tuple[str, Any]], pointer: Callable[[Any], int]
+) -> tuple[Callable[..., bytes], int]:
     """A function that packs a launch for the runtime, and the number of run-time arguments.
 
     It takes (function, grid x, y, z, threads, arena bytes, address of the cost) and then the kernel's bound arguments.
@@ -186,7 +188,7 @@ def _packer(signature: Sequence[tuple[str, Any]]) -> tuple[Callable[..., bytes],
     for name, (_, type_) in zip(names, signature, strict=True):
         add(type_, name)
     head = ["function", "x", "y", "z", "threads", "arena", "cost"]
-    scope: dict[str, Any] = {"pack": struct.Struct("=Q5qQ" + "".join(codes)).pack, "pointer": _pointer}
+    scope: dict[str, Any] = {"pack": struct.Struct("=Q5qQ" + "".join(codes)).pack, "pointer": pointer}
     exec(f"def packed({', '.join(head + names)}):\n    return pack({', '.join(head + values)})", scope)
     return scope["packed"], len(codes)
 
@@ -205,8 +207,11 @@ def take_notes() -> list[str]:
 class Launcher:
     """Launches one compiled kernel. Built by Triton for each specialisation."""
 
+    #: the address that a pointer argument stands for; an emulated GPU refuses some
+    pointer = staticmethod(address_of)
+
     def __init__(self, src: Any, metadata: Any) -> None:
-        self.pack, slots = _packer(list(src.signature.items()))
+        self.pack, slots = _packer(list(src.signature.items()), self.pointer)
         expected = len(metadata.cpu_arguments)
         if slots != expected:
             raise RequestError(
