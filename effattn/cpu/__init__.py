@@ -31,7 +31,7 @@ Triton imports this package while it imports itself, so nothing here imports tri
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from effattn.cpu.compat import as_cuda
 
@@ -39,21 +39,25 @@ __all__ = ["active", "as_cuda", "get_num_threads", "set_num_threads"]
 
 
 @contextmanager
-def active() -> Iterator[None]:
-    """Run Triton kernels on this backend inside the block, also where a GPU is present."""
+def active(*, dot_model: str | None = None) -> Iterator[None]:
+    """Run Triton kernels on this backend inside the block, also where a GPU is present.
+
+    `dot_model`: how `tl.dot` accumulates, a name that `effattn.cpu.models` lists, such as "hopper"; None leaves it as
+    it is. It holds for all threads, and for processes that are started inside. RequestError for an unknown name.
+    """
     from triton.runtime.driver import driver
 
+    from effattn.cpu import models
     from effattn.cpu.driver import CPUDriver
 
-    before = driver.active
-    if isinstance(before, CPUDriver):
+    with ExitStack() as undo:
+        if dot_model is not None:
+            undo.enter_context(models.use(dot_model))
+        before = driver.active
+        if not isinstance(before, CPUDriver):
+            driver.set_active(CPUDriver())
+            undo.callback(driver.set_active, before)
         yield
-        return
-    driver.set_active(CPUDriver())
-    try:
-        yield
-    finally:
-        driver.set_active(before)
 
 
 def get_num_threads() -> int:

@@ -49,9 +49,12 @@ class CPUOptions:
     # fp8e4b15 is left out: its definition is a property of one GPU generation's emulation.
     supported_fp8_dtypes: tuple[str, ...] = ("fp8e4nv", "fp8e4b8", "fp8e5", "fp8e5b16")
     deprecated_fp8_dot_operand_dtypes: tuple[str, ...] = ()
-    default_dot_input_precision: str = "ieee"
+    # tl.dot names a precision itself: tf32 for fp32 operands unless told otherwise, as on a GPU.
+    default_dot_input_precision: str = "tf32"
     allowed_dot_input_precisions: tuple[str, ...] = ("ieee", "tf32", "tf32x3", "bf16x3", "bf16x6")
     max_num_imprecise_acc_default: int = 0
+    #: how `tl.dot` accumulates; see models.py
+    dot_model: str = "ieee"
     extern_libs: tuple[Any, ...] = ()
     launch_cooperative_grid: bool = False
     launch_pdl: bool = False
@@ -107,6 +110,11 @@ class CPUBackend(BaseBackend):
         known = {k: v for k, v in options.items() if k in CPUOptions.__dataclass_fields__ and v is not None}
         # Libraries of device bitcode mean nothing here; extern symbols are answered by name.
         known.pop("extern_libs", None)
+        from effattn.cpu import models
+
+        model = models.get(known.setdefault("dot_model", models.selected()))
+        if model.promotes_fp8:
+            known.setdefault("max_num_imprecise_acc_default", 1 << 30)  # as Triton's backend for that GPU
         return CPUOptions(**known)
 
     def get_codegen_implementation(self, options: CPUOptions) -> dict[str, Any]:

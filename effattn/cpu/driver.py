@@ -10,6 +10,7 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from effattn.cpu import models
 from effattn.cpu.compiler import BACKEND
 
 
@@ -44,7 +45,7 @@ class CPUDriver(DriverBase):
 
     def get_current_device(self) -> str:
         # The key under which JITFunction keeps compiled kernels: a GPU's key is an integer, so the two never mix.
-        return BACKEND
+        return models.device_key(BACKEND)
 
     def set_current_device(self, device: Any) -> None:
         pass

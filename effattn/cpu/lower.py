@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from effattn.cpu import blocks, elementwise, extras, induction, memory, outline, tile
+from effattn.cpu import blocks, elementwise, extras, induction, memory, models, outline, tile
 from effattn.cpu.formats import Unsupported, rounded, splat_literal, value_type
 from effattn.cpu.ir import Block, Module, Op, Value, generic_text, parse
 from effattn.cpu.nest import Nest, compute_into
@@ -423,13 +423,13 @@ def _argument(index: int, value: Value, name: str) -> str:
     return f"const {c_type} {name} = {text};"
 
 
-def kernel_source(module: Module, name: str) -> tuple[str, Plan]:
+def kernel_source(module: Module, name: str, *, dot_model: str = models.DEFAULT) -> tuple[str, Plan]:
     """The C file of one kernel, and its plan."""
     function = module.function(name)
     blocks.sort(function)
     check(function, _HANDLERS)
     induction.rewrite(function)
-    plan = make_plan(function)
+    plan = make_plan(function, models.get(dot_model))
     e = FunctionEmitter(function, plan)
     entry = function.regions[0].blocks[0]
     arguments: list[str] = []
@@ -496,7 +496,7 @@ def to_c(mod: Any, metadata: dict[str, Any]) -> str:
     """The stage `c`: the C file of the module's kernel; notes in `metadata` what a launch needs."""
     module = parse(generic_text(mod))
     name = entry_name(module)
-    source, plan = kernel_source(module, name)
+    source, plan = kernel_source(module, name, dot_model=metadata["dot_model"])
     metadata["name"] = name
     metadata["shared"] = 0
     metadata["cpu_arena"] = plan.arena

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from effattn.cpu import elementwise
 from effattn.cpu.formats import size_of, value_type
 from effattn.cpu.ir import Block, Op, Type, Value, walk
+from effattn.cpu.models import DEFAULT, MODELS, DotModel
 
 #: tt.InputPrecision
 TF32, IEEE = 0, 2
@@ -55,6 +56,8 @@ class Buffer:
 @dataclass
 class Plan:
     function: Op
+    #: how products are accumulated
+    model: DotModel = MODELS[DEFAULT]
     buffers: dict[Value, Buffer] = field(default_factory=dict)
     position: dict[Op, int] = field(default_factory=dict)
     end: dict[Op, int] = field(default_factory=dict)
@@ -150,8 +153,8 @@ def leaves(value: Value, plan: Plan) -> dict[Value, bool]:
 
 
 class _Planner:
-    def __init__(self, function: Op) -> None:
-        self.plan = Plan(function)
+    def __init__(self, function: Op, model: DotModel) -> None:
+        self.plan = Plan(function, model)
         self.counter = 0
         self.names: set[str] = set()
         self.blocks_of: dict[Op, list[Op]] = {}
@@ -401,6 +404,7 @@ class _Planner:
         """A factor that is not already a row-major buffer of the type that is multiplied is copied into one."""
         value, result = dot.operands[index], dot.results[0]
         rounds = value.type.elem == "f32" and dot.int_attr("inputPrecision", IEEE) == TF32
+        rounds = rounds and self.plan.model.tf32 != "none"
         widens = value_type(value.type.elem) != value_type(result.type.elem)
         if rounds or widens or operand_in_place(value, self.plan) is None:
             elem = result.type.elem if widens else value.type.elem
@@ -435,5 +439,5 @@ def operand_in_place(value: Value, plan: Plan) -> Buffer | None:
     return buffer if buffer.order == tuple(order) else None
 
 
-def make_plan(function: Op) -> Plan:
-    return _Planner(function).run()
+def make_plan(function: Op, model: DotModel = MODELS[DEFAULT]) -> Plan:
+    return _Planner(function, model).run()

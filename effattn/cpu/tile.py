@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from effattn.cpu import elementwise
-from effattn.cpu.formats import c_type_of_dot, splat_literal, value_type
+from effattn.cpu import elementwise, products
+from effattn.cpu.formats import splat_literal, value_type
 from effattn.cpu.ir import Op, Value, walk
 from effattn.cpu.nest import Expr, Nest, Scope, compute_into, linear
 from effattn.cpu.plan import IEEE, TF32, operand_in_place
@@ -14,20 +14,20 @@ from effattn.cpu.plan import IEEE, TF32, operand_in_place
 if TYPE_CHECKING:
     from effattn.cpu.lower import FunctionEmitter
 
-_DOTS = {"float": "effattn_dot_f32", "double": "effattn_dot_f64", "int32_t": "effattn_dot_i32"}
-
 
 def dot(emitter: FunctionEmitter, op: Op) -> None:
     a, b, c = op.operands
     result = op.results[0]
     *batch, m, n = result.type.shape
     k = a.type.shape[-1]
-    kernel = _DOTS[c_type_of_dot(a.type.elem, b.type.elem, result.type.elem)]
+    kernel, more, declaration = products.kernel(op, emitter.plan.model)
+    if declaration and declaration not in emitter.statics:
+        emitter.statics.append(declaration)
     out = emitter.plan.buffers[result]
     zero = _is_zero(c)
     if not zero and emitter.plan.buffers.get(c) is not out:
         compute_into(emitter, out, c, fresh=False)
-    tf32 = a.type.elem == "f32" and op.int_attr("inputPrecision", IEEE) == TF32
+    wrap = products.rounding(op, emitter.plan.model) or "{}"
     names = []
     for index, factor in enumerate((a, b)):
         buffer = emitter.plan.packs.get((op, index))
@@ -35,16 +35,16 @@ def dot(emitter: FunctionEmitter, op: Op) -> None:
             buffer = operand_in_place(factor, emitter.plan)
             assert buffer is not None
         else:
-            compute_into(emitter, buffer, factor, fresh=False, wrap="round_tf32({})" if tf32 else "{}")
+            compute_into(emitter, buffer, factor, fresh=False, wrap=wrap)
         names.append(emitter.array(buffer))
     count = math.prod(batch)
     target = emitter.array(out)
     if count == 1:
-        emitter.line(f"{kernel}({names[0]}, {names[1]}, {target}, {m}, {n}, {k}, {int(zero)});")
+        emitter.line(f"{kernel}({names[0]}, {names[1]}, {target}, {m}, {n}, {k}, {int(zero)}{more});")
     else:
         emitter.line(
             f"for (long b = 0; b < {count}; b++) {kernel}({names[0]} + b * {m * k}, {names[1]} + b * {k * n}, "
-            f"{target} + b * {m * n}, {m}, {n}, {k}, {int(zero)});"
+            f"{target} + b * {m * n}, {m}, {n}, {k}, {int(zero)}{more});"
         )
     if result.type.elem in ("f16", "bf16"):
         total = count * m * n

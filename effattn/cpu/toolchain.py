@@ -203,7 +203,9 @@ def runtime_library() -> str:
     from triton.runtime.cache import get_cache_manager
 
     folder = Path(__file__).parent
-    source = "\n".join((folder / name).read_text() for name in ("runtime.c", "prelude.h", "dots.c"))
+    source = "\n".join(
+        (folder / name).read_text() for name in ("runtime.c", "prelude.h", "dots.c", "models.c")
+    )
     source = source.replace('#include "prelude.h"\n', "")
     key = hashlib.sha256((source + compiler().identity).encode()).hexdigest()
     cache = get_cache_manager(key)
