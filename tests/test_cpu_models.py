@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -351,7 +349,7 @@ def test_a_mask_of_large_numbers_reveals_the_order_of_accumulation(model: str, e
     unit = 2.0**-10 if elem == "e4m3" else 1.0  # fp8 reaches few powers of two
     large = unit * 2.0 ** (bits + 1)
     for i, j in ((0, 1), (0, block - 1), (0, block), (1, 2 * block), (0, 3 * block + 1)):
-        terms = {p: unit for p in range(k)} | {i: large, j: -large}
+        terms = dict.fromkeys(range(k), unit) | {i: large, j: -large}
         after = k - (j // block + 1) * block
         assert probe(model, elem, terms, k) == after * unit, (i, j)
 
@@ -371,7 +369,7 @@ def test_extra_bits_carry_into_the_result_and_the_rest_is_cut(model: str) -> Non
     bits = TABLE[model]["f16"][1]
     for extra in range(1, 5):
         small = 2.0 ** -(23 + extra)
-        terms = {0: 1.0} | {p: small for p in range(1, 4)}
+        terms = {0: 1.0} | dict.fromkeys(range(1, 4), small)
         kept = sum(int(small * 2**bits) for _ in range(3)) / 2**bits
         want = 1.0 + int(kept * 2**23) / 2**23
         assert probe(model, "f16", terms, 4) == want
@@ -419,25 +417,19 @@ def test_unknown_model_is_answered_with_the_known_ones() -> None:
     assert models.selected() == "ieee"
 
 
-@functools.cache
-def _truncated() -> tuple[torch.Tensor, torch.Tensor, Callable[..., Any]]:
-    """A product whose value tells the models apart: 1 + 2^-24 + 2^-24, in blocks of 16."""
+def value(device: str = "cpu", **options: Any) -> float:
+    """1 + 2^-24 + 2^-24 in ulps above 1, which tells a chain from a block."""
     a, b = (
-        torch.tensor([[1.0, 2.0**-12, 2.0**-12, 0.0]]).half(),
-        torch.tensor([[1.0], [2.0**-12], [2.0**-12], [0.0]]).half(),
+        torch.tensor([[1.0, 2.0**-12, 2.0**-12, 0.0]]),
+        torch.tensor([[1.0], [2.0**-12], [2.0**-12], [0.0]]),
     )
-    out = torch.empty(1, 1)
-
-    def value(**options: Any) -> float:
-        _product[(1,)](a, b, torch.zeros(1, 1), out, 1, 1, 4, None, **options)
-        return float((out[0, 0] - 1) * 2**23)
-
-    return a, b, value
+    given = [x.to(device) for x in (a.half(), b.half(), torch.zeros(1, 1), torch.empty(1, 1))]
+    _product[(1,)](*given, 1, 1, 4, None, **options)
+    return float((given[3].cpu()[0, 0] - 1) * 2**23)
 
 
 def test_one_kernel_runs_under_several_models_in_turn() -> None:
     """The compiled kernels do not mix, whichever way a model is chosen."""
-    value = _truncated()[2]
     assert value() == 0.0
     with effattn.cpu.active(dot_model="hopper"):
         assert value() == 1.0
@@ -451,7 +443,6 @@ def test_one_kernel_runs_under_several_models_in_turn() -> None:
 
 
 def test_a_model_holds_in_other_threads_and_under_an_emulated_gpu() -> None:
-    value = _truncated()[2]
     seen: list[float] = []
     with effattn.cpu.active(dot_model="hopper"):
         thread = threading.Thread(target=lambda: seen.append(value()))
@@ -459,10 +450,10 @@ def test_a_model_holds_in_other_threads_and_under_an_emulated_gpu() -> None:
         thread.join()
     assert seen == [1.0]
     with effattn.cpu.as_cuda():
-        assert value() == 0.0
+        assert value("cuda") == 0.0
         with effattn.cpu.active(dot_model="ampere"):
-            assert value() == 1.0
-        assert value() == 0.0
+            assert value("cuda") == 1.0
+        assert value("cuda") == 0.0
 
 
 def test_a_block_ends_with_an_exception_and_the_model_is_what_it_was() -> None:
@@ -483,7 +474,10 @@ def test_the_environment_variable_chooses_and_is_inherited() -> None:
     assert _python(show) == "ieee\n"
     assert _python(show, EFFATTN_DOT_MODEL="ampere") == "ampere\n"
     assert "EFFATTN_DOT_MODEL: unknown dot model 'ampre'" in _python(show, EFFATTN_DOT_MODEL="ampre")
-    child = f"import subprocess, sys, effattn.cpu\nwith effattn.cpu.active(dot_model='ada'): subprocess.run([sys.executable, '-c', {show!r}])"
+    child = (
+        "import subprocess, sys, effattn.cpu\n"
+        f"with effattn.cpu.active(dot_model='ada'): subprocess.run([sys.executable, '-c', {show!r}])"
+    )
     assert _python(child) == "ada\n"
 
 
