@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hypothesis
 import pytest
+import recording
 
 from effattn.case import DTYPES, Case
 
@@ -53,6 +54,21 @@ def pytest_report_header(config: pytest.Config) -> str:
     profile = os.environ.get("EFFATTN_HYPOTHESIS_PROFILE", "pull-request")
     dtypes = ", ".join(config.getoption("--effattn-dtype") or ["all"])
     return f"effattn: dtypes {dtypes}; hypothesis profile {profile}, seed {seed or 'derandomised'}"
+
+
+def pytest_sessionstart() -> None:
+    if recording.COVERAGE in os.environ:
+        recording.watch_compilations()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    recording.begin(item.path.name)
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    # What a failed run compared is no evidence.
+    if exitstatus == 0:
+        recording.write()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -239,7 +239,11 @@ DEFINE_F8(e4m3fnuz, 3, 8, 240.0f, 1, 0x80u)
 DEFINE_F8(e5m2fnuz, 2, 16, 57344.0f, 1, 0x80u)
 DEFINE_F8(e5m2_finite, 2, 15, 57344.0f, 0, 0x100u)
 INLINE float e5m2_load(uint8_t c) { return f16_load((uint16_t)(c << 8)); }
-INLINE uint8_t e5m2_store(float x) { return x != x ? (uint8_t)(bits_of(x) >> 24 & 0x80u | 0x7fu) : (uint8_t)(f16_store(x) >> 8); }
+/* A NaN that was loaded keeps its code; one whose payload lies in the bits that are cut off stays a NaN. */
+INLINE uint8_t e5m2_store(float x) {
+    uint8_t c = (uint8_t)(f16_store(x) >> 8);
+    return x != x && !(c & 3u) ? (uint8_t)(c | 3u) : c;
+}
 INLINE float round_e5m2(float x) { return round_e5m2_finite(x); }
 INLINE float truncate_e5m2(float x) { return truncate_e5m2_finite(x); }
 
