@@ -34,8 +34,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from effattn.cpu.compat import as_cuda
+from effattn.cpu.sanitizer import Fault, Finding, Report, checks
 
-__all__ = ["active", "as_cuda", "get_num_threads", "set_num_threads"]
+__all__ = ["Fault", "Finding", "Report", "active", "as_cuda", "checks", "get_num_threads", "set_num_threads"]
 
 
 @contextmanager

@@ -51,22 +51,35 @@ def rmw(emitter: FunctionEmitter, op: Op) -> None:
     """tt.atomic_rmw(pointer, value[, mask])"""
     name, cast = _function(_RMW[op.int_attr("atomic_rmw_op")], op.results[0].type)
     mask = op.operands[2] if len(op.operands) > 2 else None
-    each_element(emitter, op, op.operands[:2], mask, lambda p, v: f"{name}(({cast}){p}, {v})")
+    each_element(emitter, op, op.operands[:2], mask, lambda p, v: f"{name}(({cast}){p}, {v})", probe=True)
 
 
 def cas(emitter: FunctionEmitter, op: Op) -> None:
     """tt.atomic_cas(pointer, compared, value)"""
     name, cast = _function("cas", op.results[0].type)
-    each_element(emitter, op, op.operands, None, lambda p, c, v: f"{name}(({cast}){p}, {c}, {v})")
+    each_element(emitter, op, op.operands, None, lambda p, c, v: f"{name}(({cast}){p}, {c}, {v})", probe=True)
 
 
 def each_element(
-    emitter: FunctionEmitter, op: Op, values: list[Value], mask: Value | None, write: Callable[..., str]
+    emitter: FunctionEmitter,
+    op: Op,
+    values: list[Value],
+    mask: Value | None,
+    write: Callable[..., str],
+    *,
+    probe: bool = False,
 ) -> None:
-    """Run a statement with side effects for each element, in order, and keep what it gives."""
+    """Run a statement with side effects for each element, in order, and keep what it gives.
+
+    `probe`: the first of the values is an address, which an instrumented kernel looks at before.
+    """
     result = op.results[0]
+    probes = emitter.probes if probe else None
     if not result.type.is_tensor:
         call = write(*(emitter.scalar(v) for v in values))
+        if probes is not None:
+            look = probes.element(op, emitter.scalar(values[0]))
+            emitter.line(f"if ({emitter.scalar(mask)}) {look}" if mask is not None else look)
         if mask is not None:
             call = f"{emitter.scalar(mask)} ? {call} : 0"
         emitter.define(result, call)
@@ -76,12 +89,21 @@ def each_element(
     inner = Scope()
     parts = [nest.eval(v, index, inner).text for v in values]
     call = write(*parts)
+    before: list[str] = []
+    if probes is not None:
+        scope = Scope(memo=dict(inner.memo))
+        before = probes.tensor_overflow(nest, values[0], index, scope)
+        before = [*scope.lines, *before, probes.element(op, parts[0])]
     if mask is not None:
-        call = f"{nest.eval(mask, index, inner).text} ? {call} : 0"
+        bit = nest.eval(mask, index, inner).text
+        call = f"{bit} ? {call} : 0"
+        before = [f"if ({bit}) {{", *before, "}"] if before else []
     target = f"{emitter.array(buffer)}[{linear(index, buffer.strides()).text}]"
     emitter.open("")
     nest.emit(
-        nest.loop(axis, inner, [f"{target} = ({value_type(result.type.elem)})({call});"], independent=False)
+        nest.loop(
+            axis, inner, [*before, f"{target} = ({value_type(result.type.elem)})({call});"], independent=False
+        )
     )
     emitter.close()
 

@@ -7,7 +7,7 @@ from typing import Any
 import triton.testing
 from triton.backends.compiler import GPUTarget
 
-from effattn.cpu import compat_storage, launch, models
+from effattn.cpu import compat_storage, launch, models, session
 from effattn.cpu.compat_gpus import GPUS
 from effattn.cpu.compat_tensor import DEVICE, Patch
 from effattn.cpu.compiler import BACKEND, CPUBackend
@@ -69,7 +69,7 @@ class EmulatedDriver(CPUDriver):
         return GPUTarget("cuda", self.capability[0] * 10 + self.capability[1], 32)
 
     def get_current_device(self) -> str:
-        return models.device_key(self.key)
+        return session.device_key(models.device_key(self.key))
 
     def get_active_torch_device(self) -> Any:
         return DEVICE

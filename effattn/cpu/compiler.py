@@ -19,6 +19,8 @@ from typing import Any
 from triton._C.libtriton import ir, passes
 from triton.backends.compiler import BaseBackend, GPUTarget
 
+from effattn.cpu import session
+
 #: name of the backend in targets and cache keys
 BACKEND = "effattn_cpu"
 
@@ -62,6 +64,8 @@ class CPUOptions:
     ir_override: str | None = None
     instrumentation_mode: str = ""
     fpsan_homomorphic_casts: bool = False
+    #: with the calls of the sanitizer (effattn.cpu.checks); chosen by its sessions, part of the key of every cache
+    checked: bool = False
 
     def hash(self) -> str:
         key = "_".join(f"{name}-{val}" for name, val in sorted(self.__dict__.items()))
@@ -110,6 +114,7 @@ class CPUBackend(BaseBackend):
         known = {k: v for k, v in options.items() if k in CPUOptions.__dataclass_fields__ and v is not None}
         # Libraries of device bitcode mean nothing here; extern symbols are answered by name.
         known.pop("extern_libs", None)
+        known["checked"] = session.wants_checked_kernels()
         from effattn.cpu import models
 
         model = models.get(known.setdefault("dot_model", models.selected()))
@@ -133,7 +138,7 @@ class CPUBackend(BaseBackend):
 
     def add_stages(self, stages: dict[str, Any], options: CPUOptions, language: Any = None) -> None:
         stages["ttir"] = lambda src, metadata: make_ttir(src)
-        stages["c"] = lambda src, metadata: make_c(src, metadata)
+        stages["c"] = lambda src, metadata: make_c(src, metadata, checked=options.checked)
         stages["so"] = lambda src, metadata: make_so(src, metadata)
 
 
@@ -171,10 +176,10 @@ def make_ttir(mod: Any) -> Any:
     return mod
 
 
-def make_c(mod: Any, metadata: dict[str, Any]) -> str:
+def make_c(mod: Any, metadata: dict[str, Any], *, checked: bool = False) -> str:
     from effattn.cpu import lower
 
-    return lower.to_c(mod, metadata)
+    return lower.to_c(mod, metadata, checked=checked)
 
 
 def make_so(source: str, metadata: dict[str, Any]) -> bytes:

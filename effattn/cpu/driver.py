@@ -10,7 +10,7 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from effattn.cpu import models
+from effattn.cpu import models, session
 from effattn.cpu.compiler import BACKEND
 
 
@@ -45,7 +45,7 @@ class CPUDriver(DriverBase):
 
     def get_current_device(self) -> str:
         # The key under which JITFunction keeps compiled kernels: a GPU's key is an integer, so the two never mix.
-        return models.device_key(BACKEND)
+        return session.device_key(models.device_key(BACKEND))
 
     def set_current_device(self, device: Any) -> None:
         pass

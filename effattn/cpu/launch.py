@@ -68,6 +68,8 @@ def _runtime() -> ctypes.CDLL:
     library = ctypes.CDLL(toolchain.runtime_library(), mode=ctypes.RTLD_GLOBAL)
     library.effattn_launch.restype = ctypes.c_int
     library.effattn_launch.argtypes = [ctypes.c_char_p]
+    library.effattn_launch_checked.restype = ctypes.c_int
+    library.effattn_launch_checked.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     return library
 
 
@@ -150,14 +152,8 @@ def address_of(value: Any) -> int:
     )
 
 
-def _packer(
-    signature: Sequence[tuple[str, Any]], pointer: Callable[[Any], int]
-) -> tuple[Callable[..., bytes], int]:
-    """A function that packs a launch for the runtime, and the number of run-time arguments.
-
-    It takes (function, grid x, y, z, threads, arena bytes, address of the cost) and then the kernel's bound arguments.
-    Every one of these takes one slot of 8 bytes: an address, a 64-bit integer or a double.
-    """
+def _slots(signature: Sequence[tuple[str, Any]]) -> tuple[list[str], list[str], list[str]]:
+    """Names for a kernel's bound arguments; for each run-time argument its struct code and an expression of them."""
     codes: list[str] = []
     values: list[str] = []
 
@@ -187,10 +183,30 @@ def _packer(
     names = [f"a{i}" for i in range(len(signature))]
     for name, (_, type_) in zip(names, signature, strict=True):
         add(type_, name)
+    return names, codes, values
+
+
+def _packer(
+    signature: Sequence[tuple[str, Any]], pointer: Callable[[Any], int]
+) -> tuple[Callable[..., bytes], int]:
+    """A function that packs a launch for the runtime, and the number of run-time arguments.
+
+    It takes (function, grid x, y, z, threads, arena bytes, address of the cost) and then the kernel's bound arguments.
+    Every one of these takes one slot of 8 bytes: an address, a 64-bit integer or a double.
+    """
+    names, codes, values = _slots(signature)
     head = ["function", "x", "y", "z", "threads", "arena", "cost"]
     scope: dict[str, Any] = {"pack": struct.Struct("=Q5qQ" + "".join(codes)).pack, "pointer": pointer}
     exec(f"def packed({', '.join(head + names)}):\n    return pack({', '.join(head + values)})", scope)
     return scope["packed"], len(codes)
+
+
+def _objects(signature: Sequence[tuple[str, Any]]) -> Callable[..., list[Any]]:
+    """A function from a kernel's bound arguments to what was passed for each slot: tensors for addresses."""
+    names, _, values = _slots(signature)
+    scope: dict[str, Any] = {"pointer": lambda value: value}
+    exec(f"def objects({', '.join(names)}):\n    return [{', '.join(values)}]", scope)
+    return scope["objects"]
 
 
 #: Notes of the kernels launched since somebody last looked; see `take_notes`.
@@ -221,7 +237,13 @@ class Launcher:
         self.notes = dict.fromkeys(metadata.cpu_notes)
         self.cost = ctypes.c_int64(0)
         self.cost_at = ctypes.addressof(self.cost)
-        self.run = _runtime().effattn_launch
+        self.library = _runtime()
+        self.run = self.library.effattn_launch
+        self.name = metadata.name
+        #: of an instrumented kernel: its table of sites, and what was passed for each slot; None for any other
+        self.probes: tuple[dict[str, Any], Callable[..., list[Any]]] | None = None
+        if metadata.cpu_probes is not None:
+            self.probes = metadata.cpu_probes, _objects(list(src.signature.items()))
 
     def __call__(
         self,
@@ -240,13 +262,20 @@ class Launcher:
             enter_hook(launch_metadata)
         if self.notes:
             _notes.update(self.notes)
-        threads = get_num_threads()
-        if self.run(self.pack(function, grid_x, grid_y, grid_z, threads, self.arena, self.cost_at, *args)):
+        if self.probes is not None:
+            from effattn.cpu import checked_launch
+
+            checked_launch.run(self, function, (grid_x, grid_y, grid_z), args)
+        elif self.run(self.packed(function, (grid_x, grid_y, grid_z), args)):
             raise MemoryError(f"a thread could not get {self.arena} bytes of working memory for the kernel")
         if debug.failures:
             debug.raise_failed(function)
         if exit_hook is not None:
             exit_hook(launch_metadata)
+
+    def packed(self, function: int, grid: tuple[int, int, int], args: Sequence[Any]) -> bytes:
+        """A launch as the runtime takes it."""
+        return self.pack(function, *grid, get_num_threads(), self.arena, self.cost_at, *args)
 
 
 def benchmark(

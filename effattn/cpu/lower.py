@@ -16,6 +16,8 @@ from effattn.cpu.formats import Unsupported, rounded, splat_literal, value_type
 from effattn.cpu.ir import Block, Module, Op, Value, generic_text, parse
 from effattn.cpu.nest import Nest, compute_into
 from effattn.cpu.plan import Buffer, Plan, make_plan, natural
+from effattn.cpu.probes import Probes
+from effattn.cpu.probes import header as probe_calls
 from effattn.cpu.support import UnsupportedKernel, check, kernel_name, refusal
 from effattn.errors import RequestError
 
@@ -35,8 +37,10 @@ _OWN_NAMES = re.compile(r"(i\d+|pid_[xyz]|grid_[xyz]|(.*_)?(float|double|u?int\d
 def _prelude() -> tuple[str, frozenset[str]]:
     """The text that every C file starts with, and the functions, macros and types that it defines."""
     text = Path(__file__).with_name("prelude.h").read_text()
+    # Instrumented kernels know these names too, and a kernel's own names must not depend on that.
     names = re.findall(
-        r"#define (\w+)|\b(\w+)\(|typedef [^;]*?\b(\w+)(?: __attribute__[^;]*)?;", text + extras.header()
+        r"#define (\w+)|\b(\w+)\(|typedef [^;]*?\b(\w+)(?: __attribute__[^;]*)?;",
+        text + extras.header() + probe_calls(),
     )
     return text, _KEYWORDS.union(*names)
 
@@ -44,8 +48,10 @@ def _prelude() -> tuple[str, frozenset[str]]:
 class FunctionEmitter:
     """Writes the C of one kernel."""
 
-    def __init__(self, function: Op, plan: Plan) -> None:
+    def __init__(self, function: Op, plan: Plan, probes: Probes | None = None) -> None:
         self.function = function
+        #: what an instrumented kernel calls; None for any other
+        self.probes = probes
         self.plan = plan
         self.lines: list[str] = []
         self.statics: list[str] = []
@@ -209,7 +215,12 @@ class FunctionEmitter:
         result = op.results[0]
         if not result.type.is_tensor:
             self.comment(op)
-            self.define(result, elementwise.RULES[op.name](op, [self.scalar(x) for x in op.operands]))
+            operands = [self.scalar(x) for x in op.operands]
+            for line in self.probes.division(op, operands[-1]) if self.probes is not None else ():
+                self.line(line)
+            self.define(result, elementwise.RULES[op.name](op, operands))
+            for line in self.probes.scalar_overflow(op, operands) if self.probes is not None else ():
+                self.line(line)
             return
         buffer = self.plan.buffers.get(result)
         if buffer is not None:
@@ -291,6 +302,8 @@ def _for(e: FunctionEmitter, op: Op) -> None:
     name = e.names[induction] = e.unique(induction.name)
     e.types[name] = c_type
     e.line(f"const {c_type} {name} = ({c_type}){counter};")
+    if e.probes is not None:
+        e.line(e.probes.tick(op))
     e.block(op.body)
     e.parallel(args, op.body.terminator.operands, op.body.terminator)
     e.close()
@@ -322,6 +335,8 @@ def _while(e: FunctionEmitter, op: Op) -> None:
         if not arg.type.is_tensor:
             e.names[arg] = e.declare(result)
     e.open("for (;;)")
+    if e.probes is not None:
+        e.line(e.probes.tick(op))
     e.block(before)
     condition, *values = before.terminator.operands
     for k, (arg, value) in enumerate(zip(after.args, values, strict=True)):
@@ -423,14 +438,18 @@ def _argument(index: int, value: Value, name: str) -> str:
     return f"const {c_type} {name} = {text};"
 
 
-def kernel_source(module: Module, name: str, *, dot_model: str = models.DEFAULT) -> tuple[str, Plan]:
-    """The C file of one kernel, and its plan."""
+def kernel_source(
+    module: Module, name: str, *, dot_model: str = models.DEFAULT, probes: Probes | None = None
+) -> tuple[str, Plan]:
+    """The C file of one kernel, and its plan. With `probes` it is instrumented, and they then have its sites."""
     function = module.function(name)
     blocks.sort(function)
     check(function, _HANDLERS)
     induction.rewrite(function)
+    if probes is not None:
+        probes.prepare(function)
     plan = make_plan(function, models.get(dot_model))
-    e = FunctionEmitter(function, plan)
+    e = FunctionEmitter(function, plan, probes)
     entry = function.regions[0].blocks[0]
     arguments: list[str] = []
     for i, arg in enumerate(entry.args):
@@ -458,6 +477,7 @@ def kernel_source(module: Module, name: str, *, dot_model: str = models.DEFAULT)
         [
             _prelude()[0],
             *([extras.header()] if extras.needed(function) else []),
+            *([probe_calls()] if probes is not None else []),
             f"/* ---- kernel {safe} ---- */",
             "",
             *e.statics,
@@ -492,15 +512,20 @@ def entry_name(module: Module) -> str:
     return kernel_name(public[0])
 
 
-def to_c(mod: Any, metadata: dict[str, Any]) -> str:
-    """The stage `c`: the C file of the module's kernel; notes in `metadata` what a launch needs."""
+def to_c(mod: Any, metadata: dict[str, Any], *, checked: bool = False) -> str:
+    """The stage `c`: the C file of the module's kernel; notes in `metadata` what a launch needs.
+
+    `checked`: with the calls of the sanitizer.
+    """
     module = parse(generic_text(mod))
     name = entry_name(module)
-    source, plan = kernel_source(module, name, dot_model=metadata["dot_model"])
+    probes = Probes() if checked else None
+    source, plan = kernel_source(module, name, dot_model=metadata["dot_model"], probes=probes)
     metadata["name"] = name
     metadata["shared"] = 0
     metadata["cpu_arena"] = plan.arena
     metadata["cpu_arguments"] = [str(a.type) for a in module.function(name).regions[0].blocks[0].args]
+    metadata["cpu_probes"] = probes.table() if probes is not None else None
     metadata["cpu_notes"] = tile.notes(module.function(name))
     metadata.setdefault("tensordesc_meta", None)
     metadata.setdefault("global_scratch_size", 0)

@@ -24,19 +24,21 @@ def load(emitter: FunctionEmitter, op: Op) -> None:
     result = op.results[0]
     elem = result.type.elem
     c_type, stored = value_type(elem), memory_type(elem)
+    undefined = emitter.probes.fill(elem) if emitter.probes is not None else "0"
     if not result.type.is_tensor:
         read = load_expr(elem, f"*(const {stored} *){emitter.scalar(pointer)}")
         if mask is not None:
-            fallback = emitter.scalar(other) if other is not None else "0"
+            fallback = emitter.scalar(other) if other is not None else undefined
             read = f"{emitter.scalar(mask)} ? {read} : {fallback}"
+        _probe_scalar(emitter, op, mask)
         emitter.define(result, read)
         return
     buffer = emitter.plan.buffers[result]
     array, strides = emitter.array(buffer), buffer.strides()
-    access = _Access(emitter, pointer, mask, buffer.order)
+    access = _Access(emitter, op, pointer, mask, buffer.order)
     place = linear(access.index, strides).text
     fallback_scope = Scope()
-    fallback = access.nest.eval(other, access.index, fallback_scope).text if other is not None else "0"
+    fallback = access.nest.eval(other, access.index, fallback_scope).text if other is not None else undefined
 
     def fill(stop: str = "", start: str = "") -> list[str]:
         lines = access.nest.loop(access.axis, fallback_scope, [f"{array}[{place}] = {fallback};"], stop=stop)
@@ -70,10 +72,12 @@ def store(emitter: FunctionEmitter, op: Op) -> None:
     stored = memory_type(elem)
     if not value.type.is_tensor:
         write = f"*({stored} *){emitter.scalar(pointer)} = {store_expr(elem, emitter.scalar(value))};"
+        _probe_scalar(emitter, op, mask)
         emitter.line(f"if ({emitter.scalar(mask)}) {write}" if mask is not None else write)
         return
     buffer = emitter.plan.buffers.get(value)
-    access = _Access(emitter, pointer, mask, buffer.order if buffer else tuple(range(len(value.type.shape))))
+    order = buffer.order if buffer else tuple(range(len(value.type.shape)))
+    access = _Access(emitter, op, pointer, mask, order)
     fast_scope, slow_scope = Scope(), access.slow_scope
     fast_value = access.nest.eval(value, access.index, fast_scope).text
     slow_value = access.nest.eval(value, access.index, slow_scope).text
@@ -89,6 +93,12 @@ def store(emitter: FunctionEmitter, op: Op) -> None:
     emitter.close()
 
 
+def _probe_scalar(emitter: FunctionEmitter, op: Op, mask: Value | None) -> None:
+    if emitter.probes is not None:
+        call = emitter.probes.element(op, emitter.scalar(op.operands[0]))
+        emitter.line(f"if ({emitter.scalar(mask)}) {call}" if mask is not None else call)
+
+
 def _parts(op: Op) -> tuple[Value, Value | None, Value | None]:
     pointer, mask, other = ([*group, None][0] for group in op.segments())
     assert pointer is not None
@@ -99,9 +109,11 @@ class _Access:
     """The rows of one tile access: where each begins, how it goes on, and which of its elements are masked off."""
 
     def __init__(
-        self, emitter: FunctionEmitter, pointer: Value, mask: Value | None, order: tuple[int, ...]
+        self, emitter: FunctionEmitter, op: Op, pointer: Value, mask: Value | None, order: tuple[int, ...]
     ) -> None:
         self.emitter = emitter
+        self.op = op
+        self.pointer = pointer
         self.mask = mask
         shape = pointer.type.shape
         size = memory_size(pointer.type.pointee)
@@ -153,8 +165,14 @@ class _Access:
     ) -> None:
         nest, axis = self.nest, self.axis
         n = nest.shape[axis]
+        probed: list[str] = []
+        probed_some: list[str] = []
+        if self.emitter.probes is not None:
+            slow = [*self._probe_element(), *slow]
+            probed, probed_some = (self._probe_row(count) for count in (str(n), "count"))
         # `row` does a whole row, or its first elements, by one call.
         fast_loop = [row.format(n)] if row else nest.loop(axis, Scope(), fast)
+        fast_loop = [*probed, *fast_loop]
         plain = self.step is not None
         if self.mask is None:
             slow_loop = nest.loop(axis, self.slow_scope, slow)
@@ -193,6 +211,7 @@ class _Access:
         if plain:
             condition = "head == count" + (f" && {self.ok}" if self.ok else "")
             front = [row.format("count")] if row else nest.loop(axis, Scope(), fast, stop="count")
+            front = [*probed_some, *front]
             body += [
                 f"if ({condition}) {{",
                 f"if (count == {n}) {{",
@@ -208,6 +227,27 @@ class _Access:
         else:
             body += guarded
         nest.emit(body)
+
+    def _probe_element(self) -> list[str]:
+        """Before an element whose address is computed by itself; goes behind the lines of `slow_scope`."""
+        probes = self.emitter.probes
+        assert probes is not None
+        lines = probes.tensor_overflow(self.nest, self.pointer, self.index, self.slow_scope)
+        return [*lines, probes.element(self.op, self.slow)]
+
+    def _probe_row(self, count: str) -> list[str]:
+        """Before the first `count` elements of a row along which no 32-bit sum wraps."""
+        probes = self.emitter.probes
+        assert probes is not None
+        if self.step is None:
+            return []
+        scope = Scope()
+        lines = probes.tensor_overflow(self.nest, self.pointer, tuple(self.nest.index), scope)
+        if lines:
+            lines = ["{", *scope.lines, *lines, "}"]
+            if count != str(self.nest.shape[self.axis]):
+                lines = [f"if ({count} > 0)", *lines]
+        return [*lines, probes.row(self.op, self.base, self.step, count)]
 
     def _either(self, fast: list[str], slow: list[str]) -> list[str]:
         if not self.ok:

@@ -112,6 +112,8 @@ class Nest:
         if rule is not None:
             parts = [self.eval(x, index, inner) for x in op.operands]
             level = max(p.level for p in parts)
+            if self.emitter.probes is not None:
+                self.scope(level, inner).lines += self.emitter.probes.division(op, parts[-1].text)
             text = rule(op, [p.text for p in parts])
             return self.define(value_type(value.type.elem), value.name, text, level, inner)
         view = _VIEWS.get(name)

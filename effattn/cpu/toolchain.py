@@ -204,7 +204,7 @@ def runtime_library() -> str:
 
     folder = Path(__file__).parent
     source = "\n".join(
-        (folder / name).read_text() for name in ("runtime.c", "prelude.h", "dots.c", "models.c")
+        (folder / name).read_text() for name in ("runtime.c", "checks.c", "prelude.h", "dots.c", "models.c")
     )
     source = source.replace('#include "prelude.h"\n', "")
     key = hashlib.sha256((source + compiler().identity).encode()).hexdigest()

@@ -1,0 +1,302 @@
+"""What an instrumented kernel has in its C besides its own work: calls that look at each access before it happens.
+
+A kernel is instrumented only where `effattn.cpu.checks` asks for it (sanitizer.py); without that this module is not used and
+the C is the same as ever. Every call names a *site*, an entry of a table that goes with the compiled kernel: what is looked
+at, in which line, through which argument. What the calls do is in checks.c.
+
+The argument that an access belongs to is found in the IR, by following its address back through the pointer arithmetic:
+an access that leaves one tensor and lands in another is found too. An address that comes from memory belongs to none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effattn.cpu.formats import memory_size
+from effattn.cpu.ir import Op, Value, walk
+from effattn.cpu.nest import ZERO, Index, Nest, Scope, reshape_index
+
+#: kinds of sites; checks.c has the same numbers
+LOAD, STORE, ATOMIC, OVERFLOW, DIVISION, LOOP = range(6)
+#: flags of atomic sites: what the program did before is seen by who comes after; the other way round
+RELEASES, ACQUIRES = 1, 2
+
+_RELAXED, _ACQUIRE, _RELEASE, _ACQ_REL = 1, 2, 3, 4  # tt.MemSemantic
+
+_DIVISIONS = frozenset({"arith.divsi", "arith.remsi", "arith.divui", "arith.remui"})
+#: exact values, in 64 bits, of the operations whose 32-bit results may wrap
+_EXACT = {
+    "arith.addi": "(int64_t){a} + {b}",
+    "arith.subi": "(int64_t){a} - {b}",
+    "arith.muli": "(int64_t){a} * {b}",
+    "arith.shli": "(int64_t){a} << ({b} & 31)",
+}
+_SYMBOL = {"arith.addi": "+", "arith.subi": "-", "arith.muli": "*", "arith.shli": "<<"}
+#: what an offset goes through on its way to an address without becoming another number. No select: the arm that is not
+#: taken may be anything.
+_THROUGH = frozenset(
+    {
+        "arith.extsi",
+        "arith.index_cast",
+        "tt.splat",
+        "tt.broadcast",
+        "tt.expand_dims",
+        "tt.trans",
+        "tt.reshape",
+    }
+)
+_POINTER_VIEWS = frozenset(
+    {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.trans", "tt.reshape", "tt.bitcast", "tt.unsplat"}
+)
+
+
+def header() -> str:
+    """The declarations that instrumented kernels start with."""
+    return Path(__file__).with_name("checks.h").read_text()
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place of a kernel that is looked at."""
+
+    kind: int
+    file: str
+    line: int
+    #: slot of the argument whose tensor is accessed; -1 where the address comes from somewhere else
+    base: int = -1
+    #: bytes of an element
+    size: int = 0
+    flags: int = 0
+    #: what is done there, in the IR's words: "tt.load", "*"
+    what: str = ""
+
+    def row(self) -> list[Any]:
+        return [self.kind, self.file, self.line, self.base, self.size, self.flags, self.what]
+
+
+class Probes:
+    """The sites of one kernel, and the C of the calls."""
+
+    function: Op
+
+    def __init__(self) -> None:
+        self.sites: list[Site] = []
+        self._known: dict[tuple[Op, int], int] = {}
+        self._bases: dict[Value, int | None] = {}
+        #: operations whose wrapped results would reach an address -> slot of the argument that is addressed
+        self._offsets: dict[Op, int] = {}
+
+    def prepare(self, function: Op) -> None:
+        """Find what reaches addresses; after the last rewriting of the IR, before anything is emitted."""
+        self.function = function
+        for op in walk(self.function):
+            if op.name == "tt.addptr":
+                self._collect(op.operands[1], self.base(op.operands[0]), set())
+
+    # -- analysis
+
+    def base(self, pointer: Value) -> int:
+        """Slot of the argument that an address is made from; -1 where that is not one argument."""
+        found = self._base(pointer, set())
+        return found if found is not None and found >= 0 else -1
+
+    def _base(self, value: Value, above: set[Value]) -> int | None:
+        """None: nothing but itself, as in a loop; -1: several, or an address from memory."""
+        if value in above:
+            return None
+        if value in self._bases:
+            return self._bases[value]
+        sources = self._sources(value)
+        if sources is None:
+            found: int | None = -1
+        elif isinstance(sources, int):
+            found = sources
+        else:
+            parts = {self._base(x, above | {value}) for x in sources} - {None}
+            found = parts.pop() if len(parts) == 1 else (-1 if parts else None)
+        if not above:
+            self._bases[value] = found
+        return found
+
+    def _sources(self, value: Value) -> list[Value] | int | None:
+        """The pointers that a pointer is made from; a slot for an argument of the kernel; None for anything else."""
+        op = value.op
+        if op is None:
+            return self._sources_of_argument(value)
+        if op.name == "tt.addptr" or op.name in _POINTER_VIEWS:
+            source = op.operands[0]
+            return [source] if source.type.is_ptr else None
+        if op.name == "arith.select":
+            return op.operands[1:]
+        if op.name == "scf.for":
+            return [op.operands[3 + value.index], op.body.terminator.operands[value.index]]
+        if op.name == "scf.if":
+            return [r.blocks[0].terminator.operands[value.index] for r in op.regions if r.blocks]
+        if op.name == "scf.while":
+            return [op.regions[0].blocks[0].terminator.operands[1 + value.index]]
+        return None
+
+    def _sources_of_argument(self, value: Value) -> list[Value] | int | None:
+        block = value.owner
+        assert not isinstance(block, Op)
+        parent = block.region.parent
+        if parent is self.function:
+            return value.index if block is self.function.regions[0].blocks[0] else None
+        if parent is None:
+            return None
+        if parent.name == "scf.for" and value.index > 0:
+            return [parent.operands[2 + value.index], parent.body.terminator.operands[value.index - 1]]
+        if parent.name == "scf.while":
+            if block is parent.regions[0].blocks[0]:
+                end = parent.regions[1].blocks[0].terminator
+                return [parent.operands[value.index], end.operands[value.index]]
+            return [parent.regions[0].blocks[0].terminator.operands[1 + value.index]]
+        return None
+
+    def _collect(self, value: Value, base: int, seen: set[Value]) -> None:
+        if value in seen or not value.type.is_int or value.type.bits == 1:
+            return
+        seen.add(value)
+        op = value.op
+        if op is None:
+            sources = self._sources_of_argument(value)
+            for source in sources if isinstance(sources, list) else []:
+                self._collect(source, base, seen)
+            return
+        if op.name in _EXACT:
+            if value.type.bits < 64:
+                self._offsets.setdefault(op, base)
+            inputs = op.operands if op.name != "arith.shli" else op.operands[:1]
+        elif op.name in ("scf.for", "scf.if", "scf.while"):
+            inputs = self._sources(value) or []
+            assert not isinstance(inputs, int)
+        elif op.name in _THROUGH:
+            inputs = op.operands[:1]
+        else:
+            return
+        for source in inputs:
+            self._collect(source, base, seen)
+
+    # -- sites
+
+    def _site(
+        self, op: Op, kind: int, *, base: int = -1, size: int = 0, flags: int = 0, what: str = ""
+    ) -> int:
+        key = (op, kind)
+        if key not in self._known:
+            self._known[key] = len(self.sites)
+            self.sites.append(Site(kind, op.loc.file, op.loc.line, base, size, flags, what or op.name))
+        return self._known[key]
+
+    def access(self, op: Op) -> int:
+        """The site of a load, a store or an atomic operation."""
+        pointer = op.operands[0]
+        kind = {"tt.load": LOAD, "tt.store": STORE}.get(op.name, ATOMIC)
+        flags = 0
+        if kind == ATOMIC:
+            sem = op.int_attr("sem", _ACQ_REL)
+            # A result that nobody looks at orders nothing: another order of the programs would do as well.
+            waits = any(result.uses for result in op.results)
+            flags = RELEASES * (sem in (_RELEASE, _ACQ_REL)) | ACQUIRES * (
+                sem in (_ACQUIRE, _ACQ_REL) and waits
+            )
+        size = memory_size(pointer.type.pointee)
+        return self._site(op, kind, base=self.base(pointer), size=size, flags=flags)
+
+    def table(self) -> dict[str, Any]:
+        """What a launch needs to know, for the kernel's metadata."""
+        loads = [op for op in walk(self.function) if op.name == "tt.load"]
+        undefined = [op for op in loads if [len(group) for group in op.segments()] == [1, 1, 0]]
+        return {
+            "sites": [site.row() for site in self.sites],
+            "undefined": [[op.loc.file, op.loc.line] for op in undefined],
+            "arguments": [arg.name for arg in self.function.regions[0].blocks[0].args],
+            "takes_minima": any("min" in op.name for op in walk(self.function)),
+            "float_atomics": [
+                [op.loc.file, op.loc.line]
+                for op in walk(self.function)
+                if op.name == "tt.atomic_rmw" and op.operands[1].type.is_float
+            ],
+        }
+
+    # -- C
+
+    def row(self, op: Op, first: str, step: int | str, count: int | str) -> str:
+        """Look at `count` elements, `step` bytes apart."""
+        return f"effattn_access({self.access(op)}, {first}, {step}, {count});"
+
+    def element(self, op: Op, pointer: str) -> str:
+        return self.row(op, pointer, 0, 1)
+
+    def fill(self, elem: str) -> str:
+        """What a masked-off element of a load without `other` holds."""
+        if elem.startswith("ptr<"):
+            return "(char *)effattn_fill_int"
+        if elem == "i1":
+            return "(uint8_t)(effattn_fill_int & 1)"
+        if elem.startswith("f8"):
+            return "effattn_fill_eighth"
+        if elem[0] not in "fb":
+            return "effattn_fill_int"
+        return "effattn_fill_half" if elem == "f16" else "effattn_fill_float"
+
+    def tick(self, op: Op) -> str:
+        return f"EFFATTN_TICK({self._site(op, LOOP)});"
+
+    def division(self, op: Op, divisor: str) -> list[str]:
+        """Before a division: look at the divisor."""
+        if op.name not in _DIVISIONS:
+            return []
+        what = "%" if "rem" in op.name else "//"
+        return [f"if ({divisor} == 0) effattn_fault({self._site(op, DIVISION, what=what)}, 0);"]
+
+    def scalar_overflow(self, op: Op, operands: list[str]) -> list[str]:
+        """After a scalar operation that reaches an address."""
+        return [self._overflow(op, operands)] if op in self._offsets else []
+
+    def _overflow(self, op: Op, operands: list[str]) -> str:
+        site = self._site(op, OVERFLOW, base=self._offsets[op], what=_SYMBOL[op.name])
+        exact = _EXACT[op.name].format(a=operands[0], b=operands[1])
+        return f"EFFATTN_FITS({op.results[0].type.bits}, {site}, {exact});"
+
+    def tensor_overflow(self, nest: Nest, pointer: Value, index: Index, inner: Scope) -> list[str]:
+        """For one element of a tensor of addresses: whether the integers that it is computed from have wrapped.
+
+        `inner` gets the values that are needed first.
+        """
+        lines = []
+        for op, at in self._operations(nest, pointer, index):
+            operands = [nest.eval(x, at, inner).text for x in op.operands]
+            lines.append(self._overflow(op, operands))
+        return list(dict.fromkeys(lines))
+
+    def _operations(self, nest: Nest, value: Value, index: Index) -> Iterator[tuple[Op, Index]]:
+        """The operations of virtual tensors behind an element, each with the index that it is needed at."""
+        op = value.op
+        if not value.type.is_tensor or op is None or nest.emitter.plan.kept(value):
+            return
+        name = op.name
+        if name == "tt.splat" or not op.operands:
+            return
+        source = op.operands[0]
+        if name == "tt.broadcast":
+            index = tuple(ZERO if n == 1 else i for i, n in zip(index, source.type.shape, strict=True))
+        elif name == "tt.expand_dims":
+            gone = op.int_attr("axis")
+            index = index[:gone] + index[gone + 1 :]
+        elif name == "tt.trans":
+            moved = [ZERO] * len(index)
+            for axis, source_axis in enumerate(op.ints_attr("order")):
+                moved[source_axis] = index[axis]
+            index = tuple(moved)
+        elif name == "tt.reshape":
+            index = reshape_index(index, value.type.shape, source.type.shape)
+        elif name not in _THROUGH and name not in _EXACT and name != "tt.addptr":
+            return
+        for operand in op.operands:
+            yield from self._operations(nest, operand, index)
+        if op in self._offsets:
+            yield op, index
