@@ -187,7 +187,7 @@ def _slots(signature: Sequence[tuple[str, Any]]) -> tuple[list[str], list[str], 
 
 
 def _packer(
-    signature: Sequence[tuple[str, Any]], pointer: Callable[[Any], int]
+    signature: Sequence[tuple[str, Any]], pointer: Callable[[Any], int] = address_of
 ) -> tuple[Callable[..., bytes], int]:
     """A function that packs a launch for the runtime, and the number of run-time arguments.
 
