@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,7 +20,9 @@ from effattn.errors import RequestError
 if TYPE_CHECKING:
     from effattn.case import Case
     from effattn.gate import Progress
-    from effattn.judge import Verdict
+    from effattn.run.executor import Local
+    from effattn.run.isolation import Isolated
+    from effattn.verdict import Verdict
 
 PASSED, FAILED, WRONG_REQUEST, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 
@@ -82,6 +84,37 @@ def _print_version(context: click.Context, _parameter: click.Parameter, given: b
         context.exit()
 
 
+def _isolation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options about the process that the method runs in."""
+    options = (
+        click.option(
+            "--time-limit",
+            type=click.FloatRange(min=0, min_open=True),
+            default=300.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="A case that takes longer, compilation included, is timed out.",
+        ),
+        click.option(
+            "--memory-limit",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="GIB",
+            help="What the method's process may allocate; nine tenths of what is available if not given. On a GPU "
+            "there is no limit if not given.",
+        ),
+        click.option(
+            "--isolation/--no-isolation",
+            default=True,
+            show_default=True,
+            help="Run the method in a process of its own, or in this one, where a debugger can follow and a crash "
+            "takes the gate with it.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=False,
@@ -141,6 +174,7 @@ def cli(context: click.Context) -> None:
     "A new folder in effattn-runs/ if not given.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
+@_isolation_options
 @click.option("--by-values", is_flag=True, help="Show one more row for each value distribution.")
 def gate(
     method: str,
@@ -150,11 +184,13 @@ def gate(
     device: str,
     out: Path | None,
     overwrite: bool,
+    time_limit: float,
+    memory_limit: float | None,
+    isolation: bool,
     by_values: bool,
 ) -> int:
     """Judge METHOD on generated cases: pass or fail, with evidence."""
     from effattn import gate as gates
-    from effattn import methods
     from effattn.properties import profiles
     from effattn.report import markdown, terminal
     from effattn.run import provenance, store
@@ -165,42 +201,45 @@ def gate(
     if overwrite and out is None:
         raise RequestError("--overwrite replaces the run that --out names; give --out too")
     folder = out if out is not None else store.default_folder(method=method, started=started)
-    _check_device(device)
-    request = gates.Request(
-        method=methods.get(method),
-        dtypes=wanted,
-        profile=profile,
-        values=tuple(dict.fromkeys(_split(value_names))),
-        device=device,
-    )
-    _announce_capture(request.values)
-    cases = gates.collect(request)
-    origin = {
-        "command": provenance.command_line(click.get_current_context().obj),
-        "started": started,
-        **provenance.collect(device=device),
-    }
-    with store.RunWriter(folder, overwrite=overwrite) as writer:
-        with _progress(len(cases)) as progress:
-            result = gates.run_gate(request, cases, record=writer.add, progress=progress)
-        for failure in result.failures:
-            for failed in failure.verdicts:
-                writer.add_case(failed.case)
-            writer.add_case(failure.shrunk.verdict.case)
-        origin |= {
-            "ended": provenance.now(),
-            "method": {"name": request.method.name, "spec": request.method.spec},
-            "dtypes": list(request.dtypes),
-            "profile": profile,
-            "values": list(request.values),
-            "device": device,
-            "cases": len(cases),
-            "exit_code": result.exit_code,
+    with _judge(
+        method, device, time_limit=time_limit, memory_limit=memory_limit, isolation=isolation
+    ) as judge:
+        request = gates.Request(
+            judge=judge,
+            dtypes=wanted,
+            profile=profile,
+            values=tuple(dict.fromkeys(_split(value_names))),
+        )
+        _announce_capture(request.values)
+        cases = gates.collect(request)
+        facts = judge.call("effattn.run.provenance:torch_facts", device)
+        origin = {
+            "command": provenance.command_line(click.get_current_context().obj),
+            "started": started,
+            **provenance.collect(device=device, facts=facts),
         }
-        writer.add_text(store.SUMMARY, markdown.summary(result, origin))
-        if out is None:
-            store.ignore_in_git(store.DEFAULT_FOLDER)
-        writer.commit(origin)
+        with store.RunWriter(folder, overwrite=overwrite) as writer:
+            with _progress(len(cases)) as progress:
+                result = gates.run_gate(request, cases, record=writer.add, progress=progress)
+            for failure in result.failures:
+                for failed in failure.verdicts:
+                    writer.add_case(failed.case)
+                writer.add_case(failure.shrunk.verdict.case)
+            origin |= {
+                "ended": provenance.now(),
+                "method": {"name": judge.name, "spec": judge.spec},
+                "dtypes": list(request.dtypes),
+                "profile": profile,
+                "values": list(request.values),
+                "device": device,
+                "cases": len(cases),
+                "isolation": isolation,
+                "exit_code": result.exit_code,
+            }
+            writer.add_text(store.SUMMARY, markdown.summary(result, origin))
+            if out is None:
+                store.ignore_in_git(store.DEFAULT_FOLDER)
+            writer.commit(origin)
 
     console = terminal.console()
     terminal.print_result(console, result, by_values=by_values)
@@ -219,18 +258,27 @@ def gate(
     metavar="DIR",
     help="The run folder to look an id up in; the newest in effattn-runs/ if not given.",
 )
-def replay(case: str, method: str, device: str, run_folder: Path | None) -> int:
+@_isolation_options
+def replay(
+    case: str,
+    method: str,
+    device: str,
+    run_folder: Path | None,
+    time_limit: float,
+    memory_limit: float | None,
+    isolation: bool,
+) -> int:
     """Judge one CASE again, with everything shown.
 
     CASE is a file with a case as JSON, the JSON itself, or the id of a case in a run folder.
     """
-    from effattn import methods
     from effattn.report import summary, terminal
-    from effattn.run.executor import judge
 
     found = _case(case, run_folder)
-    _check_device(device)
-    verdict = judge(found, methods.get(method), device=device)
+    with _judge(
+        method, device, time_limit=time_limit, memory_limit=memory_limit, isolation=isolation
+    ) as judge:
+        verdict = judge.judge(found)
     terminal.print_details(terminal.console(), verdict)
     if summary.failed(verdict.outcome):
         return FAILED
@@ -340,16 +388,24 @@ def _unknown(what: str, name: str, known: Sequence[str], meant: str | None = Non
     return f"unknown {what} {name!r}; expected one of {', '.join(known)}{hint}"
 
 
-def _check_device(device: str) -> None:
+def _judge(
+    method: str, device: str, *, time_limit: float, memory_limit: float | None, isolation: bool
+) -> Isolated | Local:
+    """The method, loaded where it will run."""
     if device not in ("cpu", "cuda"):
         raise RequestError(_unknown("device", device, ("cpu", "cuda")))
-    if device == "cuda":
-        import torch
+    if not isolation:
+        from effattn.run.executor import Local
 
-        if not torch.cuda.is_available():
-            raise RequestError(
-                "--device cuda: torch finds no usable GPU here; leave --device out, or see `effattn doctor`"
-            )
+        return Local(method, device=device)
+    from effattn.run.isolation import Isolated
+
+    return Isolated(
+        method,
+        device=device,
+        time_limit=time_limit,
+        memory_limit=None if memory_limit is None else int(memory_limit * 2**30),
+    )
 
 
 @contextlib.contextmanager

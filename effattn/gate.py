@@ -7,31 +7,59 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from effattn.errors import RequestError
 from effattn.report import summary
 
 if TYPE_CHECKING:
     from effattn.case import Case
-    from effattn.judge import Verdict
-    from effattn.methods.base import Method
     from effattn.run.shrink import Shrunk
+    from effattn.verdict import Verdict
 
 #: Called after each verdict with it and the number of verdicts still to come.
 Progress = Callable[["Verdict", int], None]
+#: Seconds that making a case small may take where every judgement runs into the time limit.
+MOST_SHRINKING = 60.0
+
+
+class Judge(Protocol):
+    """A method and how it is run: `effattn.run.isolation.Isolated` or `effattn.run.executor.Local`."""
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        ...
+
+    @property
+    def spec(self) -> str:
+        """How the command line names it."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+        ...
+
+    @property
+    def time_limit(self) -> float | None:
+        """Seconds for one case."""
+        ...
+
+    def judge(self, case: Case) -> Verdict:
+        """Judge one case."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What to judge, all of it checked before the first case runs."""
 
-    method: Method
+    judge: Judge
     dtypes: tuple[str, ...]
     profile: str
     #: Value distributions in place of the profile's own; empty for those.
     values: tuple[str, ...] = ()
-    device: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +112,7 @@ class Result:
     def sentence(self) -> str:
         """The result in a sentence."""
         judged = sum(1 for v in self.verdicts if str(v.outcome) not in summary.SET_ASIDE)
-        name = self.request.method.name
+        name = self.request.judge.name
         if self.failures:
             wrong = sum(len(failure.verdicts) for failure in self.failures)
             return f"{name} failed {wrong} of {judged} judged cases."
@@ -142,12 +170,11 @@ def run_gate(
     Raises:
         RequestError: the environment cannot run the method at all, for example for want of a C compiler.
     """
-    from effattn.run import executor
-
     if not cases:
         raise RequestError("there is no case to judge; name at least one dtype")
     verdicts: list[Verdict] = []
-    for verdict in executor.run(cases, request.method, device=request.device):
+    for case in cases:
+        verdict = request.judge.judge(case)
         verdicts.append(verdict)
         if record is not None:
             record(verdict)
@@ -162,7 +189,6 @@ def run_gate(
 
 
 def _failures(verdicts: Sequence[Verdict], request: Request) -> list[Failure]:
-    from effattn.run.executor import judge
     from effattn.run.shrink import shrink
 
     groups: dict[tuple[str, str], list[Verdict]] = {}
@@ -173,11 +199,22 @@ def _failures(verdicts: Sequence[Verdict], request: Request) -> list[Failure]:
     for (dtype, outcome), members in groups.items():
         # The worst case is the best start: it goes on failing for longest while it gets smaller.
         worst = max(members, key=severity)
-        shrunk = shrink(worst, lambda case: judge(case, request.method, device=request.device))
+        shrunk = shrink(
+            worst, request.judge.judge, most_judgements=_judgements(outcome, request.judge.time_limit)
+        )
         failures.append(
             Failure(dtype=dtype, outcome=outcome, verdicts=tuple(members), worst=worst, shrunk=shrunk)
         )
     return failures
+
+
+def _judgements(outcome: str, time_limit: float | None) -> int:
+    """How many judgements making a case small may take: few where each takes the whole time limit."""
+    from effattn.run.shrink import MOST_JUDGEMENTS
+
+    if outcome != "timed out" or not time_limit:
+        return MOST_JUDGEMENTS
+    return min(MOST_JUDGEMENTS, int(MOST_SHRINKING / time_limit))
 
 
 def severity(verdict: Verdict) -> tuple[float, float]:

@@ -74,7 +74,9 @@ def judge(case: Case, method: Method, *, device: str = "cpu") -> Verdict:
     if changed is not None:
         message = f"the method wrote to its input {changed}; expected it to be left as it was: callers go on using it"
         return _short(case, method, Outcome.INACCURATE, message, seconds)
-    verdict = _judge(case, kept, output, numerics, method.name, _replay(case, method.spec, device), seconds)
+    verdict = _judge(
+        case, kept, output, numerics, method.name, replay_line(case, method.spec, device), seconds
+    )
     if notes and verdict.outcome in (Outcome.INACCURATE, Outcome.BIASED):
         verdict = replace(verdict, message="\n".join((verdict.message, *notes)))
     return verdict
@@ -96,7 +98,7 @@ def judge_output(
     device: str = "cpu",
 ) -> Verdict:
     """Judge an output that is there already. `inputs` are those of the case, unchanged."""
-    return _judge(case, inputs, output, numerics, method, _replay(case, method, device), {})
+    return _judge(case, inputs, output, numerics, method, replay_line(case, method, device), {})
 
 
 def _judge(
@@ -551,10 +553,11 @@ def _short(case: Case, method: Method, outcome: Outcome, message: str, seconds: 
         outcome=outcome,
         message=message,
         seconds=seconds,
-        replay=_replay(case, method.spec, "cpu"),
+        replay=replay_line(case, method.spec, "cpu"),
     )
 
 
-def _replay(case: Case, spec: str, device: str) -> str:
+def replay_line(case: Case, spec: str, device: str) -> str:
+    """The command line that judges the case again."""
     line = f"effattn replay {shlex.quote(case.to_json())} {shlex.quote(spec)}"
     return line if device == "cpu" else f"{line} --device {shlex.quote(device)}"

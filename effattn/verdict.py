@@ -31,8 +31,10 @@ class Outcome(StrEnum):
     NOT_SUPPORTED = "not supported"
     #: rounding in this dtype may do anything, so there is nothing to hold the method to
     NOT_JUDGED = "not judged"
-    #: the method raised
+    #: the method raised, or its process died
     CRASHED = "crashed"
+    #: the method was not done within the time limit of a case
+    TIMED_OUT = "timed out"
 
 
 @dataclass(frozen=True, kw_only=True)

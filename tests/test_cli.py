@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -66,7 +67,7 @@ def only_16_bit(q, k, v, *, causal=False, scale=None):
 
 
 def interrupts(q, k, v, *, causal=False, scale=None):
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(int(os.environ["WHO_IS_INTERRUPTED"]), signal.SIGINT)
     return right(q, k, v, causal=causal, scale=scale)
 """
 
@@ -378,8 +379,18 @@ def test_dtype_of_which_nothing_was_judged_is_no_pass(effattn_command: Command, 
     assert code == 0
 
 
-def test_interruption_writes_nothing_and_is_no_failure(effattn_command: Command, methods_file: Path) -> None:
-    code, _, err = effattn_command("gate", "mine.py:interrupts", "--dtype", "fp32", "--out", "deep/run")
+@pytest.mark.parametrize("isolation", ["--isolation", "--no-isolation"])
+def test_interruption_writes_nothing_and_is_no_failure(
+    effattn_command: Command, methods_file: Path, monkeypatch: pytest.MonkeyPatch, isolation: str
+) -> None:
+    monkeypatch.setenv("WHO_IS_INTERRUPTED", str(os.getpid()))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    try:
+        code, _, err = effattn_command(
+            "gate", "mine.py:interrupts", "--dtype", "fp32", "--out", "deep/run", isolation
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 130
     assert "interrupted" in err
     assert not Path("deep").exists()

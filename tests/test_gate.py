@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from effattn import gate, methods, zoo
+from effattn import gate, zoo
 from effattn.case import Case
 from effattn.errors import RequestError
 from effattn.gate import Request
@@ -17,7 +17,7 @@ from effattn.judge import Outcome, Verdict
 from effattn.properties import profiles
 from effattn.report import markdown, summary, text
 from effattn.run import store
-from effattn.run.executor import judge
+from effattn.run.executor import Local, judge
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -30,7 +30,7 @@ ONLY_CI = {"decay-in-input-dtype"}
 
 
 def request(method: str, **fields: object) -> Request:
-    return Request(**{"method": methods.get(method), "dtypes": ("fp32",), "profile": "smoke", **fields})  # type: ignore[arg-type]
+    return Request(**{"judge": Local(method), "dtypes": ("fp32",), "profile": "smoke", **fields})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name in WRONG for dtype in WRONG[name].dtypes])
@@ -303,9 +303,9 @@ def test_code_spans_hold_backticks(given: str) -> None:
 def test_summary_of_a_hostile_method_is_plain(failed_result: gate.Result) -> None:
     from dataclasses import replace
 
-    hostile = methods.get("effattn.zoo:zeros")
+    hostile = Local("effattn.zoo:zeros")
     hostile.name = HOSTILE
-    result = replace(failed_result, request=replace(failed_result.request, method=hostile))
+    result = replace(failed_result, request=replace(failed_result.request, judge=hostile))
     written = markdown.summary(result, {"command": HOSTILE})
     assert "<img" not in written.replace(text.code(HOSTILE), "")
     assert "\x1b" not in written

@@ -24,7 +24,7 @@ def summary(result: Result, provenance: Mapping[str, Any]) -> str:
     """The whole summary of a run."""
     request = result.request
     lines = [
-        f"# effattn gate: {text.markdown(request.method.name)}",
+        f"# effattn gate: {text.markdown(request.judge.name)}",
         "",
         f"**{text.markdown(result.sentence)}**",
         "",

@@ -1,14 +1,14 @@
-"""Runs cases one after the other in this process.
+"""Judges cases in this process.
 
-Verdicts come in the order of the cases, one at a time, so that a caller can record and show each as it comes.
-Whatever a method does becomes a verdict. What is effattn's own fault is not caught.
+What a method raises becomes a verdict; a method that ends the process ends it (`effattn.run.isolation` is for that).
+What is effattn's own fault is not caught.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effattn.case import Case
@@ -20,10 +20,46 @@ if TYPE_CHECKING:
 SMALL = 1 << 27
 
 
-def run(cases: Iterable[Case], method: Method, *, device: str = "cpu") -> Iterator[Verdict]:
-    """Judge each case in turn; the verdicts in the same order."""
-    for case in cases:
-        yield judge(case, method, device=device)
+class Local:
+    """Judges cases by one method in this process, where a debugger can follow; `isolation.Isolated` has the same form.
+
+    Args:
+        spec: the method as the command line names it.
+        device: where it runs.
+
+    Raises:
+        RequestError: there is no such method, or no such device.
+    """
+
+    def __init__(self, spec: str, *, device: str = "cpu") -> None:
+        from effattn import methods
+        from effattn.run import work
+
+        work.check_device(device)
+        self.device = device
+        #: None: nothing can end a case in this process
+        self.time_limit = None
+        self._method = methods.get(spec)
+        self.name, self.spec = self._method.name, self._method.spec
+
+    def judge(self, case: Case) -> Verdict:
+        """Judge one case."""
+        return judge(case, self._method, device=self.device)
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """Call a function of effattn, `module:function`."""
+        from effattn.run import work
+
+        return work.find(function)(*arguments)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def __enter__(self) -> Local:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def judge(case: Case, method: Method, *, device: str = "cpu") -> Verdict:

@@ -7,7 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -37,8 +37,14 @@ def command_line(arguments: Sequence[str]) -> str:
     return shlex.join(["effattn", *arguments])
 
 
-def collect(*, device: str) -> dict[str, Any]:
-    """Versions, commits and machine. Imports torch to name the number of threads and the GPU."""
+def collect(*, device: str, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Versions, commits and machine.
+
+    Args:
+        device: where the method runs.
+        facts: what `torch_facts` says in the process that runs the method; asked here if not given, which imports
+            torch.
+    """
     import effattn
 
     return {
@@ -50,7 +56,7 @@ def collect(*, device: str) -> dict[str, Any]:
             "system": platform.platform(),
             "cpu": cpu_name(),
             "cores": len(os.sched_getaffinity(0)),
-            **_torch_facts(device),
+            **(torch_facts(device) if facts is None else facts),
         },
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
@@ -88,7 +94,8 @@ def python_executable() -> str:
     return sys.executable
 
 
-def _torch_facts(device: str) -> dict[str, Any]:
+def torch_facts(device: str) -> dict[str, Any]:
+    """The number of threads that torch uses, and the GPU."""
     import torch
 
     facts: dict[str, Any] = {"threads": torch.get_num_threads()}

@@ -1,0 +1,133 @@
+"""What runs inside a worker process: a loop that calls functions of effattn, with JSON in and JSON out.
+
+A request is `{"call": "module:function", "arguments": [...]}`, a reply `{"result": ...}`, `{"refused": "..."}` where
+the function raised `RequestError`, or `{"fault": "traceback"}` where effattn itself is at fault. Each is preceded by
+its length in four bytes. Only functions of effattn are called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from effattn.errors import RequestError
+
+if TYPE_CHECKING:
+    from effattn.case import Case
+    from effattn.judge import Verdict
+    from effattn.methods.base import Method
+
+_LENGTH = struct.Struct("!I")
+
+
+def send(connection: socket.socket, message: dict[str, Any]) -> None:
+    """Write one message."""
+    text = json.dumps(message, allow_nan=False).encode()
+    connection.sendall(_LENGTH.pack(len(text)) + text)
+
+
+def receive(connection: socket.socket) -> dict[str, Any] | None:
+    """Read one message; None where the other side has closed the connection."""
+    head = _exactly(connection, _LENGTH.size)
+    if head is None:
+        return None
+    text = _exactly(connection, _LENGTH.unpack(head)[0])
+    return None if text is None else json.loads(text)
+
+
+def _exactly(connection: socket.socket, count: int) -> bytes | None:
+    parts = []
+    while count:
+        part = connection.recv(min(count, 1 << 20))
+        if not part:
+            return None
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+def serve(connection: socket.socket) -> int:
+    """Answer requests until the connection closes. Returns the exit code of the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked; it ends this one
+    while (request := receive(connection)) is not None:
+        try:
+            reply = {"result": find(request["call"])(*request["arguments"])}
+        except RequestError as error:
+            reply = {"refused": str(error)}
+        except Exception:
+            reply = {"fault": traceback.format_exc()}
+        sys.stdout.flush()  # what the method printed stands before what is printed about it
+        send(connection, reply)
+    return 0
+
+
+def find(name: str) -> Callable[..., Any]:
+    """The function that `module:function` names, which must be one of effattn's."""
+    module, _, function = name.partition(":")
+    if module != "effattn" and not module.startswith("effattn."):
+        raise ValueError(f"{name!r} is no function of effattn")
+    return getattr(importlib.import_module(module), function)
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """End this process by SIGALRM unless the block is left in time.
+
+    The kernel does it, so a loop in C that never comes back to Python ends as well. To be used where the signal has
+    its default action, and in one thread of a process at a time.
+    """
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+
+@functools.cache
+def method(spec: str) -> Method:
+    """The method, loaded once in each worker."""
+    from effattn import methods
+
+    return methods.get(spec)
+
+
+def describe(spec: str) -> dict[str, str]:
+    """Load the method: its name and how the command line names it."""
+    loaded = method(spec)
+    return {"name": loaded.name, "spec": loaded.spec}
+
+
+def check_device(device: str) -> None:
+    """Raise RequestError where the device is not here."""
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise RequestError(
+                "--device cuda: torch finds no usable GPU here; leave --device out, or see `effattn doctor`"
+            )
+
+
+def judge_case(spec: str, device: str, case: dict[str, Any], limit: float | None) -> dict[str, Any]:
+    """Judge one case, both as plain data."""
+    from effattn.case import Case
+
+    return judged(Case.from_dict(case), spec, device, limit).to_dict()
+
+
+def judged(case: Case, spec: str, device: str, limit: float | None) -> Verdict:
+    """Judge one case within the time limit, in seconds."""
+    from effattn.run import executor
+
+    loaded = method(spec)
+    with time_limit(limit):
+        return executor.judge(case, loaded, device=device)
