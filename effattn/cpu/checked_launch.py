@@ -110,8 +110,6 @@ class _Slot:
 
 
 def _slot(name: str, value: Any) -> _Slot:
-    if value is None:
-        return _Slot(name, None, 0, 0, 1, "no access: None was passed")
     shape: Any = getattr(value, "shape", None)
     stride: Any = getattr(value, "stride", None)
     if stride is None and hasattr(getattr(value, "base", None), "stride"):
