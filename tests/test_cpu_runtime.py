@@ -134,6 +134,17 @@ def test_tensors_elsewhere_and_wrong_arguments_are_refused() -> None:
         work[(1,)](x, N=64)
 
 
+def test_a_cooperative_grid_is_refused_since_its_barriers_would_never_be_passed() -> None:
+    x, o = torch.full((64,), 4.0), torch.zeros(64)
+    with pytest.raises(
+        RequestError, match="launch_cooperative_grid=True: on the CPU the programs of a grid run one after"
+    ):
+        work[(1,)](x, o, 1, N=64, launch_cooperative_grid=True)
+    assert not o.any()
+    work[(1,)](x, o, 1, N=64, launch_cooperative_grid=False)
+    assert torch.equal(o, x * 0.5 + 1)
+
+
 # ------------------------------------------------------------------------------- compiler, cache, processes
 
 KERNEL = """

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # The same numbers are in checks.c.
 _RACES, _TRAFFIC, _WRAPS = 1, 2, 4
 _OUTSIDE, _WILD, _WRAPPED, _ZERO_DIVISOR, _ENDLESS, _WAITS, _SIGNAL, _RACE = range(1, 9)
+_INTERRUPTED = 2  # of runtime.c
 _CAPACITY = 64  # different findings of one launch
 
 _lock = threading.Lock()
@@ -346,7 +347,10 @@ class _Launch:
         state.findings = ctypes.addressof(findings)
         state.order = None if order is None else order.ctypes.data
         self._fill(fill)
-        if self.library.effattn_launch_checked(self.packed, ctypes.byref(state)):
+        status = self.library.effattn_launch_checked(self.packed, ctypes.byref(state))
+        if status == _INTERRUPTED:
+            raise KeyboardInterrupt(f"the launch of {self.kernel} ended before all its programs were done")
+        if status:
             raise MemoryError(
                 f"could not get {self.arena} bytes of working memory for kernel {self.kernel}, or the memory to check it"
             )

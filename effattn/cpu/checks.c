@@ -372,7 +372,7 @@ static int prepare(int64_t count) {
     return 1;
 }
 
-/* Runs a grid, one program after the other. Returns 0, or 1 where memory could not be had. */
+/* Runs a grid, one program after the other. Returns as effattn_launch does. */
 EXPORT int effattn_launch_checked(const launch_t *l, checks_t *given) {
     if (l->gx <= 0 || l->gy <= 0 || l->gz <= 0) return 0;
     int64_t count = l->gx * l->gy * l->gz;
@@ -389,7 +389,8 @@ EXPORT int effattn_launch_checked(const launch_t *l, checks_t *given) {
     sigemptyset(&ours.sa_mask);
     for (int i = 0; i < 3; i++) sigaction(faults[i], &ours, &former[i]);
     unsigned before = ieee();
-    for (volatile int64_t i = 0; i < count && !checks->stopped && !out_of_memory; i++) {
+    const int *const stop = watch();
+    for (volatile int64_t i = 0; i < count && !checks->stopped && !out_of_memory && !is_set(stop); i++) {
         running = checks->order ? checks->order[i] : i;
         turns = 0;
         spins = 0;
@@ -397,11 +398,13 @@ EXPORT int effattn_launch_checked(const launch_t *l, checks_t *given) {
         effattn_ticks = TURNS;
         started = now();
         inside = 1;
-        if (sigsetjmp(leave, 0) == 0) program(l, running);
+        if (sigsetjmp(leave, 0) == 0) program(l, running, stop);
         inside = 0;
     }
     restore(before);
     for (int i = 0; i < 3; i++) sigaction(faults[i], &former[i], NULL);
     forget();
-    return out_of_memory;
+    int status = is_set(stop) ? INTERRUPTED : out_of_memory ? NO_MEMORY : DONE;
+    unwatch(stop);
+    return status;
 }

@@ -20,6 +20,7 @@ from triton._C.libtriton import ir, passes
 from triton.backends.compiler import BaseBackend, GPUTarget
 
 from effattn.cpu import session
+from effattn.errors import RequestError
 
 #: name of the backend in targets and cache keys
 BACKEND = "effattn_cpu"
@@ -115,6 +116,11 @@ class CPUBackend(BaseBackend):
         # Libraries of device bitcode mean nothing here; extern symbols are answered by name.
         known.pop("extern_libs", None)
         known["checked"] = session.wants_checked_kernels()
+        if known.get("launch_cooperative_grid"):
+            raise RequestError(
+                "launch_cooperative_grid=True: on the CPU the programs of a grid run one after the other on a few threads, so "
+                "a barrier that waits for all of them would wait for ever; launch the phases as kernels of their own"
+            )
         from effattn.cpu import models
 
         model = models.get(known.setdefault("dot_model", models.selected()))

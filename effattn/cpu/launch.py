@@ -32,6 +32,9 @@ _C_TYPES = {
     "fp64": "double",
 }
 
+#: what effattn_launch returns where it could not run the whole grid; see runtime.c
+_NO_MEMORY, _INTERRUPTED = 1, 2
+
 _threads: int | None = None
 
 
@@ -233,13 +236,13 @@ class Launcher:
             raise RequestError(
                 f"kernel {metadata.name} takes {expected} arguments, its signature gives {slots}"
             )
+        self.name = metadata.name
         self.arena = int(metadata.cpu_arena)
         self.notes = dict.fromkeys(metadata.cpu_notes)
         self.cost = ctypes.c_int64(0)
         self.cost_at = ctypes.addressof(self.cost)
         self.library = _runtime()
         self.run = self.library.effattn_launch
-        self.name = metadata.name
         #: of an instrumented kernel: its table of sites, and what was passed for each slot; None for any other
         self.probes: tuple[dict[str, Any], Callable[..., list[Any]]] | None = None
         if metadata.cpu_probes is not None:
@@ -266,12 +269,20 @@ class Launcher:
             from effattn.cpu import checked_launch
 
             checked_launch.run(self, function, (grid_x, grid_y, grid_z), args)
-        elif self.run(self.packed(function, (grid_x, grid_y, grid_z), args)):
-            raise MemoryError(f"a thread could not get {self.arena} bytes of working memory for the kernel")
+        else:
+            self.check(self.run(self.packed(function, (grid_x, grid_y, grid_z), args)))
         if debug.failures:
             debug.raise_failed(function)
         if exit_hook is not None:
             exit_hook(launch_metadata)
+
+    def check(self, status: int) -> None:
+        """Raise what the runtime's answer to a launch stands for."""
+        if status == _NO_MEMORY:
+            raise MemoryError(f"a thread could not get {self.arena} bytes of working memory for the kernel")
+        if status == _INTERRUPTED:
+            # Python's own handler has raised already; only one that does not raise lets us come here.
+            raise KeyboardInterrupt(f"the launch of {self.name} ended before all its programs were done")
 
     def packed(self, function: int, grid: tuple[int, int, int], args: Sequence[Any]) -> bytes:
         """A launch as the runtime takes it."""

@@ -26,7 +26,7 @@ _KEYWORDS = frozenset(
         r"\w+",
         """auto break case char const continue default do double else enum extern float for goto if inline int long
         register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while
-        asm typeof args arena count head unix linux""",
+        asm typeof args arena stop count head unix linux""",
     )
 )
 #: what the emitter itself names, and what macros of the prelude define for each C type
@@ -299,6 +299,7 @@ def _for(e: FunctionEmitter, op: Op) -> None:
         lower, upper, step = (f"(u{c_type}){x}" for x in (lower, upper, step))
     # A 64-bit counter: the last addition of a 32-bit one could wrap.
     e.open(f"for ({cast} {counter} = {lower}; {counter} < {upper}; {counter} += {step})")
+    e.line("CHECK_STOP;")
     name = e.names[induction] = e.unique(induction.name)
     e.types[name] = c_type
     e.line(f"const {c_type} {name} = ({c_type}){counter};")
@@ -335,6 +336,7 @@ def _while(e: FunctionEmitter, op: Op) -> None:
         if not arg.type.is_tensor:
             e.names[arg] = e.declare(result)
     e.open("for (;;)")
+    e.line("CHECK_STOP;")
     if e.probes is not None:
         e.line(e.probes.tick(op))
     e.block(before)
@@ -483,7 +485,8 @@ def kernel_source(
             *e.statics,
             *e.functions,
             "EXPORT void effattn_kernel(const int64_t *args, int32_t pid_x, int32_t pid_y, int32_t pid_z,",
-            "                           int32_t grid_x, int32_t grid_y, int32_t grid_z, char *arena) {",
+            "                           int32_t grid_x, int32_t grid_y, int32_t grid_z, char *arena,",
+            "                           const int *stop) {",
             *arguments,
             *tiles,
             *hoisted,

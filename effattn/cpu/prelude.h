@@ -7,6 +7,8 @@
 #include <stdint.h>
 
 #define INLINE static inline __attribute__((always_inline, unused))
+/* In every loop of a kernel's body: Ctrl-C ends it. */
+#define CHECK_STOP if (__builtin_expect(__atomic_load_n(stop, __ATOMIC_RELAXED), 0)) return
 /* A loop nest of a kernel: its own function, since compilers take longer the larger a function is. */
 #define NEST static __attribute__((noinline))
 #define EXPORT __attribute__((visibility("default")))

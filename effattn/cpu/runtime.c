@@ -3,18 +3,28 @@
    Why not OpenMP: it would tie every build to a runtime library that not every compiler brings.
    Programs are handed out one index at a time from an atomic counter, so uneven programs (causal attention)
    balance themselves. The caller works too, and alone where waking another thread would take longer than the work.
-   Working memory is one arena per thread, kept between launches. */
+   Working memory is one arena per thread, kept between launches.
 
+   Ctrl-C: Python's own handler only notes a signal until the interpreter runs again, which is after the launch. While
+   the main thread launches, a handler in front of it also sets `interrupted`, which the loops of kernels look at. */
+
+#define _GNU_SOURCE
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #define EXPORT __attribute__((visibility("default")))
 
 typedef void (*kernel_fn)(const int64_t *args, int32_t x, int32_t y, int32_t z, int32_t gx, int32_t gy,
-                          int32_t gz, char *arena);
+                          int32_t gz, char *arena, const int *stop);
+
+/* What effattn_launch returns. In all but DONE the grid is incomplete. */
+enum { DONE, NO_MEMORY, INTERRUPTED };
 
 /* What a launch passes, packed in this order by the caller. */
 typedef struct {
@@ -26,6 +36,7 @@ typedef struct {
 
 typedef struct {
     const launch_t *launch;
+    const int *stop; /* programs end early where it is not 0 */
     int64_t count, seats; /* seats: workers that may still join */
     atomic_llong next;
     atomic_int failed; /* some thread could not get its working memory */
@@ -64,10 +75,41 @@ static int ensure_arena(int64_t bytes) {
     return 1;
 }
 
-static void program(const launch_t *l, int64_t i) {
+static int interrupted; /* the main thread's launch is to end */
+static const int never;
+static struct sigaction usual; /* what happens at SIGINT while nothing is launched */
+static atomic_int watching;
+
+static int is_set(const int *stop) { return __atomic_load_n(stop, __ATOMIC_RELAXED); }
+
+/* Steps aside and sends the signal again. The usual handler is not called from here: LLVM, which Triton brings, installs
+   one that does the same, and a handler that is put back after it has stepped aside ends the process. */
+static void on_interrupt(int number) {
+    if (atomic_exchange(&watching, 0)) sigaction(number, &usual, NULL);
+    __atomic_store_n(&interrupted, 1, __ATOMIC_RELAXED);
+    raise(number); /* blocked until we return */
+}
+
+/* Watches for Ctrl-C if this is the main thread and the process handles the signal. Returns the flag to look at. */
+static const int *watch(void) {
+    if (syscall(SYS_gettid) != getpid()) return &never; /* Python raises in the main thread alone */
+    struct sigaction ours = {.sa_handler = on_interrupt, .sa_flags = SA_ONSTACK};
+    if (sigaction(SIGINT, NULL, &usual) || usual.sa_handler == SIG_DFL || usual.sa_handler == SIG_IGN) return &never;
+    interrupted = 0;
+    atomic_store(&watching, 1);
+    if (!sigaction(SIGINT, &ours, NULL)) return &interrupted;
+    atomic_store(&watching, 0);
+    return &never;
+}
+
+static void unwatch(const int *stop) {
+    if (stop == &interrupted && atomic_exchange(&watching, 0)) sigaction(SIGINT, &usual, NULL);
+}
+
+static void program(const launch_t *l, int64_t i, const int *stop) {
     int64_t gxy = l->gx * l->gy, rest = i % gxy;
     ((kernel_fn)l->kernel)(l->args, (int32_t)(rest % l->gx), (int32_t)(rest / l->gx), (int32_t)(i / gxy),
-                           (int32_t)l->gx, (int32_t)l->gy, (int32_t)l->gz, arena);
+                           (int32_t)l->gx, (int32_t)l->gy, (int32_t)l->gz, arena, stop);
 }
 
 /* IEEE arithmetic, whatever the calling thread does with subnormals or rounding. */
@@ -111,13 +153,16 @@ static int64_t run(void) {
     }
     for (int64_t done = 0;; done++) {
         int64_t i = atomic_fetch_add_explicit(&job.next, 1, memory_order_relaxed);
-        if (i >= job.count) return done;
-        program(job.launch, i);
+        if (i >= job.count || is_set(job.stop)) return done;
+        program(job.launch, i, job.stop);
     }
 }
 
 static void *worker(void *unused) {
     unsigned long long seen = 0;
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, NULL); /* signals are for the threads of the program */
     (void)unused;
     for (;;) {
         /* Launches often come in a row: look for the next one for a moment before sleeping. */
@@ -149,9 +194,22 @@ static void after_fork(void) {
 
 static void setup(void) { pthread_atfork(NULL, NULL, after_fork); }
 
+/* Waits for the launch of another thread; 0 where this one was interrupted meanwhile. */
+static int take_turn(const int *stop) {
+    while (pthread_mutex_trylock(&launch_lock)) {
+        if (is_set(stop)) return 0;
+        struct timespec t;
+        clock_gettime(CLOCK_REALTIME, &t);
+        t.tv_nsec += 20000000;
+        if (t.tv_nsec >= 1000000000) t.tv_nsec -= 1000000000, t.tv_sec++;
+        if (!pthread_mutex_timedlock(&launch_lock, &t)) break;
+    }
+    return 1;
+}
+
 /* Programs from `first` on, by the pool. */
-static int together(const launch_t *l, int64_t first, int64_t count) {
-    pthread_mutex_lock(&launch_lock);
+static int together(const launch_t *l, int64_t first, int64_t count, const int *stop) {
+    if (!take_turn(stop)) return DONE;
     int64_t wanted = l->threads - 1;
     if (wanted > count - first - 1) wanted = count - first - 1;
     if (wanted > MAX_WORKERS) wanted = MAX_WORKERS;
@@ -168,6 +226,7 @@ static int together(const launch_t *l, int64_t first, int64_t count) {
         workers++;
     }
     job.launch = l;
+    job.stop = stop;
     job.seats = wanted;
     atomic_store(&job.failed, 0);
     atomic_store(&job.next, first);
@@ -186,28 +245,31 @@ static int together(const launch_t *l, int64_t first, int64_t count) {
     int failed = atomic_load(&job.failed);
     pthread_mutex_unlock(&lock);
     pthread_mutex_unlock(&launch_lock);
-    return failed;
+    return failed ? NO_MEMORY : DONE;
 }
 
-/* Runs a grid. Returns 0, or 1 where working memory could not be had (the grid is then incomplete). */
+/* Runs a grid. */
 EXPORT int effattn_launch(const launch_t *l) {
     pthread_once(&once, setup);
     if (l->gx <= 0 || l->gy <= 0 || l->gz <= 0) return 0;
     int64_t count = l->gx * l->gy * l->gz, cost = *(int64_t *)l->cost, i = 0;
     unsigned before = ieee();
-    int failed = 0;
+    const int *stop = watch();
+    int status = DONE;
     if (count == 1 || l->threads == 1 || (cost > 0 && cost < WORTH_WAKING / count)) {
         /* Little work, as far as the last launch tells: call for help only where it takes longer after all. */
         if (ensure_arena(l->arena_bytes)) {
             int64_t start = now(), spent = 0;
-            while (i < count && (spent < 2 * WORTH_WAKING || l->threads == 1 || i == count - 1)) {
-                program(l, i++);
+            while (i < count && !is_set(stop) && (spent < 2 * WORTH_WAKING || l->threads == 1 || i == count - 1)) {
+                program(l, i++, stop);
                 spent = now() - start;
             }
-            *(int64_t *)l->cost = spent / i;
-        } else failed = 1;
+            if (i) *(int64_t *)l->cost = spent / i;
+        } else status = NO_MEMORY;
     }
-    if (!failed && i < count) failed = together(l, i, count);
+    if (status == DONE && i < count) status = together(l, i, count, stop);
+    if (is_set(stop)) status = INTERRUPTED;
+    unwatch(stop);
     restore(before);
-    return failed;
+    return status;
 }

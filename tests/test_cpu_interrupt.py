@@ -1,0 +1,177 @@
+"""Ctrl-C while a kernel runs: the launch ends, the process does not, and the next launch is whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# A kernel that says that it runs, and never ends. The signal is sent when it has said so.
+KERNEL = """
+import signal, sys, threading
+import torch, triton, triton.language as tl
+import effattn.cpu
+
+@triton.jit
+def endless(flag, o):
+    if tl.program_id(0) == 0:
+        tl.device_print("running")
+    turns = 0
+    while tl.load(flag) == 0:
+        turns += 1
+    tl.store(o, turns)
+
+@triton.jit
+def long(o, n):
+    if tl.program_id(0) == 0:
+        tl.device_print("running")
+    for k in range(n):
+        tl.store(o, k)
+
+@triton.jit
+def double(x, o, N: tl.constexpr):
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(o + i, tl.load(x + i) * 2)
+
+flag, o = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+forever = 2**31 - 1
+
+def works():
+    x = torch.arange(64.0 * 64)
+    result = torch.zeros_like(x)
+    double[(64,)](x, result, N=64)
+    assert torch.equal(result, x * 2)
+
+works()
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
+
+
+def start(folder: Path, code: str, threads: int) -> subprocess.Popen[str]:
+    path = folder / "interrupted.py"
+    path.write_text(KERNEL + code)
+    return subprocess.Popen(
+        [sys.executable, str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "EFFATTN_CPU_THREADS": str(threads)},
+    )
+
+
+def interrupt(process: subprocess.Popen[str], times: int = 1) -> None:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert "running" in line, line or (process.stderr and process.stderr.read())
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+
+
+def rest(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What is still to come. (`communicate` would lose what `readline` has read ahead.)"""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process:
+        return process.stdout.read(), process.stderr.read()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "launch", ["endless[(5,)](flag, o)", "long[(1000000,)](o, forever)"], ids=["while", "for"]
+)
+def test_ctrl_c_ends_a_launch_that_does_not_end_by_itself(launch: str, threads: int, tmp_path: Path) -> None:
+    process = start(
+        tmp_path,
+        f"""
+for _ in range(2):
+    try:
+        {launch}
+    except KeyboardInterrupt:
+        works()
+        print("ended", flush=True)
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+""",
+        threads,
+    )
+    for _ in range(2):
+        interrupt(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ended\n", rest(process)
+    out, error = rest(process)
+    assert (process.returncode, out) == (0, ""), error
+
+
+def test_ctrl_c_twice_does_not_crash(tmp_path: Path) -> None:
+    process = start(tmp_path, "endless[(5,)](flag, o)\n", threads=2)
+    interrupt(process, times=2)
+    _, error = rest(process)
+    # Python's own way to end at Ctrl-C.
+    assert process.returncode in (1, 130, -signal.SIGINT), error
+    assert "KeyboardInterrupt" in error
+
+
+def test_a_handler_that_does_not_raise_is_called_and_an_incomplete_grid_is_still_an_error(
+    tmp_path: Path,
+) -> None:
+    process = start(
+        tmp_path,
+        """
+calls = []
+signal.signal(signal.SIGINT, lambda number, frame: calls.append(number))
+try:
+    endless[(5,)](flag, o)
+except KeyboardInterrupt as error:
+    print(calls == [signal.SIGINT], error)
+works()
+""",
+        threads=1,
+    )
+    interrupt(process)
+    out, error = rest(process)
+    assert out == "True the launch of endless ended before all its programs were done\n", error
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
+    process = start(
+        tmp_path,
+        """
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+threading.Thread(target=lambda: (sys.stdin.read(), flag.fill_(1)), daemon=True).start()
+long[(1,)](o, 3)
+signal.raise_signal(signal.SIGINT)
+works()
+print(o.item())
+""",
+        threads=1,
+    )
+    interrupt(process)
+    out, error = rest(process)
+    assert (process.returncode, out) == (0, "2\n"), error
+
+
+def test_a_launch_in_another_thread_is_waited_for_and_can_be_given_up(tmp_path: Path) -> None:
+    """The main thread's launch waits for its turn behind one that never ends; Ctrl-C ends the waiting."""
+    process = start(
+        tmp_path,
+        """
+import os
+def other():
+    endless[(5,)](flag, o)
+thread = threading.Thread(target=other, daemon=True)
+thread.start()
+try:
+    long[(100000,)](o, forever)
+except KeyboardInterrupt:
+    print("given up", flush=True)
+    flag.fill_(1)
+    os._exit(0)
+""",
+        threads=2,
+    )
+    interrupt(process)
+    out, error = rest(process)
+    assert "given up\n" in out, error
