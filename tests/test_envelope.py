@@ -13,7 +13,7 @@ import torch
 from effattn import exact, values, zoo
 from effattn.case import DTYPES, Case
 from effattn.tolerances import sums
-from effattn.tolerances.envelope import Envelope, _running_sum, forward_envelope
+from effattn.tolerances.envelope import Envelope, forward_envelope, running_sum
 from effattn.tolerances.numerics import Numerics, for_dtype
 from effattn.zoo.tiled import Flash, State
 
@@ -109,6 +109,9 @@ def test_tiles_do_not_change_the_envelope(dtype: str, causal: str, value_name: s
     _, whole = envelope_of(case, for_dtype(dtype))
     _, tiled = envelope_of(case, for_dtype(dtype), block=(7, 11))
     for name, x in vars(whole).items():
+        if name == "seen":
+            assert x is vars(tiled)[name] is None
+            continue
         if name == "along_top" and value_name == "repeated-max":
             continue  # which of equal keys is the largest is anybody's guess
         # Differences of nearly equal sums, as in directions, have only their own scale to be compared with.
@@ -158,7 +161,7 @@ def test_sums_in_float32_agree_with_float64(monkeypatch: pytest.MonkeyPatch) -> 
 def test_partial_sums_in_random_order_have_the_mean_square_of_the_formula(n: int) -> None:
     terms = np.array([0.3, -1.2, 2.0, 0.7, -0.4])[:n]
     orders = [np.cumsum(order) for order in itertools.permutations(terms)]
-    a, c = _running_sum(np.array([float(n)]), None)
+    a, c = running_sum(np.array([float(n)]), None)
     expected = a[0] * (terms**2).sum() + c[0] * terms.sum() ** 2
     assert np.mean([(order**2).sum() for order in orders]) == pytest.approx(expected)
 
@@ -169,7 +172,7 @@ def test_partial_sums_of_blocks_have_the_mean_square_of_the_formula() -> None:
     for order in itertools.permutations(terms):
         inside = np.cumsum(np.reshape(order, (-1, block)), axis=1)
         squares.append((inside**2).sum() + (np.cumsum(inside[:, -1]) ** 2).sum())
-    a, c = _running_sum(np.array([6.0]), block)
+    a, c = running_sum(np.array([6.0]), block)
     assert np.mean(squares) == pytest.approx(a[0] * (terms**2).sum() + c[0] * terms.sum() ** 2)
 
 

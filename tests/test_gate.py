@@ -190,7 +190,7 @@ def test_nothing_judged_and_nothing_judged_of_a_dtype_are_no_pass() -> None:
 
 
 def test_rows_add_up() -> None:
-    from effattn.judge import Quantity
+    from effattn.verdict import Quantity
 
     def quantity(name: str, **fields: float) -> Quantity:
         return Quantity(name=name, **fields)  # type: ignore[arg-type]
@@ -236,7 +236,7 @@ def test_rows_add_up() -> None:
 
 
 def test_nan_is_shown_and_never_the_smaller_one() -> None:
-    from effattn.judge import Quantity
+    from effattn.verdict import Quantity
 
     nan = float("nan")
     row = summary.row(

@@ -15,10 +15,11 @@ import torch
 from effattn import zoo
 from effattn.case import DTYPES, Case, Inputs
 from effattn.errors import NotSupported, RequestError
-from effattn.judge import Outcome, Quantity, Verdict, judge, judge_output
+from effattn.judge import judge, judge_output
 from effattn.methods.base import Method, Output
 from effattn.methods.user import UserFunction
 from effattn.tolerances.numerics import Numerics, for_dtype
+from effattn.verdict import Outcome, Quantity, Verdict
 from effattn.zoo.tiled import Flash
 
 CASE = Case(heads=2, q_len=33, kv_len=40, head_dim=16, dtype="fp16", seed=3)

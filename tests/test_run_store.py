@@ -11,9 +11,9 @@ import pytest
 
 from effattn.case import Case
 from effattn.errors import RequestError
-from effattn.judge import Outcome, Quantity, Verdict
 from effattn.run import provenance, shrink, store
 from effattn.tolerances.statistics import Finding
+from effattn.verdict import Outcome, Quantity, Verdict
 
 CASE = Case(
     batch=3, heads=6, kv_heads=2, q_len=70, kv_len=133, head_dim=40, v_dim=24, dtype="bf16",

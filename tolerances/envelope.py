@@ -39,6 +39,8 @@ import torch
 
 from effattn.exact import Exact
 from effattn.exact.blocks import row_blocks, rows_without_keys
+from effattn.exact.scores import score_blocks
+from effattn.tolerances.pairs import collect_with_options
 from effattn.tolerances.sums import (
     ROUNDING_VARIANCE,
     EqualKeys,
@@ -52,6 +54,7 @@ from effattn.tolerances.sums import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from effattn.exact.scores import Options
     from effattn.tolerances.numerics import Numerics
 
     Floats = NDArray[np.float64]
@@ -98,8 +101,21 @@ class Envelope:
     along_scale: Floats
     #: direction in which an error of the largest weight against all others moves it: w (v - o) of that key
     along_top: Floats
-    #: leading rows of each head that see no key
+    #: bool: rows that see a key; None where all but the first `empty_rows` of each head do
+    seen: NDArray[np.bool_] | None = None
+    #: leading rows of each head that see no key, where `seen` is None
     empty_rows: int
+
+    @property
+    def counted(self) -> NDArray[np.bool_] | None:
+        """The rows that see a key and are judged; None for all."""
+        if self.seen is not None:
+            return self.seen & self.judged
+        if not self.empty_rows and self.judged.all():
+            return None
+        counted = self.judged.copy()
+        counted[:, :, : self.empty_rows] = False
+        return counted
 
 
 @torch.no_grad()
@@ -113,13 +129,19 @@ def forward_envelope(
     causal: str = "none",
     scale: float | None = None,
     block: tuple[int, int] | None = None,
+    options: Options | None = None,
 ) -> Envelope:
     """Bound and noise of the forward pass, in one pass over the keys with O(N d) memory.
 
     q (batch, heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim), v (batch, kv_heads, kv_len, v_dim) on any
     device, `exact` the exact attention of the same inputs and options. `block` as in `exact.attention`.
+    `options` in place of `causal` and `scale` where there are more.
     RequestError for shapes that don't go together.
     """
+    if options is not None:
+        if not options.plain:
+            return _with_options(q, k, v, numerics=numerics, exact=exact, options=options)
+        causal, scale = options.causal, options.scale
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
     shape, dim = tuple(q.shape[:3]), v.shape[3]
@@ -153,6 +175,7 @@ def forward_envelope(
                 q2=(rows.q * scale).square_().cpu().numpy(),
                 o=rows.read(exact.out).cpu().numpy(),
                 lse=lse.cpu().numpy(),
+                fine=fine,
             )
         if result["judged"].size == math.prod(shape):
             whole = {name: x.reshape(*shape, *x.shape[2:]) for name, x in result.items()}
@@ -170,6 +193,56 @@ def forward_envelope(
     return Envelope(**fields, empty_rows=empty)  # pyright: ignore[reportArgumentType]
 
 
+def _with_options(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    numerics: Numerics,
+    exact: Exact,
+    options: Options,
+) -> Envelope:
+    """The same from blocks of whole rows, every score judged by itself."""
+    shape, dim = tuple(q.shape[:3]), v.shape[3]
+    fields: dict[str, Floats] = {
+        name: np.zeros((*shape, dim) if name.startswith(("out", "along")) else shape) for name in _FIELDS
+    }
+    fields["judged"], fields["seen"] = np.ones(shape, dtype=bool), np.zeros(shape, dtype=bool)
+    if k.numel() and v.numel() and q.numel():
+        errors = ScoreErrors.of(numerics, q, k)
+        equal = EqualKeys.of(q, k, v)
+        for block in score_blocks(q, k, v, options):
+            lse = block.read(exact.lse)
+            sums = SimpleNamespace(
+                **collect_with_options(block, lse, equal, numerics=numerics, errors=errors, options=options)
+            )
+            seen, known = sums.seen > 0.0, (lse > -math.inf).cpu().numpy()
+            with np.errstate(over="ignore", invalid="ignore"):  # rows that are not judged
+                result = _finish(
+                    sums,
+                    numerics,
+                    errors,
+                    q2=(block.q * options.scale_for(q.shape[3])).square_().cpu().numpy(),
+                    o=block.read(exact.out).cpu().numpy(),
+                    lse=torch.where(lse > -math.inf, lse, 0.0).cpu().numpy(),
+                    fine=True,
+                    dropout=options.keep is not None,
+                )
+            for name, x in result.items():
+                x = x[..., None] if x.ndim == 2 else x
+                # Without a key the output is 0 exactly; without a sink too, the log-sum-exp is -inf.
+                there = known if name.startswith("lse") else seen
+                x = x | ~there if name == "judged" else np.where(there, x, 0.0)
+                block.write(torch.from_numpy(fields[name]), torch.from_numpy(np.ascontiguousarray(x)))
+            block.write(torch.from_numpy(fields["seen"]), torch.from_numpy(seen))
+    elif options.sinks is not None:
+        # The sink alone is the log-sum-exp, up to its product with log2(e) and back.
+        finite = np.where(np.isfinite(exact.lse.cpu().numpy()), np.abs(exact.lse.cpu().numpy()), 0.0)
+        fields["lse_bound"] = 8.0 * numerics.format("acc").unit_roundoff * finite
+        fields["lse_sigma"] = fields["lse_bound"] / 8.0
+    return Envelope(**fields, empty_rows=0)  # pyright: ignore[reportArgumentType]
+
+
 #: the fields of an Envelope that are arrays
 _FIELDS = (
     "out_bound", "out_reach", "out_sigma", "out_noise", "out_inner", "out_steady", "out_lost", "lse_bound",
@@ -185,8 +258,10 @@ def _finish(
     q2: Floats,
     o: Floats,
     lse: Floats,
+    fine: bool,
+    dropout: bool = False,
 ) -> dict[str, Floats]:
-    """Bound and noise from the sums over the keys; q2 is (scale q)^2."""
+    """Bound and noise from the sums over the keys; q2 is (scale q)^2; `fine` whether scores were judged one by one."""
     acc, p, out, input_ = (numerics.format(name) for name in ("acc", "p", "output", "input"))
     u = acc.unit_roundoff
     u_p = p.unit_roundoff if numerics.rounds_p else 0.0
@@ -205,7 +280,6 @@ def _finish(
     # Bound. R rescalings at most, two more for merging split keys; each costs an exp and a rounding of l and acc.
     rescales = np.ceil(n / numerics.smallest_block) + 2.0
     common = s_most * (6.0 * u) + rescales * (2.0 * numerics.exp_ulps * u)
-    fine = is_fine(numerics)
     if fine:
         b_most, wb = x.b_most + common, x.wb + common
     else:
@@ -221,7 +295,9 @@ def _finish(
     growth *= 1.0 + FLOAT32_SUMS
     growth[~judged] = math.inf
     sum_of = u_p if numerics.sum_of == "rounded" else 0.0
-    product = u_p + u_v + (0.0 if exact_pv else u) + (2.0 * u if before else 0.0)
+    product = (
+        u_p + u_v + (0.0 if exact_pv else u) + (2.0 * u if before else 0.0) + (3.0 * u if dropout else 0.0)
+    )
     # What flush costs, the sums (half each sign), and the division; then the weights' errors and the products.
     flush = x.flushed * x.v_most
     steady = x.w_abs * (0.5 * adds) + o_abs * (1.5 * adds + 4.0 * u)
@@ -255,8 +331,8 @@ def _finish(
         inner += o_abs * np.sqrt(np.maximum(x.w2, x.equal_w2) if equal else x.w2)
         inner *= inner
         inner *= lse_scores
-    l_terms, l_sum = _running_sum(n, numerics.sum_block)
-    a_terms, a_sum = _running_sum(n, numerics.product_block)
+    l_terms, l_sum = running_sum(n, numerics.sum_block)
+    a_terms, a_sum = running_sum(n, numerics.product_block)
     a_terms = a_terms + (0.0 if exact_pv else 1.0) + (1.0 if before and not u_p else 0.0)
     l_var = l_terms * x.w2 + l_sum
     same_keys, same_pairs = getattr(x, "same_keys", 1.0), getattr(x, "same_pairs", 1.0)
@@ -322,7 +398,7 @@ def _finish(
     }
 
 
-def _running_sum(n: Floats, block: int | None) -> tuple[Floats, Floats]:
+def running_sum(n: Floats, block: int | None) -> tuple[Floats, Floats]:
     """Coefficients (a, c) with sum of E S_k^2 = a T + c S^2 over all partial sums of n terms in random order.
 
     With blocks of B terms, the partial sums inside a block start at 0, and those of the n / B block sums follow:

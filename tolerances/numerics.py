@@ -16,6 +16,10 @@ from effattn.tolerances.formats import Format
 
 #: when the weights are divided by their sum
 NORMALISE = ("after", "before", "any")
+#: the output that delta = dO.O of the backward pass is computed from
+DELTA_OF = ("rounded", "unrounded", "any")
+#: how the gradients of K and V of the query heads of a group are added up
+GROUP_SUM = ("acc", "input", "any")
 #: what the normaliser sums
 SUM_OF = ("unrounded", "rounded")
 
@@ -27,6 +31,9 @@ class Numerics:
     Scores s = scale * q.k are accumulated in `acc` and kept in `score`; weights p = exp(s - m) are computed in
     `acc` with a relative error of at most `exp_ulps` units in the last place, rounded to `p`, multiplied by V and
     accumulated in `acc`; the normaliser l is summed in `acc`.
+
+    The backward pass computes P = exp(s - lse) again from the stored log-sum-exp (or has kept it), dP = dO V^T,
+    delta = dO.O, dS = P (dP - delta) in `acc`, rounds dS to `ds` and P to `p`, and accumulates their products in `acc`.
 
     Raises RequestError where a format or word is unknown or where the fields contradict each other.
     """
@@ -63,28 +70,51 @@ class Numerics:
     sum_block: int | None = None
     #: the same for the second product
     product_block: int | None = None
+    #: largest error of tanh, in unit roundoffs of `acc`; absolute, since 1 - 2 / (1 + exp(2 x)) cancels near 0
+    tanh_error: float = 8.0
+    #: format that dP is kept in before delta is subtracted
+    dp: str = "fp32"
+    #: format that dS is rounded to for the products with Q and K
+    ds: str = "fp32"
+    #: delta from the output "rounded" to `output` or "unrounded" (as sum P dP does), or "any" of these
+    delta_of: str = "any"
+    #: whether gradients of K and V are added up over a group of query heads in `acc`, or each rounded to `input`
+    #: before, or "any"
+    group_sum: str = "any"
+    #: dK and dV are kept in `input` and rounded to it after every so many queries; None: kept in `acc`
+    stored_keys: int | None = None
 
     def __post_init__(self) -> None:
-        for field in ("input", "output", "score", "acc", "p", "lse"):
+        for field in ("input", "output", "score", "acc", "p", "lse", "dp", "ds"):
             formats.get(getattr(self, field))
         if self.operand is not None:
             formats.get(self.operand)
-        for field, words in (("normalise", NORMALISE), ("sum_of", SUM_OF)):
+        for field, words in (
+            ("normalise", NORMALISE),
+            ("sum_of", SUM_OF),
+            ("delta_of", DELTA_OF),
+            ("group_sum", GROUP_SUM),
+        ):
             if getattr(self, field) not in words:
                 raise RequestError(
                     f"numerics {self.name!r}: {field} is {getattr(self, field)!r}; expected {' or '.join(words)}"
                 )
+        if not 1.0 <= self.tanh_error < 2.0**20:
+            raise RequestError(
+                f"numerics {self.name!r}: tanh_error is {self.tanh_error!r}; expected the largest error of tanh in unit "
+                "roundoffs, at least 1"
+            )
         if not 0.5 <= self.exp_ulps < 2.0**20:
             raise RequestError(
                 f"numerics {self.name!r}: exp_ulps is {self.exp_ulps!r}; expected the largest error of exp in units "
                 "in the last place, at least 0.5 (correct rounding)"
             )
-        for field in ("smallest_block", "sum_block", "product_block"):
+        for field in ("smallest_block", "sum_block", "product_block", "stored_keys"):
             size = getattr(self, field)
             if not (isinstance(size, int) and size >= 1) and (size is not None or field == "smallest_block"):
                 raise RequestError(f"numerics {self.name!r}: {field} is {size!r}; expected 1 or more keys")
         acc = formats.get(self.acc).precision
-        for field in ("score", "p", "output"):
+        for field in ("score", "p", "output", "dp", "ds"):
             given = formats.get(getattr(self, field))
             if given.precision > acc:
                 raise RequestError(
@@ -120,6 +150,11 @@ class Numerics:
         """Whether the weights lose bits before the second product."""
         return self.format("p").precision < self.format("acc").precision
 
+    @property
+    def rounds_ds(self) -> bool:
+        """Whether dS loses bits before the products with Q and K."""
+        return self.format("ds").precision < self.format("acc").precision
+
     def replace(self, **changes: Any) -> Numerics:
         """A copy with some fields changed, validated again. Raises RequestError for an unknown field."""
         known = [f.name for f in fields(self)]
@@ -134,10 +169,10 @@ class Numerics:
 
 
 def _presets(kind: str, **given: Any) -> dict[str, Numerics]:
-    """The same numerics for each dtype of the inputs; p="input" stands for that dtype."""
+    """The same numerics for each dtype of the inputs; p="input" stands for that dtype, and dS is rounded as P is."""
     out = {}
     for dtype in ("fp16", "bf16", "fp32"):
-        changed: dict[str, Any] = given | ({"p": dtype} if given["p"] == "input" else {})
+        changed: dict[str, Any] = given | ({"p": dtype, "ds": dtype} if given["p"] == "input" else {})
         out[dtype] = Numerics(name=f"{kind} {dtype}", input=dtype, output=dtype, **changed)
     return out
 

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from effattn.exact.blocks import row_blocks
+from effattn.exact.scores import score_blocks
 from effattn.tolerances.statistics import Prediction
 from effattn.tolerances.sums import ROUNDING_VARIANCE
 
 if TYPE_CHECKING:
     from effattn.exact import Exact
+    from effattn.exact.scores import Options
     from effattn.tolerances.numerics import Numerics
 
 #: (keys a step, from the last key): None for a maximum that is known before the first weight
@@ -59,8 +60,7 @@ def known_errors(
     *,
     numerics: Numerics,
     exact: Exact,
-    causal: str,
-    scale: float,
+    options: Options,
 ) -> Iterator[Prediction]:
     """For each order: error and variance of the output before it is rounded, (batch * heads * q_len, v_dim) each.
 
@@ -69,9 +69,7 @@ def known_errors(
     """
     if not numerics.rounds_p:
         for from_last in (False, True):
-            yield _partial_sums(
-                q, k, v, from_last, numerics=numerics, exact=exact, causal=causal, scale=scale
-            )
+            yield _partial_sums(q, k, v, from_last, numerics=numerics, exact=exact, options=options)
         return
     orders: list[tuple[int | None, bool] | str] = []
     if numerics.normalise != "before":
@@ -80,14 +78,8 @@ def known_errors(
     for order in orders:
         error = torch.zeros((*q.shape[:3], v.shape[3]), dtype=torch.float64, device=q.device)
         variance = torch.zeros_like(error)
-        block = (max(1, _SCORES // (k.shape[2] * (q.shape[1] // k.shape[1]))), k.shape[2])
-        for rows in row_blocks(q, k, v, causal=causal, block=block):
-            lse = rows.read(exact.lse).unsqueeze(-1)
-            (tile,) = rows.tiles()
-            s = torch.bmm(rows.q * scale, tile.k.mT)
-            if tile.hidden is not None:
-                s.masked_fill_(tile.hidden, -math.inf)
-            w = (s - lse).exp_()
+        for block in score_blocks(q, k, v, options, most_scores=_SCORES):
+            w, s = block.weights(block.read(exact.lse)), block.scores
             if isinstance(order, str):
                 p = w if order == "normalised" else s.exp()
             else:
@@ -97,9 +89,9 @@ def known_errors(
             rounded = numerics.format("p").round(p)
             rounded = torch.where(rounded < math.inf, rounded, p)
             spacing = numerics.format("p").ulp(p).masked_fill_(p == rounded, 0.0)
-            share = torch.where(p > 0.0, w / p, 0.0)
-            rows.write(error, torch.bmm((rounded - p) * share, tile.v))
-            rows.write(variance, torch.bmm((spacing * share).square_().div_(12.0), tile.v.square()))
+            share = block.weighted(torch.where(p > 0.0, w / p, 0.0))
+            block.write(error, torch.bmm((rounded - p) * share, block.v))
+            block.write(variance, torch.bmm((spacing * share).square_().div_(12.0), block.v.square()))
         columns = v.shape[3]
         yield Prediction(
             error.reshape(-1, columns).cpu().numpy(), variance.reshape(-1, columns).cpu().numpy()
@@ -114,20 +106,14 @@ def _partial_sums(
     *,
     numerics: Numerics,
     exact: Exact,
-    causal: str,
-    scale: float,
+    options: Options,
 ) -> Prediction:
     """Variance of the running sums of P V and of l over the keys in their order, or in reverse."""
     variance = torch.zeros((*q.shape[:3], v.shape[3]), dtype=torch.float64, device=q.device)
-    block = (max(1, _SCORES // (k.shape[2] * (q.shape[1] // k.shape[1]))), k.shape[2])
-    for rows in row_blocks(q, k, v, causal=causal, block=block):
-        (tile,) = rows.tiles()
-        s = torch.bmm(rows.q * scale, tile.k.mT)
-        if tile.hidden is not None:
-            s.masked_fill_(tile.hidden, -math.inf)
-        w = (s - rows.read(exact.lse).unsqueeze(-1)).exp_()
+    for block in score_blocks(q, k, v, options, most_scores=_SCORES):
         # A column of ones has l for its sum.
-        columns = torch.nn.functional.pad(tile.v, (0, 1), value=1.0)
+        columns = torch.nn.functional.pad(block.v, (0, 1), value=1.0)
+        w = block.weighted(block.weights(block.read(exact.lse)))
         total = torch.zeros((*w.shape[:2], columns.shape[-1]), dtype=torch.float64, device=q.device)
         squares = torch.zeros_like(total)
         starts = range(0, w.shape[-1], _STEP)
@@ -140,7 +126,7 @@ def _partial_sums(
             squares += torch.bmm(w[..., keys].square(), columns[:, keys].square()) * ((n + 1.0) / 6.0)
             total = after
         sums = squares[..., :-1] + total[..., :-1].square() * squares[..., -1:]
-        rows.write(variance, sums)
+        block.write(variance, sums)
     one = ROUNDING_VARIANCE * numerics.format("acc").unit_roundoff ** 2
     variance = variance.mul_(one).reshape(-1, v.shape[3]).cpu().numpy()
     return Prediction(variance * 0.0, variance)
@@ -148,9 +134,10 @@ def _partial_sums(
 
 def _maximum(s: torch.Tensor, block: int | None, from_last: bool) -> torch.Tensor:
     """The maximum that each weight is taken relative to: of all keys, or of the blocks up to its own."""
-    if block is None:
-        return s.amax(-1, keepdim=True)
     n = s.shape[-1]
+    if block is None:
+        top = s.amax(-1, keepdim=True) if n else s.new_zeros((*s.shape[:2], 1))
+        return torch.where(top == -math.inf, 0.0, top)
     padded = torch.nn.functional.pad(s, (0, -n % block), value=-math.inf)
     tops = padded.unflatten(-1, (-1, block)).amax(-1)
     tops = tops.flip(-1).cummax(-1).values.flip(-1) if from_last else tops.cummax(-1).values

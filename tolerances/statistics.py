@@ -258,7 +258,7 @@ def _cells(errors: Errors) -> Cells:
     """Rows in one cell if they are close together in their exact outputs, or in what `places` says."""
     deviation = np.sqrt(np.mean(errors.sigma * errors.sigma, axis=0))
     unit = CELL * np.where(deviation > 0.0, deviation, 1.0)
-    near = [_near(errors.exact / unit), _near(errors.places())]
+    near = [neighbourhoods(errors.exact / unit), neighbourhoods(errors.places())]
     # Connected components of the graph that joins each row to its two neighbourhoods.
     rows = len(errors.exact)
     sizes = [int(index.max()) + 1 for index in near]
@@ -269,7 +269,7 @@ def _cells(errors: Errors) -> Cells:
     return Cells(index.reshape(-1))
 
 
-def _near(places: Floats) -> NDArray[np.int64]:
+def neighbourhoods(places: Floats) -> NDArray[np.int64]:
     """Neighbourhoods: rows in the same square of a grid of width 1 in two fixed directions.
 
     Two directions tell rows apart that differ anywhere; rows that are the same up to rounding nearly always meet.

@@ -309,7 +309,7 @@ def _common(
         "count": count,
         "top": top,
         "top_v": torch.gather(tile.v, 1, place),
-        "flushed": _flushed(w, low - lse, numerics, count),
+        "flushed": flushed(w, low - lse, numerics, count),
     }
 
 
@@ -403,7 +403,7 @@ def _fine(
     return more
 
 
-def _flushed(w: torch.Tensor, low: torch.Tensor, numerics: Numerics, count: torch.Tensor) -> torch.Tensor:
+def flushed(w: torch.Tensor, low: torch.Tensor, numerics: Numerics, count: torch.Tensor) -> torch.Tensor:
     """Most that underflow takes from the weights of a row, in units of w; `low` the smallest log w.
 
     A weight below the normal range of P's format moves by at most half its smallest subnormal number, and by no

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from effattn.errors import WrongReturn
+from effattn.errors import NotSupported, WrongReturn
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,10 @@ class Output:
 
     out: torch.Tensor  #: (batch, heads, q_len, v_dim), in the dtype of the inputs
     lse: torch.Tensor | None = None  #: (batch, heads, q_len), natural logarithm, -inf in rows that see no key
+    #: of "q", "k", "v", "bias", "sinks", those that the case has, for the upstream gradient `extras.d_out`
+    gradients: dict[str, torch.Tensor] | None = None
+    #: whether `extras.d_lse` went into them as well
+    through_lse: bool = False
 
 
 class Method(ABC):
@@ -45,6 +49,13 @@ class Method(ABC):
     def unsupported(self, case: Case) -> str | None:
         """Why the method does not offer this case, to follow the words "not supported: "; None if it does."""
         return None
+
+    def dropout_mask(self, case: Case, device: torch.device) -> torch.Tensor:
+        """(batch, heads, q_len, kv_len) bool: the weights that the method's dropout keeps in this case.
+
+        Asked for only where `unsupported` accepts a case with dropout.
+        """
+        raise NotSupported("dropout")
 
     @abstractmethod
     def __call__(self, case: Case, inputs: Inputs) -> Output:

@@ -27,6 +27,8 @@ class Flash(Method):
 
         if max(case.head_dim, case.v_dim) > MAX_HEAD_DIM:
             return f"the kernel takes head_dim and v_dim up to {MAX_HEAD_DIM}"
+        if not case.plain or case.backward:
+            return "the kernel is that of the forward pass and knows the causal mask and the scale only"
         return None
 
     def __call__(self, case: Case, inputs: Inputs) -> Output:

@@ -27,6 +27,8 @@ class TorchSDPA(Method):
         return for_dtype(case.dtype, "torch-flash" if fused(case) else "torch-math")
 
     def unsupported(self, case: Case) -> str | None:
+        if not case.plain or case.backward:
+            return "options besides the causal mask and the scale, and gradients, are not passed on yet"
         if _is_causal(case) and case.scale is not None and case.scale < 0 and fused(case):
             # Seen in torch 2.13 on the CPU: the mask is -inf before the scale is applied, hence +inf after.
             return (

@@ -21,6 +21,12 @@ MOST_JUDGEMENTS = 200
 #: Tried besides the case's own seed where a step changes the shapes.
 OTHER_SEEDS = (0, 1)
 
+#: what a case without an option has
+_USUAL: dict[str, Any] = {
+    "backward": False, "dropout": 0.0, "lengths": "none", "mask": "none", "bias": "none", "alibi": "none",
+    "sinks": False, "softcap": None, "window": None,
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shrunk:
@@ -81,7 +87,7 @@ def candidates(case: Case) -> Iterator[Case]:
 
 
 def _redraws(changes: Mapping[str, Any]) -> bool:
-    return not changes.keys() & {"layout", "causal", "scale", "seed"}
+    return not changes.keys() & {"layout", "causal", "scale", "seed", *_USUAL}
 
 
 def _changes(case: Case) -> Iterator[dict[str, Any]]:
@@ -126,18 +132,15 @@ def _changes(case: Case) -> Iterator[dict[str, Any]]:
 
 def _fewer_options(case: Case) -> Iterator[dict[str, Any]]:
     """All options left out, each by itself, and what is less of one."""
-    usual: dict[str, Any] = {
-        "backward": False, "dropout": 0.0, "lengths": "none", "mask": "none", "bias": "none", "alibi": "none",
-        "sinks": False, "softcap": None, "window": None,
-    }  # fmt: skip
-    yield usual
-    for name, value in usual.items():
+    yield _USUAL
+    for name, value in _USUAL.items():
         yield {name: value}
     if case.lengths == "both":
         yield {"lengths": "kv"}
     yield {"bias": case.bias.partition(":")[0]}
     for name in ("bias", "mask"):
-        if len(getattr(case, name).partition(":")[0]) > 2:
+        axes = getattr(case, name).partition(":")[0]
+        if axes not in ("none", "qk") and len(axes) > 2:
             yield {name: "qk"}
 
 

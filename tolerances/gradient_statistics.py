@@ -1,0 +1,198 @@
+"""Tests on the errors of one gradient: are they as large as rounding makes them, and not in proportion to it?
+
+They are those of `statistics`, with one difference. The errors of a row (a query of dQ, a key of dK and dV) may be
+correlated at will, and different rows round different numbers; but the errors of the log-sum-exp and of delta belong to
+queries, so in dK and dV they are in all keys of a head at once. Let theta be the part of the variance that they are,
+on the average. From (a + c)^2 <= (1 + h) a^2 + (1 + 1/h) c^2 with h = sqrt(theta), the mean square is at most
+
+    (1 + h) A + h (1 + h) C,       E A <= 1 and E C <= 1,
+
+A the mean of independent rows, C that of independent heads. Each exceeds its limit x with probability at most
+exp(-n (x - 1 - ln x) / 2), half of what the test may alarm with. Where theta is large, as in fp32, nothing less than a
+gross error is found; where P and dS are rounded, theta is near 0 and the limit that of independent rows.
+
+For the same reason 7 deviations of the common part, with all elements aligned, are taken off before the direction is
+tested: more has a probability below 1e-11.
+
+Rows that round the same numbers are put into one cell: keys that are alike in dV, keys and values in dK, queries and
+upstream gradients in dQ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from effattn.tolerances.statistics import ALARM, Cells, Finding, neighbourhoods
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from effattn.tolerances.formats import Format
+
+    Floats = NDArray[np.float64]
+
+#: tests of one gradient: size and direction
+TESTS = 2
+
+#: deviations of the common part that are allowed in a direction
+_COMMON = 7.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientErrors:
+    """The errors of one gradient and what is expected of them, rows by columns."""
+
+    #: the gradient's name, for findings
+    name: str
+    error: Floats
+    exact: Floats
+    #: GradientEnvelope.sigma, common, inner, cast
+    sigma: Floats
+    common: Floats
+    inner: Floats
+    cast: Floats
+    format: Format
+    #: independent heads
+    heads: int
+    #: what rounding P and dS does, for each arrangement; only looked at if there may be an alarm
+    known: Callable[[], Iterator[Floats]]
+    #: (rows, any number): rows this close together in units of 1 may round alike; likewise
+    places: Callable[[], Floats]
+
+
+def alarm_each(gradients: int, others: int) -> float:
+    """The false-alarm probability of each test where so many gradients, and so many other tests, are looked at."""
+    return ALARM / (others + TESTS * gradients)
+
+
+def examine(errors: GradientErrors, *, alarm: float) -> list[Finding]:
+    """The tests that fail, each at the false-alarm probability `alarm`."""
+    counts = errors.sigma > 0.0
+    if not counts.any():
+        return []
+    rows = np.asarray(counts.any(axis=1))
+    theta = _share(errors)
+    size = _size(errors.error**2, errors.sigma**2, rows, len(errors.error), errors.heads, theta, alarm)
+    slope = _slope(errors.error, errors, None, alarm)
+    if size is None and slope is None:
+        return []
+    index = neighbourhoods(errors.places())
+    cells = Cells(index)
+    known = list(errors.known())
+    findings = []
+    even = errors.format.ulp(errors.exact) ** 2 / 12.0
+    if size is not None:
+
+        def rest(known_error: Floats) -> Floats:
+            """The variance without casts, the rounding of the gradient as large as it is if that is larger."""
+            moved = errors.exact + known_error
+            return (
+                errors.sigma**2
+                - even
+                - errors.cast
+                + np.maximum(even, (errors.format.round(moved) - moved) ** 2)
+            )
+
+        independent = int(cells.counts[np.unique(index[rows])].size)
+        worst = float(np.bincount(index[rows]).max())
+        effective = min(float(independent), rows.sum() / worst)
+        found = [
+            _size(
+                errors.error**2,
+                rest(np.zeros_like(even)) + errors.cast,
+                rows,
+                effective,
+                errors.heads,
+                theta,
+                alarm,
+            )
+        ]
+        found += [
+            _size((errors.error - error) ** 2, rest(error), rows, effective, errors.heads, theta, alarm)
+            for error in known
+        ]
+        if all(found):
+            findings.append(max((f for f in found if f is not None), key=lambda f: f.p_value))
+    if slope is not None:
+        rounding = errors.format.round(errors.exact) - errors.exact
+        variants = [errors.error, errors.error - rounding]
+        for error in known:
+            variants.append(errors.error - error)
+            variants.append(errors.exact + errors.error - errors.format.round(errors.exact + error))
+        results = [_slope(v, errors, cells, alarm) for v in variants]
+        same = {math.copysign(1.0, f.statistic) for f in results if f is not None}
+        if all(results) and len(same) == 1:
+            findings.append(max((f for f in results if f is not None), key=lambda f: f.p_value))
+    return [
+        Finding(
+            name=f"{errors.name} {f.name}", statistic=f.statistic, p_value=f.p_value, threshold=f.threshold
+        )
+        for f in findings
+    ]
+
+
+def _share(errors: GradientErrors) -> float:
+    """theta: the common part of the variance, on the average."""
+    variance = errors.sigma**2
+    shares = np.divide(errors.common, variance, out=np.zeros_like(variance), where=variance > 0.0)
+    return float(shares[variance > 0.0].mean())
+
+
+def limit(n: float, probability: float) -> float:
+    """The x > 1 with exp(-n (x - 1 - ln x) / 2) = probability."""
+    wanted = -2.0 * math.log(probability) / n
+    x = 1.0 + wanted + math.sqrt(2.0 * wanted)
+    for _ in range(50):  # Newton, from above
+        step = (x - 1.0 - math.log(x) - wanted) / (1.0 - 1.0 / x)
+        x -= step
+        if abs(step) < 1e-12 * x:
+            break
+    return x
+
+
+def _size(
+    squares: Floats, variance: Floats, rows: NDArray[np.bool_], n: float, heads: int, theta: float, alarm: float
+) -> Finding | None:  # fmt: skip
+    """Is the mean of error^2 / variance larger than chance explains?"""
+    z2 = np.divide(squares, variance, out=np.zeros_like(squares), where=variance > 0.0)[rows]
+    x = float(z2.mean())
+    h = math.sqrt(theta)
+    n = min(n, float(rows.sum()))
+    if h == 0.0:
+        own, p = x, alarm
+    else:
+        shared = h * (1.0 + h) * limit(heads, alarm / 2.0)
+        own, p = (x - shared) / (1.0 + h), alarm / 2.0
+    if own <= 1.0:
+        return None
+    log_p = -0.5 * n * (own - 1.0 - math.log(own))
+    if log_p >= math.log(p):
+        return None
+    return Finding(name="size", statistic=math.sqrt(x), p_value=math.exp(log_p), threshold=alarm)
+
+
+def _slope(error: Floats, errors: GradientErrors, cells: Cells | None, alarm: float) -> Finding | None:
+    """Are the errors in proportion to the gradient? Hoeffding's inequality for the signs of independent rows."""
+    direction = errors.exact
+    spread = np.einsum("ij,ij,ij->i", errors.sigma, errors.sigma, np.square(direction))
+    weight = np.divide(1.0, np.sqrt(spread), out=np.zeros_like(spread), where=spread > 0.0)
+    along = np.einsum("ij,ij->i", error, direction) * weight
+    steady = np.sqrt(errors.inner) + _COMMON * np.sqrt(errors.common)
+    allowed = np.einsum("ij,ij->i", np.abs(direction), steady) * weight
+    total = float(along.sum())
+    if cells is None:
+        square = float(along @ along)
+    else:
+        together = np.abs(cells.sum(along)) + cells.sum(allowed)
+        square = float(together @ together)
+        total = math.copysign(max(0.0, abs(total) - float(allowed.sum())), total)
+    if square == 0.0:
+        return None
+    t = total / math.sqrt(square)
+    p = min(1.0, 2.0 * math.exp(-0.5 * t * t))
+    return Finding(name="output", statistic=t, p_value=p, threshold=alarm) if p < alarm else None
