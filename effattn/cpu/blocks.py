@@ -9,7 +9,10 @@ from effattn.cpu.ir import Block, Op
 
 
 def sort(function: Op) -> None:
-    """Put the blocks in reverse postorder, the entry first; blocks that nothing reaches go. Loops stay as they are."""
+    """Put the blocks of a function or another operation in reverse postorder, the entry first.
+
+    Blocks that nothing reaches go. Loops stay as they are.
+    """
     region = function.regions[0]
     by_label = {block.label: block for block in region.blocks}
     done: list[Block] = []

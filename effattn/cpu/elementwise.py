@@ -303,6 +303,7 @@ RULES: dict[str, Rule] = {
     "math.absf": _math("__builtin_fabsf", "__builtin_fabs"),
     "math.absi": lambda op, a: f"({_carrier(op)})({a[0]} < 0 ? 0 - {a[0]} : {a[0]})",
     "math.fma": _fma,
+    "effattn.round_tf32": lambda op, a: f"round_tf32({a[0]})",
 }
 
 #: So cheap, or so simple in its indices, that computing it again at each use beats keeping it in memory.
@@ -347,5 +348,6 @@ VIEWS = frozenset(
         "tt.split",
         "tt.cat",
         "ub.poison",
+        "effattn.scaled",
     }
 )

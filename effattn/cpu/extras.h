@@ -260,6 +260,16 @@ INLINE float truncate_f64_f32(double x) {
     return m > a ? f32_of(bits_of(f) - 1u) : f;
 }
 
+/* Two to a byte: 1 sign, 2 exponent, 1 fraction bit. */
+INLINE float e2m1_load(uint8_t c) {
+    static const float value[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+    return f32_of(bits_of(value[c & 7u]) | (uint32_t)(c & 8u) << 28);
+}
+/* A power of two, from 2^-127 on; 255 is NaN. For 16-bit products it is made as Triton makes it. */
+INLINE float e8m0_f32(uint8_t c) { return c == 255 ? __builtin_nanf("") : f32_of(c ? (uint32_t)c << 23 : 0x00400000u); }
+INLINE float e8m0_bf16(uint8_t c) { return c == 255 ? __builtin_nanf("") : f32_of((uint32_t)c << 23); }
+INLINE float e8m0_f16(uint8_t c) { return round_f16(e8m0_bf16(c)); }
+
 /* ------------------------------------------------------------------------------------------- assertions */
 
 /* The first failure of a launch: a flag, then its words. */

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from effattn.cpu import asm, atomics, debug, elementwise, extern, fp8, gather
+from effattn.cpu import asm, atomics, debug, decompose, elementwise, extern, fp8, gather, nest, regions
 from effattn.cpu.ir import Op, walk
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ HANDLERS: dict[str, Callable[[FunctionEmitter, Op], None]] = {
     "tt.elementwise_inline_asm": asm.inline_asm,
     "tt.print": debug.print_,
     "tt.assert": debug.assert_,
+    "tt.map_elementwise": regions.map_elementwise,
+    **dict.fromkeys(regions.RETURNS, regions.leave),
 }
 
 #: refusals that are found before anything is generated
@@ -33,9 +35,15 @@ CHECKS: dict[str, Callable[[Op], None]] = {
 }
 
 elementwise.RULES["tt.extern_elementwise"] = extern.rule
+nest.VIEWS[decompose.SCALED] = decompose.scaled
 fp8.register()
 
-_NEED_HEADER = frozenset({*HANDLERS, "tt.extern_elementwise", "tt.fp_to_fp"}) - {"tt.gather", "tt.histogram"}
+_NEED_HEADER = frozenset(
+    {
+        "tt.atomic_rmw", "tt.atomic_cas", "tt.elementwise_inline_asm", "tt.print", "tt.assert", "tt.extern_elementwise",
+        "tt.fp_to_fp", decompose.SCALED,
+    }
+)  # fmt: skip
 
 
 def header() -> str:

@@ -45,18 +45,18 @@ def _rewrite(loop: Op, k: int) -> None:
     if not moves:
         return
     scalar = Type("i64" if arg.type.is_ptr else arg.type.elem)
-    zero = _Builder(loop.block, loop.block.ops.index(loop)).constant("0", scalar)
+    zero = Builder(loop.block, loop.block.ops.index(loop)).constant("0", scalar)
     old_type = arg.type
     uses = list(arg.uses)
     arg.type = result.type = scalar
     arg.uses.clear()
     _set_operand(loop, 3 + k, zero)
-    inside = _Builder(body, 0).moved(init, arg, arg.name, old_type)
+    inside = Builder(body, 0).moved(init, arg, arg.name, old_type)
     for user, position in uses:
         _set_operand(user, position, inside)
     at = arg
     for move in moves:
-        build = _Builder(body, body.ops.index(move.op))
+        build = Builder(body, body.ops.index(move.op))
         step = move.step
         if step.type != scalar:
             step = build.op("arith.extsi", [step], scalar, "step")
@@ -64,15 +64,13 @@ def _rewrite(loop: Op, k: int) -> None:
             "arith.subi" if move.op.name == "arith.subi" else "arith.addi", [at, step], scalar, arg.name
         )
         whole = build.moved(init, at, arg.name, old_type)
-        _replace(move.op.results[0], whole)
-        _remove(move.op)
+        replace(move.op.results[0], whole)
+        remove(move.op)
     _set_operand(body.terminator, k, at)
     after_uses = list(result.uses)
     result.uses.clear()
     if after_uses:
-        after = _Builder(loop.block, loop.block.ops.index(loop) + 1).moved(
-            init, result, result.name, old_type
-        )
+        after = Builder(loop.block, loop.block.ops.index(loop) + 1).moved(init, result, result.name, old_type)
         for user, position in after_uses:
             _set_operand(user, position, after)
 
@@ -109,11 +107,11 @@ def _uniform(value: Value) -> Value | None:
     if op.name == "arith.constant" and splat_literal(op.attrs["value"], value.type) is not None:
         text = op.attrs["value"]
         literal = text[text.index("dense<") + 6 : text.rindex("> : ")]
-        return _Builder(op.block, op.block.ops.index(op)).constant(literal, Type(value.type.elem))
+        return Builder(op.block, op.block.ops.index(op)).constant(literal, Type(value.type.elem))
     return None
 
 
-class _Builder:
+class Builder:
     """Inserts operations into a block, one after the other, from a place on."""
 
     def __init__(self, block: Block, at: int) -> None:
@@ -151,12 +149,12 @@ def _set_operand(op: Op, position: int, value: Value) -> None:
     value.uses.append((op, position))
 
 
-def _replace(old: Value, new: Value) -> None:
+def replace(old: Value, new: Value) -> None:
     for user, position in list(old.uses):
         _set_operand(user, position, new)
 
 
-def _remove(op: Op) -> None:
+def remove(op: Op) -> None:
     for position, value in enumerate(op.operands):
         value.uses.remove((op, position))
     op.block.ops.remove(op)

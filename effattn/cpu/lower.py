@@ -11,9 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from effattn.cpu import blocks, elementwise, extras, induction, memory, models, outline, tile
+from effattn.cpu import (
+    blocks,
+    calls,
+    decompose,
+    elementwise,
+    extras,
+    induction,
+    memory,
+    models,
+    outline,
+    regions,
+    tile,
+)
 from effattn.cpu.formats import Unsupported, rounded, splat_literal, value_type
-from effattn.cpu.ir import Block, Module, Op, Value, generic_text, parse
+from effattn.cpu.ir import Block, Module, Op, Region, Value, generic_text, parse, walk
 from effattn.cpu.nest import Nest, compute_into
 from effattn.cpu.plan import Buffer, Plan, make_plan, natural
 from effattn.cpu.probes import Probes
@@ -68,6 +80,10 @@ class FunctionEmitter:
         #: C declarations of the tiles that have a name, by that name
         self.tiles: dict[str, str] = {}
         self.functions: list[str] = []
+        #: operation -> C function of its region, see regions.py
+        self.region_functions: dict[Op, str] = {}
+        #: where such a function puts its results
+        self.returned: list[str] = []
         self.current: Op = function
         #: lines and depth of the kernel's body, while the lines of a group are collected
         self.body: tuple[list[str], int] | None = None
@@ -194,6 +210,23 @@ class FunctionEmitter:
                 self.op(op)
             except Unsupported as error:
                 raise refusal(self.function, op, error) from error
+
+    def blocks(self, region: Region) -> None:
+        """All blocks of a region, with their labels, in a function that has no other region of their names."""
+        entry = region.blocks[0]
+        for block in region.blocks:
+            if block is not entry:
+                for arg in block.args:
+                    if not arg.type.is_tensor:
+                        self.declare(arg)
+        for block in region.blocks:
+            if block is not entry:
+                self.lines.append(f"{block.label}:;")
+                self.last_comment = ""
+            self.line("{")
+            self.depth += 1
+            self.block(block)
+            self.close()
 
     def op(self, op: Op) -> None:
         self.current = op
@@ -350,7 +383,7 @@ def _while(e: FunctionEmitter, op: Op) -> None:
 
 
 def _jump(e: FunctionEmitter, op: Op, label: str, values: list[Value]) -> list[str]:
-    target = e.function.regions[0].block(label)
+    target = op.block.region.block(label)
     start = len(e.lines)
     e.parallel(target.args, values, op)
     e.line(f"goto {label};")
@@ -369,6 +402,25 @@ def _cond_br(e: FunctionEmitter, op: Op) -> None:
     e.lines += _jump(e, op, op.successors[0], first)
     e.close()
     e.lines += _jump(e, op, op.successors[1], second)
+
+
+def _inlined(e: FunctionEmitter, op: Op) -> None:
+    """The body of a function: its blocks jump among themselves, so what they define is declared before them all."""
+    for result in op.results:
+        if not result.type.is_tensor:
+            e.declare(result)
+    before, e.multi_block = e.multi_block, True
+    e.blocks(op.regions[0])
+    e.multi_block = before
+    e.lines.append(f"{op.regions[0].blocks[0].label}_end:;")
+
+
+def _leave(e: FunctionEmitter, op: Op) -> None:
+    parent = op.block.region.parent
+    assert parent is not None
+    for k, (result, value) in enumerate(zip(parent.results, op.operands, strict=True)):
+        e.assign(result, value, op, k)
+    e.line(f"goto {op.block.region.blocks[0].label}_end;")
 
 
 def _return(e: FunctionEmitter, op: Op) -> None:
@@ -414,6 +466,8 @@ _HANDLERS: dict[str, Callable[[FunctionEmitter, Op], None]] = {
     "scf.condition": _nothing,
     "cf.br": _br,
     "cf.cond_br": _cond_br,
+    calls.INLINED: _inlined,
+    calls.LEAVE: _leave,
     "llvm.intr.assume": _nothing,
     "gpu.barrier": _nothing,  # a program is one thread
     "ttg.barrier": _nothing,
@@ -445,12 +499,20 @@ def kernel_source(
 ) -> tuple[str, Plan]:
     """The C file of one kernel, and its plan. With `probes` it is instrumented, and they then have its sites."""
     function = module.function(name)
-    blocks.sort(function)
+    model = models.get(dot_model)
+    try:
+        calls.inline(module, function)
+    except calls.CallError as error:
+        raise refusal(function, error.op, error.error) from error
+    for op in walk(function):
+        if op.name in ("tt.func", *regions.OWNERS):
+            blocks.sort(op)
     check(function, _HANDLERS)
+    decompose.rewrite(function, model)
     induction.rewrite(function)
     if probes is not None:
         probes.prepare(function)
-    plan = make_plan(function, models.get(dot_model))
+    plan = make_plan(function, model)
     e = FunctionEmitter(function, plan, probes)
     entry = function.regions[0].blocks[0]
     arguments: list[str] = []
@@ -458,19 +520,7 @@ def kernel_source(
         variable = e.names[arg] = e.unique(arg.name)
         e.types[variable] = value_type(arg.type.elem)
         arguments.append("    " + _argument(i, arg, variable))
-    for block in function.regions[0].blocks:
-        if block is not entry:
-            for arg in block.args:
-                if not arg.type.is_tensor:
-                    e.declare(arg)
-    for block in function.regions[0].blocks:
-        if block is not entry:
-            e.lines.append(f"{block.label}:;")
-            e.last_comment = ""
-        e.line("{")
-        e.depth += 1
-        e.block(block)
-        e.close()
+    e.blocks(function.regions[0])
     used = outline.words(e.lines)
     tiles = ["    " + text for name, text in e.tiles.items() if name in used]
     hoisted = ["    " + x for x in e.hoisted]

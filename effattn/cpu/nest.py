@@ -116,7 +116,7 @@ class Nest:
                 self.scope(level, inner).lines += self.emitter.probes.division(op, parts[-1].text)
             text = rule(op, [p.text for p in parts])
             return self.define(value_type(value.type.elem), value.name, text, level, inner)
-        view = _VIEWS.get(name)
+        view = VIEWS.get(name)
         if view is None:
             raise Unsupported(f"the operation {name}")
         return view(self, op, value, index, inner)
@@ -267,7 +267,7 @@ def _cat(nest: Nest, op: Op, value: Value, index: Index, inner: Scope | None) ->
     )
 
 
-_VIEWS = {
+VIEWS = {
     "arith.constant": _constant,
     "ub.poison": _poison,
     "tt.splat": _splat,

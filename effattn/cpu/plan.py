@@ -214,8 +214,13 @@ class _Planner:
             for result in op.results:
                 if result.type.is_tensor and result not in self.virtual:
                     buffers[result] = self.new(result, self.order(result))
+        if op.name == "effattn.inlined":
+            for block in op.regions[0].blocks[1:]:
+                for arg in block.args:
+                    if arg.type.is_tensor:
+                        buffers[arg] = self.new(arg)
         for region in op.regions:
-            if op.name in ("tt.reduce", "tt.scan"):
+            if op.name in ("tt.reduce", "tt.scan", "tt.map_elementwise"):
                 continue
             for block in region.blocks:
                 for inner in block.ops:
@@ -309,7 +314,7 @@ class _Planner:
             or op.block is not block
             or not self.plan.kept(value)
             or op.name in LOOPS
-            or op.name == "scf.if"
+            or op.name in ("scf.if", "effattn.inlined")
         ):
             return None
         buffer = self.plan.buffers[value]
@@ -382,7 +387,7 @@ class _Planner:
             if owner.name == "tt.func":
                 self.touch(buffer, start, plan.end[owner])
                 continue
-            if value.op is None or owner.name in LOOPS or owner.name == "scf.if":
+            if value.op is None or owner.name in LOOPS or owner.name in ("scf.if", "effattn.inlined"):
                 self.touch(buffer, start, plan.end[owner])
             self.touch(buffer, start, max(start, self.last_read(value, owner)))
             # A definition inside a loop whose buffer is shared with something outside is covered by that value.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from effattn.cpu import calls
 from effattn.cpu.formats import memory_size
 from effattn.cpu.ir import Op, Value, walk
 from effattn.cpu.nest import ZERO, Index, Nest, Scope, reshape_index
@@ -137,6 +138,9 @@ class Probes:
             return [r.blocks[0].terminator.operands[value.index] for r in op.regions if r.blocks]
         if op.name == "scf.while":
             return [op.regions[0].blocks[0].terminator.operands[1 + value.index]]
+        if op.name == calls.INLINED:
+            ends = [b.terminator for b in op.regions[0].blocks if b.terminator.name == calls.LEAVE]
+            return [end.operands[value.index] for end in ends]
         return None
 
     def _sources_of_argument(self, value: Value) -> list[Value] | int | None:
@@ -154,6 +158,8 @@ class Probes:
                 end = parent.regions[1].blocks[0].terminator
                 return [parent.operands[value.index], end.operands[value.index]]
             return [parent.regions[0].blocks[0].terminator.operands[1 + value.index]]
+        if parent.name == "tt.map_elementwise" and block is parent.body:
+            return [parent.operands[value.index // parent.int_attr("pack")]]
         return None
 
     def _collect(self, value: Value, base: int, seen: set[Value]) -> None:
@@ -170,7 +176,7 @@ class Probes:
             if value.type.bits < 64:
                 self._offsets.setdefault(op, base)
             inputs = op.operands if op.name != "arith.shli" else op.operands[:1]
-        elif op.name in ("scf.for", "scf.if", "scf.while"):
+        elif op.name in ("scf.for", "scf.if", "scf.while", calls.INLINED):
             inputs = self._sources(value) or []
             assert not isinstance(inputs, int)
         elif op.name in _THROUGH:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 
-from effattn.cpu import elementwise, extras
+from effattn.cpu import calls, decompose, elementwise, extras, regions
 from effattn.cpu.formats import Unsupported, c_type_of_dot, splat_literal, value_type
 from effattn.cpu.ir import Op, walk
 from effattn.cpu.plan import IEEE, TF32
 from effattn.errors import RequestError
+
+_PRECISIONS = (TF32, IEEE, decompose.TF32X3, decompose.BF16X3, decompose.BF16X6)
 
 
 class UnsupportedKernel(RequestError):
@@ -41,7 +43,7 @@ def kernel_name(function: Op) -> str:
 def _check(op: Op, handled: Container[str]) -> None:
     name = op.name
     known = name in elementwise.RULES or name in elementwise.VIEWS or name in handled
-    if not known and name not in ("tt.func", "arith.constant", "tt.reduce.return", "tt.scan.return"):
+    if not known and name not in ("tt.func", "arith.constant", "tt.dot_scaled"):
         raise Unsupported(f"the operation {name}")
     for value in (*op.operands, *op.results, *(a for r in op.regions for b in r.blocks for a in b.args)):
         value_type(value.type.elem)
@@ -67,16 +69,20 @@ def _constant(op: Op) -> None:
 
 def _dot(op: Op) -> None:
     a, b, _ = op.operands
-    precision = op.int_attr("inputPrecision", IEEE)
-    if a.type.elem == "f32" and precision not in (TF32, IEEE):
-        raise Unsupported("tt.dot with a precision other than ieee and tf32")
+    if a.type.elem == "f32" and op.int_attr("inputPrecision", IEEE) not in _PRECISIONS:
+        raise Unsupported(f"tt.dot with the precision {op.attrs['inputPrecision']}")
     c_type_of_dot(a.type.elem, b.type.elem, op.results[0].type.elem)
 
 
-def _combine(op: Op) -> None:
-    for inner in op.body.ops[:-1]:
-        if inner.name not in elementwise.RULES and inner.name != "arith.constant":
-            raise Unsupported(f"{inner.name} inside the combine region of {op.name}")
+def _dot_scaled(op: Op) -> None:
+    for name in ("a_elem_type", "b_elem_type"):
+        if op.int_attr(name) not in decompose.ELEMENTS:
+            raise Unsupported(f"tt.dot_scaled with elements of the kind {op.int_attr(name)}")
+
+
+def _map(op: Op) -> None:
+    regions.check(op)
+    _function(op)
 
 
 def _return(op: Op) -> None:
@@ -88,7 +94,10 @@ _CHECKS: dict[str, Callable[[Op], None]] = {
     "tt.func": _function,
     "arith.constant": _constant,
     "tt.dot": _dot,
-    "tt.reduce": _combine,
-    "tt.scan": _combine,
+    "tt.dot_scaled": _dot_scaled,
+    "tt.reduce": regions.check,
+    "tt.scan": regions.check,
+    "tt.map_elementwise": _map,
+    calls.INLINED: _function,
     "tt.return": _return,
 }

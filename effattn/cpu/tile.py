@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from effattn.cpu import elementwise, products
+from effattn.cpu import elementwise, products, regions
 from effattn.cpu.formats import splat_literal, value_type
 from effattn.cpu.ir import Op, Value, walk
 from effattn.cpu.nest import Expr, Nest, Scope, compute_into, linear
@@ -98,7 +98,7 @@ _HELPERS = {
 def _single_combine(op: Op) -> str | None:
     """The name of the one operation that the region applies to its two arguments, in order."""
     body = op.body
-    if len(body.ops) != 2 or len(op.operands) != 1:
+    if len(op.regions[0].blocks) != 1 or len(body.ops) != 2 or len(op.operands) != 1:
         return None
     combine, end = body.ops
     if combine.operands != body.args or end.operands != combine.results:
@@ -191,6 +191,8 @@ def combine_lines(
     emitter: FunctionEmitter, nest: Nest, op: Op, left: list[str], right: list[str]
 ) -> list[str]:
     """Statements that apply the combine region to (left, right) and assign the result to `left`."""
+    if not regions.is_chain(op):
+        return [regions.call(emitter, op, [*left, *right], left)]
     body = op.body
     half = len(body.args) // 2
     names: dict[Value, str] = {}
