@@ -22,6 +22,9 @@ from effattn.case import DTYPES, Case
 #: What `--effattn-dtype` takes besides the dtypes: the tests that belong to none.
 NONE = "none"
 
+#: Test files that run kernels on the CPU backend: what each version of Triton is tested with.
+BACKEND = ("test_cpu_", "test_compat", "test_kernels", "test_triton_")
+
 # No deadline: the first case of each shape compiles a kernel.
 hypothesis.settings.register_profile(
     "pull-request", derandomize=True, deadline=None, max_examples=60, print_blob=True
@@ -41,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "backend: runs kernels on the CPU backend (set from the file's name)")
     for dtype in DTYPES:
         config.addinivalue_line("markers", f"{dtype}: belongs to this dtype (set from the parameter `dtype`)")
     nightly = os.environ.get("EFFATTN_HYPOTHESIS_PROFILE") == "nightly"
@@ -76,6 +80,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wanted = config.getoption("--effattn-dtype")
     kept, dropped = [], []
     for item in items:
+        if item.path.name.startswith(BACKEND):
+            item.add_marker("backend")
         dtype = dtype_of(item)
         if dtype != NONE:
             item.add_marker(dtype)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import recording
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +23,8 @@ FLOAT = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f6
 SIGNED = {f"i{b}": getattr(torch, f"int{b}") for b in (8, 16, 32, 64)}
 UNSIGNED = {f"u{b}": getattr(torch, f"uint{b}") for b in (8, 16, 32, 64)}
 ALL = {**FLOAT, **SIGNED, **UNSIGNED}
+#: how tables name them
+TYPE = {"f16": "fp16", "bf16": "bf16", "f32": "fp32", "f64": "fp64"}
 #: significant bits, exponent of the smallest subnormal, exponent beyond the largest number
 FORMAT = {"f16": (11, -24, 16), "bf16": (8, -133, 128), "f32": (24, -149, 128), "f64": (53, -1074, 1024)}
 
@@ -133,6 +136,12 @@ def expect_codes(got: torch.Tensor, want: Any, *, what: str, zero_sign: bool = T
         f"{what}: {int((~same).sum())} of {same.size} wrong, first at {int(np.flatnonzero(~same)[0])}: "
         f"got {have[~same][0]:#x}, expected {want_codes[~same][0]:#x}"
     )
+
+
+def record(names: list[str], types: str, reference: str, each: int) -> None:
+    """Note what was compared, `each` values of every operation."""
+    for name in names:
+        recording.compared(name, types, reference, each)
 
 
 # ------------------------------------------------------------------------------------------------- values
@@ -285,12 +294,15 @@ def test_conversions_of_floats(source: str) -> None:
     for name in TARGETS:
         expect_codes(out[name], want[name], what=f"{source} to {name}")
     np.testing.assert_array_equal(out["i1"].numpy(), wide != 0)
+    for name in (*TARGETS[4:], "i1"):
+        recording.compared("conversion", f"{TYPE[source]} to {name}", "numpy, saturating", len(x))
 
 
 @pytest.mark.parametrize("name", ["f16", "bf16"])
 def test_a_copy_keeps_every_bit(name: str) -> None:
     x = from_codes(name, np.arange(1 << 16))
     np.testing.assert_array_equal(codes_of(converted(x)[name]), np.arange(1 << 16))
+    recording.compared("load and store", TYPE[name], "all codes, NaNs included", 1 << 16)
 
 
 @pytest.mark.parametrize("source", [*SIGNED, *UNSIGNED])
@@ -312,6 +324,10 @@ def test_conversions_of_integers(source: str) -> None:
     for name in TARGETS[4:]:
         expect_codes(out[name], [wrap(n, name) for n in numbers], what=f"{source} to {name}")
     np.testing.assert_array_equal(out["i1"].numpy(), np.array(numbers, dtype=object) != 0)
+    for name in TARGETS:
+        recording.compared(
+            "conversion", f"{source} to {TYPE.get(name, name)}", "Python's integers and fractions", len(x)
+        )
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -330,6 +346,9 @@ def test_bitcasts_keep_every_bit(name: str, other: str) -> None:
     reinterpret[(len(x) // BLOCK,)](x, y, z, len(x), BLOCK=BLOCK)
     np.testing.assert_array_equal(codes_of(y), codes_of(x))
     np.testing.assert_array_equal(codes_of(z), codes_of(x))
+    recording.compared(
+        "bitcast", f"{TYPE[name]} to {TYPE.get(other, other)} and back", "the same bits", len(x)
+    )
 
 
 # ----------------------------------------------------------------------------------------------- integers
@@ -387,6 +406,50 @@ def _shift(a: int, b: int, name: str, left: bool) -> int:
     return a << amount if left else a >> amount
 
 
+#: what `_integer_ops` and `_float_ops` store, in order
+INTEGER_NAMES = [
+    *(
+        "+",
+        "-",
+        "*",
+        "//",
+        "%",
+        "&",
+        "|",
+        "^",
+        "<<",
+        ">>",
+        "maximum",
+        "minimum",
+        "<",
+        "<=",
+        ">",
+        ">=",
+        "==",
+        "!=",
+    ),
+    *("where", "abs", "~", "predicates"),
+]
+FLOAT_NAMES = [
+    *("+", "-", "*", "/", "fma", "maximum", "minimum", "maximum (NaN wins)", "minimum (NaN wins)"),
+    *(
+        "<",
+        "<=",
+        ">",
+        ">=",
+        "==",
+        "!=",
+        "where",
+        "negation",
+        "abs",
+        "predicates",
+        "sqrt",
+        "floor",
+        "ceil",
+        "%",
+    ),
+    *("a * b + c, not fused", "div_rn", "sqrt_rn", "clamp", "clamp (NaN wins)", "rsqrt"),
+]
 INTEGER_OPS: list[Any] = [
     lambda a, b, t: a + b,
     lambda a, b, t: a - b,
@@ -424,7 +487,8 @@ def check_integers(name: str, a: Any, b: Any, *, scalars: bool = False) -> None:
     left, right = ([wrap(int(c), name) for c in codes_of(t).tolist()] for t in (x, y))
     for k, op in enumerate(INTEGER_OPS):
         want = [wrap(int(op(p, q, name)), name) for p, q in zip(left, right, strict=True)]
-        expect_codes(out[k * n : (k + 1) * n], want, what=f"{name}, operation {k}")
+        expect_codes(out[k * n : (k + 1) * n], want, what=f"{name}, {INTEGER_NAMES[k]}")
+    record(INTEGER_NAMES, name, "Python's integers", n)
 
 
 @pytest.mark.parametrize("name", [*SIGNED, *UNSIGNED])
@@ -459,6 +523,7 @@ def test_high_half_of_products(name: str) -> None:
     high_products[(len(x) // BLOCK,)](x, y, out, len(x), BLOCK=BLOCK)
     numbers = zip(codes_of(x).tolist(), codes_of(y).tolist(), strict=True)
     expect_codes(out, [p * q >> bits_of(name) for p, q in numbers], what=name)
+    recording.compared("umulhi", name, "Python's integers", len(x))
 
 
 # ------------------------------------------------------------------------------------------------- floats
@@ -596,8 +661,9 @@ def check_floats(name: str, a: Any, b: Any, c: Any, *, scalars: bool = False) ->
             want[16] = 0.0 + want[16]  # older versions of Triton write -a as 0 - a
     for k, expected in want.items():
         expect_codes(
-            out[k * n : (k + 1) * n], expected, what=f"{name}, operation {k}", zero_sign=k not in (5, 6)
+            out[k * n : (k + 1) * n], expected, what=f"{name}, {FLOAT_NAMES[k]}", zero_sign=k not in (5, 6)
         )
+    record([FLOAT_NAMES[k] for k in want], TYPE[name], "numpy and fractions, rounded once", n)
 
 
 @pytest.mark.parametrize("scalars", [False, True], ids=["tensors", "scalars"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import recording
 import torch
 import triton
 import triton.language as tl
@@ -165,8 +166,12 @@ def check_reductions(shape: tuple[int, ...], dtype: torch.dtype, axis: int) -> N
         same(o[k * n : k * n + m].reshape(left), want)
     for k, want in enumerate([wide.argmax(axis), wide.argmin(axis), wide.argmax(axis)]):
         same(oi[k * n : k * n + m].reshape(left), want)
+    names = ["sum", "max", "min", "reduce (last of two)", "reduce (two results)", "argmax", "argmin"]
     if not dtype.is_floating_point:
         same(o[8 * n : 8 * n + m].reshape(left), np.bitwise_xor.reduce(x.numpy(), axis))
+        names.append("xor_sum")
+    for name in names:
+        recording.compared(name, str(dtype).removeprefix("torch."), "numpy, in the documented order", n)
 
 
 @triton.jit
@@ -256,6 +261,8 @@ def test_scans(shape: tuple[int, ...], axis: int, reverse: bool) -> None:
     for k, want in enumerate([v.cumsum(0, dtype=np.int32), np.bitwise_xor.accumulate(v + 1, 0), a, b]):
         want = want[::-1] if reverse else want
         same(o[k * n : (k + 1) * n].reshape(shape), np.moveaxis(want, 0, axis).copy())
+    for name in ("cumsum", "associative_scan (xor)", "associative_scan (two results)"):
+        recording.compared(name, "int32", "numpy, in order", n)
 
 
 @triton.jit
@@ -342,6 +349,9 @@ def test_products(dtype: torch.dtype, mode: str) -> None:
                 before, z = z, chain(p, q, z)
             want = z if mode == "carried" else before + z
         same(o[: m * n], want)
+        recording.compared(
+            "dot", f"{str(dtype).removeprefix('torch.')} to float32", "a chain of exact products", m * n
+        )
 
 
 def test_products_of_half_precision_accumulators_round_once() -> None:

@@ -208,6 +208,11 @@ def _math(f32: str, f64: str) -> Rule:
     return rule
 
 
+def _absf(op: Op, a: list[str]) -> str:
+    # Not rounded: that would make a signalling NaN of 16 bits quiet.
+    return f"__builtin_fabs{'' if _result(op) == 'f64' else 'f'}({a[0]})"
+
+
 def _negf(op: Op, a: list[str]) -> str:
     return f"(-{a[0]})"
 
@@ -300,7 +305,7 @@ RULES: dict[str, Rule] = {
     "math.tanh": _math("tanhf", "tanh"),
     "math.floor": _math("__builtin_floorf", "__builtin_floor"),
     "math.ceil": _math("__builtin_ceilf", "__builtin_ceil"),
-    "math.absf": _math("__builtin_fabsf", "__builtin_fabs"),
+    "math.absf": _absf,
     "math.absi": lambda op, a: f"({_carrier(op)})({a[0]} < 0 ? 0 - {a[0]} : {a[0]})",
     "math.fma": _fma,
     "effattn.round_tf32": lambda op, a: f"round_tf32({a[0]})",

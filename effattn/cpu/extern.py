@@ -9,8 +9,6 @@ from __future__ import annotations
 from effattn.cpu.formats import Unsupported, value_type
 from effattn.cpu.ir import Op
 
-_PI2 = "0.70710678118654752440"  # sqrt(1/2)
-
 
 def _pairs() -> dict[str, str]:
     """__nv_NAME for double and __nv_NAMEf for float, from the C library's own functions."""
@@ -43,10 +41,10 @@ def _doubles() -> dict[str, str]:
         "yn": "yn({0}, {1})",
         "norm3d": "__builtin_hypot(__builtin_hypot({0}, {1}), {2})",
         "norm4d": "__builtin_hypot(__builtin_hypot({0}, {1}), __builtin_hypot({2}, {3}))",
-        "normcdf": f"0.5 * erfc(-{_PI2} * {{0}})",
-        "normcdfinv": f"erfcinv_f64(2.0 * {{0}}) * -2.0 * {_PI2}",
+        "normcdf": "normcdf_f64({0})",
+        "normcdfinv": "normcdfinv_f64({0})",
         "powi": "__builtin_pow({0}, (double){1})",
-        "rcbrt": "1.0 / __builtin_cbrt({0})",
+        "rcbrt": "(double)(1.0L / cbrt_refined({0}))",
         "rhypot": "1.0 / __builtin_hypot({0}, {1})",
         "rnorm3d": "1.0 / __builtin_hypot(__builtin_hypot({0}, {1}), {2})",
         "rnorm4d": "1.0 / __builtin_hypot(__builtin_hypot({0}, {1}), __builtin_hypot({2}, {3}))",
@@ -115,6 +113,7 @@ _INTEGERS = {
 }
 
 _OTHERS = {
+    "cbrt": "(double)cbrt_refined({0})",
     # the same polynomial as tl.exp and tl.exp2
     "exp": "exp({0})",
     "expf": "exp_f32({0})",

@@ -141,13 +141,18 @@ double tgamma(double), lgamma(double), exp10(double), log1p(double);
 
 /* exp(x^2) erfc(x): the continued fraction where erfc underflows (Abramowitz and Stegun 7.1.14). */
 static __attribute__((unused)) double erfcx_f64(double x) {
-    if (x < 25.0) return exp(x * x) * erfc(x);
+    if (x < 25.0) {
+        double h = x * x, l = __builtin_fma(x, x, -h); /* an error of h would grow with h */
+        return h < 700.0 ? exp(h) * (1.0 + l) * erfc(x) : exp(h) * erfc(x);
+    }
     double f = 0;
     for (int k = 60; k > 0; k--) f = k * 0.5 / (x + f);
     return 0.56418958354775628695 / (x + f);
 }
 /* The inverse of erf by Newton's iteration from Winitzki's approximation. `y` = 1 - |x|, exact near 1. */
+static double erfinv_f64(double x);
 static __attribute__((unused)) double erfcinv_f64(double y) {
+    if (y > 0.5 && y < 1.5) return erfinv_f64(1.0 - y); /* 1 - y is exact there */
     if (y != y || y < 0 || y > 2) return __builtin_nan("");
     if (y == 0) return __builtin_inf();
     if (y == 2) return -__builtin_inf();
@@ -169,15 +174,30 @@ static __attribute__((unused)) double erfinv_f64(double x) {
     }
     return x > 0 ? erfcinv_f64(1.0 - x) : -erfcinv_f64(1.0 + x);
 }
+/* The normal distribution's: where 1 - normcdf is small, an error of x / sqrt(2) would grow with x^2. */
+static __attribute__((unused)) double normcdf_f64(double x) {
+    const double high = 0x1.6a09e667f3bcdp-1, low = -0x1.bdd3413b26456p-55; /* sqrt(1/2) */
+    double t = -x * high, rest = __builtin_fma(-x, high, -t) - x * low;
+    double y = erfc(t);
+    return 0.5 * (y > 0 && y < 2 ? y - 1.12837916709551257390 * exp(-t * t) * rest : y);
+}
+static __attribute__((unused)) double normcdfinv_f64(double x) {
+    return 1.41421356237309504880 * (x > 0.25 && x < 0.75 ? erfinv_f64(2.0 * x - 1.0) : -erfcinv_f64(2.0 * x));
+}
+/* One step of Newton's iteration: the C library's cbrt is off by up to 3 ulp. */
+static __attribute__((unused)) long double cbrt_refined(double x) {
+    long double y = __builtin_cbrt(x);
+    return y == 0 || y - y != 0 ? y : y - (y * y * y - x) / (3 * y * y);
+}
 /* Modified Bessel functions: sum of (x^2/4)^k / (k! (k + n)!), scaled so that only the result can overflow. */
 static __attribute__((unused)) double bessel_i_f64(int n, double x) {
-    double q = x * x * 0.25, term = n ? __builtin_fabs(x) * 0.5 : 1.0, sum = term;
+    long double q = (long double)x * x * 0.25L, term = n ? __builtin_fabs(x) * 0.5L : 1.0L, sum = term;
     for (int k = 1; k < 2000; k++) {
-        term *= q / ((double)k * (k + n));
+        term *= q / ((long double)k * (k + n));
         sum += term;
-        if (term < sum * 1e-18) break;
+        if (term < sum * 1e-21L) break;
     }
-    return n && x < 0 ? -sum : sum;
+    return (double)(n && x < 0 ? -sum : sum);
 }
 static __attribute__((unused)) double sin_pi(double x) {
     double r = fmod(x, 2.0), a = __builtin_fabs(r), s = r < 0 ? -1.0 : 1.0;
