@@ -66,7 +66,7 @@ def attention(rounds: int) -> list[dict[str, Any]]:
     import torch
 
     import effattn.cpu
-    from effattn.kernels.flash_attention import flash_attention_forward
+    from effattn.kernels.flash_forward import flash_attention_forward
 
     torch.set_num_threads(effattn.cpu.get_num_threads())
     print(
@@ -98,7 +98,7 @@ _INTERPRET = """
 import sys, time
 sys.path.insert(0, {folder!r})
 from speed import inputs
-from effattn.kernels.flash_attention import flash_attention_forward
+from effattn.kernels.flash_forward import flash_attention_forward
 q, k, v = inputs({dtype!r}, 64)
 start = time.perf_counter()
 flash_attention_forward(q, k, v)
@@ -108,7 +108,7 @@ print(time.perf_counter() - start)
 
 def interpreter(rounds: int) -> list[dict[str, Any]]:
     """The same launch under TRITON_INTERPRET=1 (one run), where that is right: fp16 and fp32."""
-    from effattn.kernels.flash_attention import flash_attention_forward
+    from effattn.kernels.flash_forward import flash_attention_forward
 
     print("FlashAttention forward, batch 2, 4 heads, 1,024 x 1,024, d = 64, against Triton's interpreter")
     rows = []
@@ -168,7 +168,7 @@ def launch(rounds: int) -> list[dict[str, Any]]:
     """What a launch of the flash kernel costs beyond its work: a problem of one query and one key."""
     import torch
 
-    from effattn.kernels.flash_attention import flash_attention_forward
+    from effattn.kernels.flash_forward import flash_attention_forward
 
     x = torch.ones(1, 1, 1, 16)
     flash_attention_forward(x, x, x)

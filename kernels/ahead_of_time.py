@@ -14,12 +14,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from effattn.kernels import flash_attention
-from effattn.kernels.arguments import Problem
+from effattn.kernels.launch import Launch
 
-_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-_TENSORS = ("q", "k", "v", "out")
-_LAST_STRIDES = ("q_stride_d", "k_stride_d", "v_stride_d")
+_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
 #: most bytes of shared memory that one block may use, by compute capability (CUDA C++ Programming Guide,
 #: table "Technical Specifications per Compute Capability")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -33,54 +37,49 @@ class Usage:
     registers: int  #: a thread
     stack: int  #: bytes of local memory a thread: spilled registers, if more than 0
     ptx: str  #: the assembly, to look for instructions in
+    cubin: bytes  #: the binary
 
 
-def compile_forward(
-    capability: int,
-    *,
-    dtype: torch.dtype,
-    head_dim: int,
-    v_dim: int | None = None,
-    aligned: bool = True,
-    input_precision: str = "ieee",
-    scale: float = 1.0,
-    wide: bool = False,
-) -> Usage:
-    """Compile the forward kernel, with the block sizes that it would run with, for a compute capability.
+def compile_launch(launch: Launch, capability: int, *, aligned: bool = True) -> Usage:
+    """Compile a launch's kernel for a compute capability, specialised as Triton's JIT would for its arguments.
 
-    aligned: contiguous tensors whose rows start at multiples of 16 bytes; else nothing is known about
-    strides.
+    The tensors may be on the meta device. aligned: they start at multiples of 16 bytes, and every stride and size that
+    is a multiple of 16 is known to be one; else nothing is known.
     """
-    v_dim = head_dim if v_dim is None else v_dim
-    cut = flash_attention.tiles(head_dim, v_dim, dtype, "cuda")
-    problem = Problem(
-        batch=1, heads=1, kv_heads=1, q_len=1, kv_len=1, head_dim=head_dim, v_dim=v_dim, causal_shift=1,
-        scale=scale, input_precision=input_precision,
-    )  # fmt: skip
-    constants: dict[str, Any] = flash_attention.constants(
-        problem, block_m=cut.block_m, block_n=cut.block_n, wide=wide
-    )
-    if aligned:
-        constants |= dict.fromkeys(_LAST_STRIDES, 1)
-    kernel = flash_attention.forward_kernel_gpu
+    kernel = launch.kernel
     signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        pointer = f"*{_TYPES[dtype]}" if name in _TENSORS else "*fp32" if name == "lse" else None
-        signature[name] = pointer or ("fp32" if name == "scale_log2" else "i32")
-        divisible = {"head_dim": head_dim % 16 == 0, "v_dim": v_dim % 16 == 0}.get(name, aligned)
-        if divisible and (pointer or "stride" in name or name in ("head_dim", "v_dim")):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+    for index, parameter in enumerate(kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        specialised = not parameter.do_not_specialize
+        is_one = type(value) is int and value == 1 and specialised and aligned
+        if parameter.is_constexpr or value is None or is_one:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = f"*{_TYPES[value.dtype]}"
+            if aligned:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if aligned and specialised and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options=cut.options,
+        options=launch.options,
     )
-    registers, stack = _registers_and_stack(compiled.asm["cubin"])
-    return Usage(shared=compiled.metadata.shared, registers=registers, stack=stack, ptx=compiled.asm["ptx"])
+    cubin = compiled.asm["cubin"]
+    registers, stack = _registers_and_stack(cubin)
+    return Usage(
+        shared=compiled.metadata.shared,
+        registers=registers,
+        stack=stack,
+        ptx=compiled.asm["ptx"],
+        cubin=cubin,
+    )
 
 
 def _registers_and_stack(cubin: bytes) -> tuple[int, int]:

@@ -73,7 +73,7 @@ def test_what_judges_imports_nothing_of_what_is_judged(judge: str) -> None:
     [
         ("import effattn.cpu", {"effattn.cpu"}),
         ("from effattn import methods", {"effattn.methods"}),
-        ("def f():\n    from effattn.kernels.flash_attention import x", {"effattn.kernels.flash_attention"}),
+        ("def f():\n    from effattn.kernels.flash_forward import x", {"effattn.kernels.flash_forward"}),
         ("from ..methods import base", {"effattn.methods", "effattn.methods.base"}),
         ("from . import blocks\nimport effattn.cpuinfo", set()),
     ],

@@ -19,7 +19,7 @@ from effattn.cpu.driver import CPUDriver
 from effattn.cpu.formats import Unsupported, dense_literals, literal, splat_literal
 from effattn.cpu.ir import Module, Op, ReadError, generic_text, parse, parse_type, walk
 from effattn.cpu.lower import entry_name, kernel_source
-from effattn.kernels.flash_attention import forward_kernel_cpu
+from effattn.kernels.flash_forward import forward_kernel
 
 
 @triton.jit
@@ -70,23 +70,25 @@ def module_of(kernel: Any, signature: dict[str, str], constants: dict[str, Any])
 
 FLASH = {
     "SCALE_SIGN": 1, "BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_DV": 32, "PAD_D": True, "PAD_DV": False,
-    "WIDE": False, "INPUT_PRECISION": "ieee",
+    "WIDE": False, "INPUT_PRECISION": "ieee", "PACKED": False, "HAS_LEFT": True, "HAS_CAP": True, "HAS_DROPOUT": True,
+    "mask": None, "alibi_slopes": None, "q_lengths": None, "kv_lengths": None,
 }  # fmt: skip
 
 
 def flash_signature() -> dict[str, str]:
-    kinds = dict.fromkeys(forward_kernel_cpu.arg_names, "i32")
+    kinds = dict.fromkeys(forward_kernel["cpu"].arg_names, "i32")
     return (
         kinds
-        | dict.fromkeys(("q", "k", "v", "out"), "*bf16")
-        | {"lse": "*fp32", "scale_log2": "fp32"}
+        | dict.fromkeys(("q", "k", "v", "out", "bias"), "*bf16")
+        | dict.fromkeys(("lse", "sinks"), "*fp32")
+        | dict.fromkeys(("scale_log2", "to_cap", "cap_log2", "dropout_p"), "fp32")
         | dict.fromkeys(FLASH, "constexpr")
     )
 
 
 KERNELS = {
     "everything": (of_everything, SIGNATURE, {"N": 16}),
-    "flash": (forward_kernel_cpu, flash_signature(), FLASH),
+    "flash": (forward_kernel["cpu"], flash_signature(), FLASH),
 }
 
 

@@ -113,7 +113,7 @@ def test_wheel_registers_command_and_backend(wheel: zipfile.ZipFile) -> None:
 def test_wheel_imports_without_the_checkout(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path)
     code = (
-        "import effattn, effattn.cli, effattn.properties.profiles as p, effattn.kernels.flash_attention as k,"
+        "import effattn, effattn.cli, effattn.properties.profiles as p, effattn.kernels.flash_forward as k,"
         " effattn.tolerances.formats as t; print(effattn.__file__, p.__file__, k.__file__, t.__file__)"
     )
     # -P keeps the current folder out; PYTHONPATH comes before the editable install.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Flash(Method):
-    """`effattn.kernels.flash_attention` with its own block sizes and IEEE products."""
+    """`effattn.kernels.flash_forward` with its own block sizes and IEEE products."""
 
     name = "flash"
     spec = "flash"
@@ -32,7 +32,7 @@ class Flash(Method):
         return None
 
     def __call__(self, case: Case, inputs: Inputs) -> Output:
-        from effattn.kernels.flash_attention import flash_attention_forward
+        from effattn.kernels.flash_forward import flash_attention_forward
 
         with triton_on(inputs.q.device):
             out, lse = flash_attention_forward(

@@ -1,4 +1,4 @@
-"""Wrong Triton kernels: the source of `effattn.kernels.flash_attention` with one mistake put in.
+"""Wrong Triton kernels: the source of `effattn.kernels.flash_forward` or of its mask with one mistake put in.
 
 They differ from the torch kernels of the zoo in that they are compiled and run as a user's kernel would be,
 so a test with them is one of the whole way from a kernel's source to a verdict. The command line takes them
@@ -78,7 +78,7 @@ _mutant(
     "no_maximum",
     "exp of the scores as they are, without subtracting their maximum",
     (
-        "new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)",
+        "new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)",
         'new_max = tl.where(tl.maximum(row_max, tl.max(scores, 1)) > float("-inf"), 0.0, float("-inf"))',
     ),
     case={**_PLAIN, "values": "large-logits"},
@@ -116,8 +116,8 @@ _mutant(
     "accumulator_rounded",
     "the accumulator is rounded to the inputs' dtype after each block of keys",
     (
-        "    return acc, row_sum, row_max",
-        "        acc = acc.to(v_tile.dtype).to(tl.float32)\n    return acc, row_sum, row_max",
+        "    return acc, row_sum, row_max, spoilt",
+        "        acc = acc.to(v_tile.dtype).to(tl.float32)\n    return acc, row_sum, row_max, spoilt",
     ),
     case={**_MANY, "kv_len": 1024},
     dtypes=HALF,
@@ -125,19 +125,19 @@ _mutant(
 _mutant(
     "tf32",
     "products of fp32 go through tf32",
-    ('"INPUT_PRECISION": problem.input_precision', '"INPUT_PRECISION": "tf32"'),
+    ("        input_precision=input_precision,\n", '        input_precision="tf32",\n'),
     dtypes=("fp32",),
 )
 _mutant(
     "causal_one_more",
     "a query sees one key too many",
-    ("            problem.causal_shift,\n", "            problem.causal_shift + causal,\n"),
+    ("* bottom_right\n", "* bottom_right + (right == 0).to(tl.int32)\n"),
     case=_CAUSAL,
 )
 _mutant(
     "causal_one_less",
     "a query does not see the key at its own position",
-    ("            problem.causal_shift,\n", "            problem.causal_shift - causal,\n"),
+    ("* bottom_right\n", "* bottom_right - (right == 0).to(tl.int32)\n"),
     case=_CAUSAL,
 )
 _mutant(
@@ -156,19 +156,19 @@ _mutant(
     "tail_attended",
     "keys beyond kv_len are attended with score 0",
     (
-        "seen = tl.minimum(first_row + rows + causal_shift + 1, kv_len)",
-        "seen = first_row + rows + causal_shift + 1",
+        "end = tl.minimum(i + shift + right + 1, kv_len)\n",
+        "end = i + shift + right + 1\n",
     ),
 )
 _mutant(
     "tail_dropped",
     "the last block of keys is dropped where it is not full",
-    ("q_len) + causal_shift, kv_len)", "q_len) + causal_shift, kv_len) // BLOCK_N * BLOCK_N"),
+    ("    end = tl.maximum(end, 0)\n", "    end = tl.maximum(end, 0) // BLOCK_N * BLOCK_N\n"),
 )
 _mutant(
     "heads_interleaved",
     "query head h reads key head h % kv_heads",
-    ("kv_h = (h // group)", "kv_h = (h % (heads // group))"),
+    ("kv_h = ((head % heads) // group)", "kv_h = (head % (heads // group))"),
     case={**_PLAIN, "heads": 4, "kv_heads": 2},
 )
 _mutant(
@@ -179,16 +179,15 @@ _mutant(
 _mutant(
     "strides_ignored",
     "tensors are taken for contiguous",
-    (
-        "q_strides, k_strides, v_strides = _strides(q), _strides(k), _strides(v)",
-        "q_strides, k_strides, v_strides = (_strides(x.contiguous()) for x in (q, k, v))",
-    ),
+    ('("q", q, "bhmd")', '("q", q.contiguous(), "bhmd")'),
+    ('("k", k, "bhnd")', '("k", k.contiguous(), "bhnd")'),
+    ('("v", v, "bhnd")', '("v", v.contiguous(), "bhnd")'),
     case={**_PLAIN, "layout": "bshd"},
 )
 _mutant(
     "padded_scale",
     "the scale is that of the padded head dimension",
-    ("abs(problem.scale) * _LOG2_E", "_padded(problem.head_dim) ** -0.5 * _LOG2_E"),
+    ("abs(problem.scale) * _LOG2_E", "max(16, 1 << (problem.head_dim - 1).bit_length()) ** -0.5 * _LOG2_E"),
     case={**_PLAIN, "head_dim": 40},
 )
 _mutant(
@@ -214,11 +213,11 @@ _mutant(
     ("acc / total[:, None]", "acc / total[:, None] * 1.001"),
     case=_MANY,
 )
-_mutant("lse_in_base_2", "the log-sum-exp is in base 2", ("* _LN_2\n", "* 1.0\n"))
+_mutant("lse_in_base_2", "the log-sum-exp is in base 2", ("* LN_2\n", "* 1.0\n"))
 _mutant(
     "empty_rows_divided",
     "rows that see no key are 0 / 0",
-    ("total = tl.where(seen > 0, row_sum, 1.0)", "total = row_sum"),
+    ("total = tl.where(seen_end > first_seen, row_sum, 1.0)", "total = row_sum"),
     case={**_CAUSAL, "q_len": 90, "kv_len": 20},
 )
 
@@ -244,33 +243,42 @@ def __getattr__(name: str) -> Callable[..., Any]:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def edited(edits: tuple[tuple[str, str], ...], *, name: str) -> str:
-    """The kernel's source, edited. Raises `RequestError` where a text does not occur exactly once."""
-    from effattn.kernels import flash_attention
+def edited(edits: tuple[tuple[str, str], ...], *, name: str) -> dict[str, str]:
+    """The kernel's sources, edited: module -> text. Raises `RequestError` where a text does not occur exactly once."""
+    from effattn.kernels import flash_forward, mask
 
-    source = inspect.getsource(flash_attention)
+    sources = {"mask": inspect.getsource(mask), "flash_forward": inspect.getsource(flash_forward)}
     for old, new in edits:
-        if source.count(old) != 1:
+        times = sum(source.count(old) for source in sources.values())
+        if times != 1:
             raise RequestError(
-                f"mutant {name!r}: {old!r} occurs {source.count(old)} times in the kernel's source, not once;"
+                f"mutant {name!r}: {old!r} occurs {times} times in the kernel's source, not once;"
                 " the kernel has changed, so the mutant has to"
             )
-        source = source.replace(old, new)
-    return source
+        sources = {module: source.replace(old, new) for module, source in sources.items()}
+    return sources
 
 
-@functools.cache
-def _module_of(name: str, source: str) -> ModuleType:
+def _made(name: str, source: str) -> ModuleType:
     """A module with this source, which `inspect` can read: Triton compiles from what `inspect` finds."""
-    file = f"<{__name__}.{name}>"
-    module = ModuleType(f"{__name__}.{name}")
+    file = f"<{name}>"
+    module = ModuleType(name)
     module.__file__ = file
     # No modification time: the entry is never compared with a file.
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    sys.modules[module.__name__] = module
+    sys.modules[name] = module
     exec(compile(source, file, "exec", dont_inherit=True), module.__dict__)
     return module
 
 
+@functools.cache
+def _module_of(name: str, mask: str, forward: str) -> ModuleType:
+    """The kernel's module with this source, and with a mask of that source."""
+    masked = _made(f"{__name__}.{name}_mask", mask)
+    forward = forward.replace("from effattn.kernels.mask import", f"from {masked.__name__} import")
+    return _made(f"{__name__}.{name}", forward)
+
+
 def _module(mutant: Mutant) -> ModuleType:
-    return _module_of(mutant.name, edited(mutant.edits, name=mutant.name))
+    sources = edited(mutant.edits, name=mutant.name)
+    return _module_of(mutant.name, sources["mask"], sources["flash_forward"])

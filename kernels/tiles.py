@@ -1,0 +1,89 @@
+"""How launches are cut up: block sizes and what else Triton is told. They change rounding and speed, never the meaning.
+
+The lengths, the batch and the number of heads are left out on purpose: a row's sums are then cut in the same places
+whatever shares the launch with it, and come out with the same bits.
+
+CPU: a step costs a fixed overhead, so tiles are large; 64 keys keep scores and accumulator in the L1 and L2 caches for
+every head_dim up to 256.
+
+GPU: the tiles and two or three stages of what a loop reads have to fit the 99 to 227 KB of shared memory that one block
+may take, and the fp32 accumulators and scores have to fit 255 registers a thread; both shrink as the head dimension
+grows. fp32 in IEEE precision has no matrix unit to go to: its products run on scalar units out of registers, so its
+tiles are small and shared by 8 warps. `tests/kernels_budget.toml` has what each entry takes on compute capability 80,
+90 and 100; none spills.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How a launch is cut up."""
+
+    block_m: int  #: queries a program owns, or a step of its loop takes
+    block_n: int  #: keys likewise
+    #: what else a launch says to Triton
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def tiles(
+    head_dim: int, v_dim: int, dtype: torch.dtype, device_type: str = "cuda", *, rich: bool = False
+) -> Tiles:
+    """The forward kernel's blocks for a head dimension, a dtype and a kind of device.
+
+    rich: a cap, a bias, ALiBi, a mask or dropout, whose tiles of scores need registers too.
+    """
+    if device_type == "cpu":
+        return Tiles(block_m=64, block_n=64)
+    width = max(padded(head_dim), padded(v_dim))
+    if dtype == torch.float32:
+        if width <= 64:
+            return _gpu_tiles(32 if rich else 64, 32, num_warps=8, num_stages=2)
+        if width <= 128:
+            return _gpu_tiles(32, 16, num_warps=8, num_stages=2)
+        return _gpu_tiles(16, 16 if rich else 32, num_warps=8, num_stages=2)
+    if rich:
+        return _gpu_tiles(64, 32, num_warps=8, num_stages=2)
+    if width <= 128:
+        return _gpu_tiles(128, 64, num_warps=8, num_stages=3)
+    return _gpu_tiles(64, 32, num_warps=8, num_stages=2)
+
+
+def backward_tiles(
+    head_dim: int, v_dim: int, dtype: torch.dtype, device_type: str = "cuda"
+) -> tuple[Tiles, Tiles]:
+    """The blocks of the backward's (keys kernel, queries kernel)."""
+    if device_type == "cpu":
+        both = Tiles(block_m=64, block_n=64)
+        return both, both
+    width = max(padded(head_dim), padded(v_dim))
+    if dtype == torch.float32:
+        if width <= 64:
+            small = _gpu_tiles(32, 32, num_warps=8, num_stages=1)
+        elif width <= 128:
+            small = _gpu_tiles(16, 16, num_warps=8, num_stages=1)
+        else:
+            small = _gpu_tiles(16, 16, num_warps=8, num_stages=1)
+        return small, small
+    if width <= 64:
+        return _gpu_tiles(64, 128, num_warps=8, num_stages=2), _gpu_tiles(128, 64, num_warps=8, num_stages=2)
+    if width <= 128:
+        return _gpu_tiles(64, 64, num_warps=8, num_stages=2), _gpu_tiles(64, 64, num_warps=8, num_stages=2)
+    return _gpu_tiles(32, 32, num_warps=8, num_stages=1), _gpu_tiles(32, 32, num_warps=8, num_stages=1)
+
+
+def padded(dim: int) -> int:
+    """The next power of two, at least 16: what `tl.arange` and `tl.dot` take."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def _gpu_tiles(block_m: int, block_n: int, *, num_warps: int, num_stages: int) -> Tiles:
+    # Fused multiply-adds make the scaled score minus its maximum one instruction, and round once less. Triton
+    # 3.9 warns where this is left to its default.
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    return Tiles(block_m=block_m, block_n=block_n, options=options)
