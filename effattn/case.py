@@ -48,6 +48,9 @@ _MAX_EXTENT = 2**31 - 1
 #: no case file is nearly as long, so a file that is longer is something else
 _MAX_FILE = 1 << 16
 
+#: the text that an id is the hash of; made once, since making it takes longer than using it
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+
 
 class _Tensors(NamedTuple):
     #: (batch, heads, q_len, head_dim)
@@ -336,8 +339,7 @@ class Case:
     @property
     def id(self) -> str:
         """A hash of the content: 12 hexadecimal digits, the same on every machine."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+        return hashlib.sha256(_CANONICAL.encode(self.to_dict()).encode()).hexdigest()[:12]
 
     def describe(self) -> str:
         """One line for people."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from effattn import cli_runs
 from effattn.errors import RequestError
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ def gate(
             "started": started,
             **provenance.collect(device=device, facts=facts),
         }
-        with store.RunWriter(folder, overwrite=overwrite) as writer:
+        with store.RunWriter(folder, overwrite=overwrite, spec=judge.spec, device=device) as writer:
             with _progress(len(cases)) as progress:
                 result = gates.run_gate(request, cases, record=writer.add, progress=progress)
             for failure in result.failures:
@@ -226,6 +227,7 @@ def gate(
                     writer.add_case(failed.case)
                 writer.add_case(failure.shrunk.verdict.case)
             origin |= {
+                "kind_of_run": "gate",
                 "ended": provenance.now(),
                 "method": {"name": judge.name, "spec": judge.spec},
                 "dtypes": list(request.dtypes),
@@ -332,6 +334,9 @@ def doctor() -> int:
     checks = doctors.examine()
     doctors.show(terminal.console(), checks)
     return PASSED if all(check.ok for check in checks if check.needed) else WRONG_REQUEST
+
+
+cli.add_command(cli_runs.runs)
 
 
 def _announce_capture(value_names: Sequence[str]) -> None:

@@ -91,7 +91,7 @@ class Verdict:
             "message": self.message,
             "quantities": [_plain(q) for q in self.quantities],
             "findings": [_plain(f) for f in self.findings],
-            "seconds": {name: _number_out(s) for name, s in self.seconds.items()},
+            "seconds": {name: round(s, 6) for name, s in self.seconds.items()},
             "replay": self.replay,
         }
 
@@ -99,7 +99,6 @@ class Verdict:
     def from_dict(cls, data: object) -> Verdict:
         """The verdict that `to_dict` described; RequestError for anything else."""
         from effattn.case import Case
-        from effattn.tolerances.statistics import Finding
 
         if not isinstance(data, dict):
             raise RequestError(f"a verdict given as {type(data).__name__}: expected a JSON object.")
@@ -116,7 +115,7 @@ class Verdict:
                 outcome=Outcome(data["outcome"]),
                 message=_text(data["message"]),
                 quantities=tuple(_rebuild(Quantity, q) for q in data["quantities"]),
-                findings=tuple(_rebuild(Finding, f) for f in data["findings"]),
+                findings=_findings(data["findings"]),
                 seconds={_text(name): float(s) for name, s in data["seconds"].items()},
                 replay=_text(data["replay"]),
             )
@@ -126,13 +125,25 @@ class Verdict:
             raise RequestError(f"a verdict that cannot be read: {error}.") from None
 
 
+def _findings(data: list[Any]) -> tuple[Finding, ...]:
+    if not data:
+        return ()
+    # Only where there is one: this import brings scipy, a second.
+    from effattn.tolerances.statistics import Finding
+
+    return tuple(_rebuild(Finding, finding) for finding in data)
+
+
 def _plain(item: Any) -> dict[str, Any]:
-    data = {f.name: getattr(item, f.name) for f in fields(item)}
-    return {name: list(x) if isinstance(x, tuple) else _number_out(x) for name, x in data.items()}
-
-
-def _number_out(x: Any) -> Any:
-    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
+    # Not `dataclasses.asdict`, which copies deeply: every verdict of a sweep comes through here.
+    data = dict(vars(item))
+    for name, x in data.items():
+        if type(x) is float:
+            if not math.isfinite(x):
+                data[name] = str(x)
+        elif type(x) is tuple:
+            data[name] = list(x)
+    return data
 
 
 def _text(x: object) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from effattn.case import Case
 from effattn.errors import RequestError
-from effattn.run import provenance, shrink, store
+from effattn.run import migrate, provenance, records, shrink, store
 from effattn.tolerances.statistics import Finding
 from effattn.verdict import Outcome, Quantity, Verdict
 
@@ -162,21 +162,155 @@ def test_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
-def test_damaged_line_is_named(tmp_path: Path) -> None:
-    with store.RunWriter(tmp_path / "run") as writer:
-        writer.add(verdict(CASE))
-        writer.add(verdict(CASE))
-        writer.commit({})
-    file = tmp_path / "run" / "verdicts.jsonl"
-    file.write_text(file.read_text()[:-20])
-    with pytest.raises(RequestError, match=r"line 2 is damaged"):
+def recorded(folder: Path, count: int = 4) -> Path:
+    with store.RunWriter(folder, spec="mine.py:f") as writer:
+        for seed in range(count):
+            writer.add(verdict(replace(CASE, seed=seed)))
+        writer.commit({"started": "2030-01-01T00:00:00+00:00", "ended": "2030-01-01T00:00:01+00:00"})
+    return folder / "verdicts.jsonl"
+
+
+def seeds(folder: Path, damaged: list[records.Damage]) -> list[int]:
+    return [v.case.seed for v in store.read_verdicts(folder, damaged)]
+
+
+def test_line_that_is_cut_off_is_named_and_the_rest_is_kept(tmp_path: Path) -> None:
+    file = recorded(tmp_path / "run")
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(RequestError, match=r"verdicts.jsonl, line 4 is damaged: it is cut off"):
         list(store.read_verdicts(tmp_path / "run"))
+    damaged: list[records.Damage] = []
+    assert seeds(tmp_path / "run", damaged) == [0, 1, 2]
+    assert [(d.line, d.reason) for d in damaged] == [(4, "it is cut off")]
 
 
-def test_newer_schema_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "provenance.json").write_text('{"kind": "effattn run", "schema": 99}')
-    with pytest.raises(RequestError, match=r"99.*update effattn"):
+def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
+    file = recorded(tmp_path / "run", count=3)
+    whole = file.read_bytes()
+    first, second, third = whole.splitlines(keepends=True)
+    for place in range(len(second)):
+        bad = bytearray(second)
+        bad[place] ^= 1 << place % 8
+        file.write_bytes(first + bytes(bad) + third)
+        damaged: list[records.Damage] = []
+        found = seeds(tmp_path / "run", damaged)
+        # A bit that turns another byte into a newline, or the newline into another byte, makes other lines of it.
+        assert damaged, place
+        assert found in ([0, 2], [0]), place
+        assert damaged[0].line == 2
+
+
+def test_any_length_to_which_a_file_is_cut_keeps_the_lines_before(tmp_path: Path) -> None:
+    file = recorded(tmp_path / "run", count=2)
+    whole = file.read_bytes()
+    ends = [i + 1 for i, c in enumerate(whole) if c == ord("\n")]
+    for length in range(0, len(whole), 7):
+        file.write_bytes(whole[:length])
+        damaged: list[records.Damage] = []
+        assert len(seeds(tmp_path / "run", damaged)) == sum(end <= length for end in ends)
+        assert len(damaged) == (length not in (0, *ends))
+
+
+def test_record_with_a_right_checksum_and_another_form_is_named(tmp_path: Path) -> None:
+    file = recorded(tmp_path / "run", count=1)
+    for body in (b"[]", b'{"id":1,"spec":"","device":"","verdict":{}}', b'{"id":"a"}'):
+        import zlib
+
+        line = b'{"crc32":"%08x","body":%s}\n' % (zlib.crc32(body), body)
+        file.write_bytes(line)
+        with pytest.raises(RequestError, match="line 1 is damaged: it has another form"):
+            list(store.read_verdicts(tmp_path / "run"))
+
+
+def test_lines_are_json_that_any_program_reads_and_have_a_key(tmp_path: Path) -> None:
+    file = recorded(tmp_path / "run", count=1)
+    line = json.loads(file.read_text())
+    assert line["body"]["id"] == replace(CASE, seed=0).id
+    assert line["body"]["spec"] == "mine.py:f"
+    assert line["body"]["device"] == "cpu"
+    assert line["body"]["verdict"]["outcome"] == "pass"
+
+
+@pytest.mark.parametrize("schema", [99, 0, "2", None, True])
+def test_other_schema_is_refused(tmp_path: Path, schema: object) -> None:
+    (tmp_path / "provenance.json").write_text(json.dumps({"kind": "effattn run", "schema": schema}))
+    with pytest.raises(RequestError, match=rf"{schema}.*update effattn"):
         store.read_provenance(tmp_path)
+
+
+def test_run_of_the_first_schema_is_read_as_one_of_today() -> None:
+    folder = Path(__file__).parent / "data" / "run-schema-1"
+    assert json.loads((folder / "provenance.json").read_text())["schema"] == 1
+    provenance = store.read_provenance(folder)
+    assert provenance["schema"] == migrate.SCHEMA
+    assert provenance["kind_of_run"] == "gate"
+    verdicts = list(store.read_verdicts(folder))
+    assert len(verdicts) == provenance["cases"] == 9
+    assert sorted({str(v.outcome) for v in verdicts}) == ["non-finite", "pass"]
+    kept = list(store.read_records(folder))
+    assert [record.key.case_id for record in kept] == [v.case.id for v in verdicts]
+    assert {record.key.spec for record in kept} == {"effattn.zoo:last_partial_block_dropped"}
+    assert store.find_case(verdicts[0].case.id, folder) == verdicts[0].case
+    # Written again, it is the same run.
+    assert store.content_id(folder) == records.identity(record.content() for record in kept)
+
+
+def test_damaged_line_of_the_first_schema_is_named(tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "old"
+    shutil.copytree(Path(__file__).parent / "data" / "run-schema-1", folder)
+    lines = (folder / "verdicts.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "verdicts.jsonl").write_bytes(lines[0] + b'{"case": 1}\n' + lines[1][:-9])
+    damaged: list[records.Damage] = []
+    assert len(list(store.read_verdicts(folder, damaged))) == 1
+    assert [d.line for d in damaged] == [2, 3]
+
+
+def test_identity_is_that_of_the_content(tmp_path: Path) -> None:
+    def run(name: str, verdicts: list[Verdict], spec: str = "a") -> str:
+        with store.RunWriter(tmp_path / name, spec=spec) as writer:
+            for item in verdicts:
+                writer.add(item)
+            writer.commit({"command": name})
+        return store.content_id(tmp_path / name)
+
+    one, two = verdict(CASE), verdict(replace(CASE, seed=8))
+    first = run("first", [one, two])
+    assert run("other order and times", [replace(two, seconds={"method": 9.0}), one]) == first
+    assert run("other outcome", [one, replace(two, outcome=Outcome.CRASHED)]) != first
+    assert run("fewer", [one]) != first
+    assert run("other method", [one, two], spec="b") != first
+    # The same records in two files, with one of them twice.
+    folder = tmp_path / "two files"
+    folder.mkdir()
+    (folder / "provenance.json").write_text('{"kind": "effattn run", "schema": 2}')
+    for name, items in (("verdicts-1.jsonl", [one]), ("verdicts-2.jsonl", [two, one])):
+        (folder / name).write_bytes(b"".join(records.encode(v, spec="a", device="cpu") for v in items))
+    assert store.content_id(folder) == first
+    assert len(list(store.read_verdicts(folder))) == 2
+
+
+def test_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
+    import resource
+    import signal
+
+    appender = records.Appender(tmp_path / "verdicts-1.jsonl")
+    line = records.encode(verdict(CASE), spec="a", device="cpu")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        # A file that may not grow answers as a full disk does: with a part of what is written.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(line) * 5 // 2, before[0][1]))
+        appender.append(line)
+        appender.append(line)
+        for _ in range(2):
+            with pytest.raises(OSError, match=r"No space|too large"):
+                appender.append(line)
+        assert appender.file.read_bytes() == line * 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+        signal.signal(signal.SIGXFSZ, before[1])
+        appender.close()
 
 
 def test_case_is_found_by_the_start_of_its_id(tmp_path: Path) -> None:

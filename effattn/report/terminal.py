@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from effattn.gate import Failure, Result
     from effattn.judge import Verdict
     from effattn.report.summary import Row
+    from effattn.run.catalog import Difference
 
 #: The width of output that is not a terminal: nothing is wrapped or cut, since programs read it too.
 PIPED_WIDTH = 10_000
@@ -82,6 +83,58 @@ def _print_table(out: Console, table: Table) -> None:
         out.print(table)
     for line in captured.get().splitlines():
         out.print(Text(line.rstrip()))
+
+
+def print_plain(out: Console, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Any texts as a table."""
+    table = _plain_table(*map(text.one_line, names), wrap=True)
+    for column in table.columns:
+        column.justify = "left"
+    for row in rows:
+        table.add_row(*(Text(text.one_line(cell)) for cell in row))
+    _print_table(out, table)
+
+
+#: Changes of each kind that are shown; the rest is counted.
+MOST_CHANGES = 10
+
+
+def print_difference(out: Console, difference: Difference) -> None:
+    """What changed between two runs, the worst first, and the result in a sentence."""
+    for title, changes, style in (
+        ("broken", difference.broken, "bold red"),
+        ("mended", difference.mended, "bold green"),
+        ("notably worse", difference.worse, "yellow"),
+        ("notably better", difference.better, "green"),
+        ("other outcome", difference.other, "yellow"),
+    ):
+        if not changes:
+            continue
+        out.print(Text(f"{title}: {len(changes)}", style=style))
+        for change in changes[:MOST_CHANGES]:
+            was, now = (
+                f"{v.outcome} {text.number(max((q.fraction or 0.0 for q in v.quantities), default=None))}"
+                for v in (change.before, change.after)
+            )
+            out.print(
+                Text(f"  {change.key.case_id}  {was} -> {now}  {text.one_line(change.after.case.describe())}")
+            )
+        if len(changes) > MOST_CHANGES:
+            out.print(Text(f"  and {len(changes) - MOST_CHANGES} more"))
+    for where, n in (("first", difference.only_before), ("second", difference.only_after)):
+        if n:
+            out.print(Text(f"{n} cases are in the {where} run only"))
+    kinds = [
+        f"{len(changes)} {word}"
+        for word, changes in (
+            ("broken", difference.broken),
+            ("mended", difference.mended),
+            ("notably worse", difference.worse),
+            ("notably better", difference.better),
+        )
+    ]
+    style = "bold red" if difference.regressed else "bold green"
+    out.print(Text(f"{difference.both} cases compared: {', '.join(kinds)}.", style=style))
 
 
 def print_set_aside(out: Console, verdicts: Sequence[Verdict]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 MISSING = "-"
 #: What means something inside a line of Markdown: emphasis, code, links, table cells, mathematics.
@@ -96,3 +96,9 @@ def code(text: str) -> str:
     fence = "`" * (longest + 1)
     pad = " " if line.startswith("`") or line.endswith("`") or not line.strip() else ""
     return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def some(names: Sequence[str], *, most: int = 3) -> str:
+    """A few names, the rest counted: "a, b, c and 4 more"."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

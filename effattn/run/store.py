@@ -1,12 +1,14 @@
-"""Run folders: what a gate leaves behind for machines and for later.
+"""Run folders: what a gate or a sweep leaves behind for machines and for later.
 
-    verdicts.jsonl     one verdict a line
+    verdicts*.jsonl    one verdict a line, with a checksum (`effattn.run.records`); one file for each process that wrote
     provenance.json    what ran, where, with which versions, and when
     summary.md         the table and the failures, for a pull request
     cases/ID.json      the recipe of each failed case, and of its shrunk form
+    verdicts.parquet   the same verdicts as a table, made by `effattn runs compact` (`effattn.run.tables`)
 
-A run is written into a sibling folder and renamed at the end, so that a run folder is complete or not there.
-Everything in it is data: JSON and Markdown, nothing is ever unpickled or executed.
+A gate is written into a sibling folder and renamed at the end, so that its folder is complete or not there; a sweep
+grows in its place (`effattn.run.sweep`). Everything in a run is data, nothing is ever unpickled or executed. Damaged
+lines are named and left out, the rest is read.
 """
 
 from __future__ import annotations
@@ -18,22 +20,23 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from effattn.errors import RequestError
+from effattn.run import migrate, records
+from effattn.run.records import Damage, Key, Record
 
 if TYPE_CHECKING:
     from effattn.case import Case
-    from effattn.judge import Verdict
+    from effattn.verdict import Verdict
 
 #: Where runs go when no folder is named.
 DEFAULT_FOLDER = Path("effattn-runs")
-#: The version of the files below; readers refuse a newer one.
-SCHEMA = 1
 #: What provenance.json says of itself; a folder is a run folder if its provenance says so.
 KIND = "effattn run"
 
 VERDICTS = "verdicts.jsonl"
+ALL_VERDICTS = "verdicts*.jsonl"
 PROVENANCE = "provenance.json"
 SUMMARY = "summary.md"
 CASES = "cases"
@@ -47,22 +50,25 @@ class RunWriter:
     Args:
         folder: where the run will be.
         overwrite: replace a run folder that is there. Any other folder that is not empty is always refused.
+        spec: the method as the command line names it, for the records.
+        device: where it runs, for the records.
 
     Raises:
         RequestError: the folder cannot be written, or holds something already.
     """
 
-    def __init__(self, folder: Path, *, overwrite: bool = False) -> None:
+    def __init__(self, folder: Path, *, overwrite: bool = False, spec: str = "", device: str = "cpu") -> None:
         self.folder = folder
+        self._spec, self._device = spec, device
         self._overwrite = overwrite
         self._check_free()
         self._temporary = folder.absolute().parent / f".{folder.name}.{os.getpid()}.tmp"
         self._made_parents: list[Path] = []
-        self._verdicts: TextIO | None = None
+        self._verdicts: BinaryIO | None = None
         try:
             self._make_parents()
             self._temporary.mkdir()
-            self._verdicts = (self._temporary / VERDICTS).open("w", encoding="utf-8")
+            self._verdicts = (self._temporary / VERDICTS).open("wb")
         except OSError as error:
             self._remove()
             raise RequestError(
@@ -74,7 +80,7 @@ class RunWriter:
         """Append one verdict."""
         assert self._verdicts is not None, "the run is already committed"
         with self._writing():
-            self._verdicts.write(to_json(verdict.to_dict()) + "\n")
+            self._verdicts.write(records.encode(verdict, spec=self._spec, device=self._device))
 
     def add_case(self, case: Case) -> Path:
         """Write the recipe of one case; the path that it will have, relative to the run folder."""
@@ -96,7 +102,7 @@ class RunWriter:
             RequestError: the disk is full, or another run took the place meanwhile.
         """
         assert self._verdicts is not None, "the run is already committed"
-        described = {"kind": KIND, "schema": SCHEMA, **provenance}
+        described = {"kind": KIND, "schema": migrate.SCHEMA, **provenance}
         with self._writing():
             self._verdicts.close()
             self._verdicts = None
@@ -178,34 +184,81 @@ def is_run(folder: Path) -> bool:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """The provenance of a run. Raises `RequestError` where the folder is none, or of a newer schema."""
+    """The provenance of a run, brought forward to the current schema.
+
+    Raises:
+        RequestError: the folder is no run, or one of a newer schema.
+    """
     if not is_run(folder):
-        raise RequestError(f"{str(folder)!r} is not a run folder: expected one that `effattn gate` wrote")
+        raise RequestError(
+            f"{str(folder)!r} is not a run folder: expected one that `effattn gate` or `effattn sweep` wrote"
+        )
     provenance: dict[str, Any] = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     schema = provenance.get("schema")
-    if not isinstance(schema, int) or schema > SCHEMA:
+    if isinstance(schema, bool) or not isinstance(schema, int) or not 1 <= schema <= migrate.SCHEMA:
         raise RequestError(
-            f"the run {str(folder)!r} has schema {schema!r}, this effattn reads up to {SCHEMA}; "
+            f"the run {str(folder)!r} has schema {schema!r}, this effattn reads 1 to {migrate.SCHEMA}; "
             "update effattn"
         )
-    return provenance
+    return migrate.provenance(provenance)
 
 
-def read_verdicts(folder: Path) -> Iterator[Verdict]:
-    """The verdicts of a run in their order. Raises `RequestError` naming the line that is damaged."""
-    from effattn.judge import Verdict
+def verdict_files(folder: Path) -> list[Path]:
+    """The files of verdicts of a run, in a fixed order."""
+    return sorted(folder.glob(ALL_VERDICTS))
 
-    read_provenance(folder)
-    try:
-        lines = (folder / VERDICTS).open(encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"the run {str(folder)!r} has no readable {VERDICTS}: {error.strerror}") from error
-    with lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield Verdict.from_dict(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                raise RequestError(f"{folder / VERDICTS}, line {number} is damaged: {error}") from error
+
+def read_records(folder: Path, damaged: list[Damage] | None = None) -> Iterator[Record]:
+    """The records of a run, file by file, each key once.
+
+    Args:
+        folder: the run.
+        damaged: takes the damaged lines, which are left out; without it, the first is an error.
+
+    Raises:
+        RequestError: the folder is no run, a file cannot be read, or a line is damaged and `damaged` is None.
+    """
+    schema = read_provenance(folder)["written_as"]
+    seen: set[Key] = set()
+    for file in verdict_files(folder):
+        try:
+            for number, line in enumerate(records.lines(file), start=1):
+                try:
+                    record = migrate.record(line, schema)
+                except ValueError as error:
+                    damage = Damage(file, number, str(error))
+                    if damaged is None:
+                        raise RequestError(str(damage)) from error
+                    damaged.append(damage)
+                    continue
+                # A worker that was believed dead may have gone on: what it repeated is left out.
+                if record.key not in seen:
+                    seen.add(record.key)
+                    yield record
+        except OSError as error:
+            raise RequestError(f"the run {str(folder)!r}: cannot read {file}: {error.strerror}") from error
+
+
+def read_verdicts(folder: Path, damaged: list[Damage] | None = None) -> Iterator[Verdict]:
+    """The verdicts of a run; arguments and errors as those of `read_records`."""
+    from effattn.verdict import Verdict
+
+    for record in read_records(folder, damaged):
+        try:
+            yield Verdict.from_dict(record.verdict)
+        except RequestError as error:
+            damage = Damage(folder, 0, f"the verdict on case {record.key.case_id}: {error}")
+            if damaged is None:
+                raise RequestError(str(damage)) from error
+            damaged.append(damage)
+
+
+def content_id(folder: Path) -> str:
+    """What identifies a run: a hash of its verdicts, without times, in whatever order and files they are.
+
+    The same verdicts have the same identity wherever and whenever they were found.
+    """
+    return records.identity(record.content() for record in read_records(folder, []))
 
 
 def find_case(name: str, folder: Path) -> Case:
@@ -217,7 +270,9 @@ def find_case(name: str, folder: Path) -> Case:
     from effattn.case import Case
 
     found = {
-        verdict.case.id: verdict.case for verdict in read_verdicts(folder) if verdict.case.id.startswith(name)
+        record.key.case_id: Case.from_dict(record.verdict["case"])
+        for record in read_records(folder, [])
+        if record.key.case_id.startswith(name)
     }
     for path in sorted((folder / CASES).glob("*.json")):
         if path.stem.startswith(name) and path.stem not in found:

@@ -1,0 +1,152 @@
+"""`effattn runs`: what runs there are, what is in them, what differs between them, and SQL about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from effattn.errors import RequestError
+
+_FOLDER = click.Path(path_type=Path)
+
+
+@click.group("runs")
+def runs() -> None:
+    """List, show, compare and query recorded runs.
+
+    RUN is a run folder, the name of one in effattn-runs/, or the start of an identity that `list` shows.
+    """
+
+
+@runs.command("list")
+@click.argument("folder", type=_FOLDER, default=Path("effattn-runs"))
+def list_runs(folder: Path) -> int:
+    """List the runs in FOLDER (effattn-runs/ if not given), the newest last."""
+    from effattn.report import text
+    from effattn.run import catalog
+
+    found = catalog.runs_in(folder)
+    if not found:
+        raise RequestError(f"there is no run in {str(folder)!r}; `effattn gate METHOD` makes one")
+    rows = []
+    damaged = []
+    for run in found:
+        entry = catalog.entry(run)
+        damaged += entry.damaged
+        state = "" if entry.ended else "not at its end"
+        if entry.damaged:
+            state = f"{len(entry.damaged)} damaged"
+        rows.append(
+            (
+                entry.folder.name,
+                entry.id,
+                entry.kind,
+                entry.started.removesuffix("+00:00"),
+                text.some(entry.methods),
+                str(entry.recorded),
+                str(entry.failed),
+                state,
+            )
+        )
+    _print_table(("run", "identity", "kind", "started (UTC)", "method", "verdicts", "failed", ""), rows)
+    for damage in damaged:
+        click.echo(f"effattn: {text.plain(str(damage))}", err=True)
+    return 0
+
+
+@runs.command()
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="Provenance and identity as JSON.")
+def show(run: str, as_json: bool) -> int:
+    """Show where RUN comes from and what came out, row by row."""
+    from effattn.report import summary, terminal, text
+    from effattn.run import catalog, store
+
+    folder = catalog.resolve(run)
+    provenance = catalog.facts(folder)
+    if as_json:
+        click.echo(json.dumps(provenance, indent=2, allow_nan=False))
+        return 0
+    damaged: list[Any] = []
+    verdicts = list(store.read_verdicts(folder, damaged))
+    console = terminal.console()
+    for name, value in provenance.items():
+        shown = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+        console.print(text.one_line(f"{name:18} {shown}"), markup=False, soft_wrap=True)
+    console.print()
+    if not verdicts:
+        console.print("no verdicts", markup=False)
+    else:
+        rows = summary.rows(verdicts, by=lambda v: (v.method, v.case.dtype))
+        terminal.print_rows(console, rows, ("method", "dtype"))
+        terminal.print_set_aside(console, verdicts)
+    for damage in damaged:
+        click.echo(f"effattn: {text.plain(str(damage))}", err=True)
+    return 0
+
+
+@runs.command()
+@click.argument("before")
+@click.argument("after")
+def diff(before: str, after: str) -> int:
+    """Compare two runs case by case: what broke, what was mended, what became notably worse or better.
+
+    Exits with 1 where a case that passed fails now.
+    """
+    from effattn.report import terminal
+    from effattn.run import catalog
+
+    first, second = (catalog.verdicts_by_case(catalog.resolve(run)) for run in (before, after))
+    difference = catalog.compare(first, second)
+    if not difference.both:
+        raise RequestError("the two runs have no case in common; there is nothing to compare")
+    terminal.print_difference(terminal.console(), difference)
+    return 1 if difference.regressed else 0
+
+
+@runs.command()
+@click.argument("run")
+def compact(run: str) -> int:
+    """Write RUN's verdicts as a Parquet file into its folder. The records stay as they are."""
+    from effattn.report import text
+    from effattn.run import catalog, tables
+
+    made = tables.compact(catalog.resolve(run))
+    click.echo(f"{made.rows} verdicts in {made.file}, {made.size / 1e6:.1f} MB")
+    for damage in made.damaged:
+        click.echo(f"effattn: {text.plain(str(damage))}; left out", err=True)
+    return 0
+
+
+@runs.command()
+@click.argument("sql")
+@click.argument("run", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a row.")
+def query(sql: str, run: tuple[str, ...], as_json: bool) -> int:
+    """Answer one SELECT about the table `verdicts` of the RUNs; all in effattn-runs/ if none is given.
+
+    Columns: run, case_id, spec, device, method, outcome, message, the fields of a case (dtype, q_len, ...), fraction
+    (error/bound), bit_equal, ulp_p50, ulp_p99, ulp_max, z_rms, z_max, z_mean, seconds, ... : DESCRIBE has them all.
+    """
+    from effattn.run import catalog, store, tables
+
+    folders = [catalog.resolve(name) for name in run] or catalog.runs_in(store.DEFAULT_FOLDER)
+    if not folders:
+        raise RequestError("there is no run in effattn-runs/; name a run folder")
+    names, rows = tables.query(sql, folders)
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(dict(zip(names, row, strict=True)), default=str))
+        return 0
+    _print_table(names, [tuple("" if cell is None else str(cell) for cell in row) for row in rows])
+    return 0
+
+
+def _print_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from effattn.report import terminal
+
+    terminal.print_plain(terminal.console(), names, rows)

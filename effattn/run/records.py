@@ -1,0 +1,141 @@
+"""One verdict as one line, and files of such lines that tell when they are damaged.
+
+    {"crc32":"9ae0daaf","body":{"id":CASE ID,"spec":METHOD,"device":"cpu","verdict":{...}}}
+
+The checksum is that of the bytes of the body, so a line can be checked without being parsed, and it is JSON for every
+other program. A line is appended by one `write`, so all that a killed writer leaves is one line that is cut off.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from effattn.verdict import Verdict
+
+_FRONT, _MIDDLE, _BACK = b'{"crc32":"', b'","body":', b"}\n"
+_BODY = len(_FRONT) + 8 + len(_MIDDLE)
+_encoder = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+
+
+class Key(NamedTuple):
+    """What was judged: two records with the same key answer the same question."""
+
+    case_id: str
+    #: the method as the command line names it
+    spec: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A line that cannot be used."""
+
+    file: Path
+    #: from 1
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line} is damaged: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One recorded verdict, as data of the current schema."""
+
+    key: Key
+    verdict: dict[str, Any]
+
+    def content(self) -> str:
+        """What identifies it: everything but how long it took."""
+        told = {name: value for name, value in self.verdict.items() if name != "seconds"}
+        return json.dumps([*self.key, told], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def encode(verdict: Verdict, *, spec: str, device: str) -> bytes:
+    """The line of a verdict."""
+    body = _encoder.encode(
+        {"id": verdict.case.id, "spec": spec, "device": device, "verdict": verdict.to_dict()}
+    ).encode()
+    return b"".join((_FRONT, b"%08x" % zlib.crc32(body), _MIDDLE, body, _BACK))
+
+
+def body_of(line: bytes) -> bytes:
+    """The body of a line whose checksum is right. Raises ValueError, in words, for any other line."""
+    if not line.endswith(b"\n"):
+        raise ValueError("it is cut off")
+    if not line.startswith(_FRONT) or line[len(_FRONT) + 8 : _BODY] != _MIDDLE or not line.endswith(_BACK):
+        raise ValueError("it is no record")
+    body = line[_BODY : -len(_BACK)]
+    if line[len(_FRONT) : len(_FRONT) + 8] != b"%08x" % zlib.crc32(body):
+        raise ValueError("its checksum does not match")
+    return body
+
+
+def decode(line: bytes) -> Record:
+    """The record of a line. Raises ValueError, in words, where it is damaged."""
+    return record_of(json.loads(body_of(line)))
+
+
+def record_of(body: Mapping[str, Any]) -> Record:
+    """The record of a body. Raises ValueError where it has another form."""
+    try:
+        verdict = body["verdict"]
+        key = Key(body["id"], body["spec"], body["device"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"it has another form than a record: {error}") from None
+    if not isinstance(verdict, dict) or not all(isinstance(part, str) for part in key):
+        raise ValueError("it has another form than a record")
+    return Record(key, verdict)
+
+
+def lines(file: Path, *, start: int = 0) -> Iterator[bytes]:
+    """The lines of a file from a byte on, whole ones with their newline."""
+    with file.open("rb") as opened:
+        opened.seek(start)
+        yield from opened
+
+
+def identity(contents: Iterator[str]) -> str:
+    """Twelve hexadecimal digits that stand for the contents, in whatever order and files they are."""
+    digests = sorted(hashlib.sha256(content.encode()).digest() for content in contents)
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:12]
+
+
+class Appender:
+    """A file of records that this process alone appends to.
+
+    The file is new, and locked for as long as the process lives, so that whoever takes over a run can tell whether
+    its writers are gone.
+
+    Raises:
+        OSError: the file is there already, or cannot be made.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._descriptor = os.open(
+            file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644
+        )
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def append(self, line: bytes) -> None:
+        """Append one line. Raises OSError where the disk is full; then nothing of the line stays."""
+        written = os.write(self._descriptor, line)
+        if written != len(line):
+            # The disk became full in the middle. What there is of the line goes; the next write says why.
+            os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
+            raise OSError(28, os.strerror(28))
+
+    def close(self) -> None:
+        """Close the file, which unlocks it."""
+        os.close(self._descriptor)

@@ -1,0 +1,256 @@
+"""Runs as tables: `compact` makes a Parquet file of a run, `query` answers SQL about one or more.
+
+The Parquet file has what a table of verdicts is asked about, and stays small: 32-bit numbers, messages of failures only.
+The records stay what they are. DuckDB (extra `report`) reads and writes it.
+
+A query runs on a connection that can change nothing: one SELECT, no files but the runs' own tables, and settings that
+can not be changed back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effattn.errors import RequestError
+from effattn.run import records, store
+
+if TYPE_CHECKING:
+    import duckdb
+
+    from effattn.run.records import Damage
+
+PARQUET = "verdicts.parquet"
+#: What DuckDB may use; a compaction spills to the disk beyond that.
+MEMORY = "600MB"
+
+_QUANTITY = (
+    "STRUCT(name VARCHAR, count BIGINT, set_aside BIGINT, fraction VARCHAR, bit_equal VARCHAR, ulp_p50 VARCHAR,"
+    " ulp_p99 VARCHAR, ulp_max VARCHAR, z_rms VARCHAR, z_max VARCHAR, z_mean VARCHAR, worst BIGINT[])"
+)
+#: The types of a body as JSON has them; numbers are VARCHAR where they may be "inf" or "nan".
+_BODY = f"""STRUCT(id VARCHAR, spec VARCHAR, device VARCHAR, verdict STRUCT(
+    "case" JSON, "method" VARCHAR, outcome VARCHAR, message VARCHAR, quantities {_QUANTITY}[],
+    findings STRUCT(name VARCHAR)[], seconds MAP(VARCHAR, VARCHAR)))"""
+
+#: Fields of a case that have a column of their own, with type and what they are where a case does not say.
+_CASE = (
+    ("batch", "UINTEGER", "1"),
+    ("heads", "UINTEGER", "1"),
+    ("kv_heads", "UINTEGER", "heads"),
+    ("q_len", "UINTEGER", "NULL"),
+    ("kv_len", "UINTEGER", "NULL"),
+    ("head_dim", "UINTEGER", "NULL"),
+    ("v_dim", "UINTEGER", "head_dim"),
+    ("dtype", "VARCHAR", "NULL"),
+    ("causal", "VARCHAR", "'none'"),
+    ("scale", "DOUBLE", "NULL"),
+    ("layout", "VARCHAR", "'bhsd'"),
+    ("values", "VARCHAR", "'normal'"),
+    ("seed", "UBIGINT", "0"),
+)
+_NUMBERS = ("fraction", "bit_equal", "ulp_p50", "ulp_p99", "ulp_max", "z_rms", "z_max", "z_mean")
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """What `compact` made."""
+
+    file: Path
+    rows: int
+    size: int
+    damaged: list[Damage]
+
+
+def _select(source: str) -> str:
+    def case(name: str, kind: str, default: str) -> str:
+        default = {"heads": "COALESCE((v.\"case\"->>'heads')::UINTEGER, 1)",
+                   "head_dim": "(v.\"case\"->>'head_dim')::UINTEGER"}.get(default, default)  # fmt: skip
+        return f'COALESCE((v."case"->>\'{name}\')::{kind}, {default}) AS "{name}"'
+
+    def of(quantity: str, name: str) -> str:
+        return f"list_filter(v.quantities, lambda q: q.name = '{quantity}')[1].{name}"
+
+    columns = [
+        "body.id AS case_id",
+        "body.spec AS spec",
+        "body.device AS device",
+        'v."method" AS "method"',
+        "v.outcome AS outcome",
+        "CASE WHEN v.outcome <> 'pass' THEN v.message END AS message",
+        *(case(*field) for field in _CASE),
+        "list_max(list_transform(v.quantities, lambda q: q.fraction::REAL)) AS fraction",
+        f"{of('out', 'count')} AS count",
+        f"{of('out', 'set_aside')} AS set_aside",
+        f"{of('out', 'fraction')}::REAL AS out_fraction",
+        *(f"{of('out', name)}::REAL AS {name}" for name in _NUMBERS[1:]),
+        f"{of('out', 'worst')}::INTEGER[] AS worst",
+        "map_from_entries(list_transform(list_filter(v.quantities, lambda q: q.name <> 'out'),"
+        " lambda q: {'k': q.name, 'v': q.fraction::REAL})) AS other_fractions",
+        "list_transform(v.findings, lambda f: f.name) AS findings",
+        "COALESCE(list_sum(list_transform(map_values(v.seconds), lambda s: s::REAL)), 0)::REAL AS seconds",
+        "COALESCE(v.seconds['method']::REAL, 0) AS method_seconds",
+    ]
+    return f"SELECT {', '.join(columns)} FROM (SELECT body, body.verdict AS v FROM {source})"
+
+
+def compact(folder: Path, *, into: Path | None = None) -> Compacted:
+    """Write the run's verdicts as a Parquet file, in the folder or at `into`.
+
+    Raises:
+        RequestError: the folder is no run, it has no verdicts, or the file cannot be written.
+    """
+    damaged: list[Damage] = []
+    target = folder / PARQUET if into is None else into
+    with contextlib.ExitStack() as stack:
+        try:
+            scratch = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=".compact-"))
+            )
+            files, rows = _whole(folder, scratch, damaged)
+            if not rows:
+                raise RequestError(f"the run {str(folder)!r} has no verdicts; there is nothing to compact")
+            connection = stack.enter_context(_connect(scratch))
+            source = f"read_json({_list(files)}, format='newline_delimited', columns={{'body': '{_BODY}'}})"
+            made = scratch / PARQUET
+            connection.execute(
+                f"COPY ({_select(source)} ORDER BY spec, dtype, outcome)"
+                f" TO {_text(made)} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 60000,"
+                f" KV_METADATA {{'effattn_sizes': {_text(_sizes(folder))}}})"
+            )
+            size = made.stat().st_size
+            made.replace(target)
+        except OSError as error:
+            raise RequestError(
+                f"cannot write {str(target)!r}: {error.strerror or error}; the run itself is untouched"
+            ) from error
+    return Compacted(target, rows, size, damaged)
+
+
+def _whole(folder: Path, scratch: Path, damaged: list[Damage]) -> tuple[list[Path], int]:
+    """Files that have each good record once, and how many: the run's own, or a copy where those have anything else."""
+    schema = store.read_provenance(folder)["written_as"]
+    files = store.verdict_files(folder)
+    if schema == store.migrate.SCHEMA and len(files) == 1:
+        rows, good = 0, True
+        for line in records.lines(files[0]):
+            try:
+                records.body_of(line)
+            except ValueError:
+                good = False
+                break
+            rows += 1
+        if good:
+            return files, rows
+    copy, rows = scratch / "whole.jsonl", 0
+    with copy.open("w", encoding="utf-8") as out:
+        for record in store.read_records(folder, damaged):
+            case_id, spec, device = record.key
+            body = {"id": case_id, "spec": spec, "device": device, "verdict": record.verdict}
+            out.write(store.to_json({"body": body}) + "\n")
+            rows += 1
+    return [copy], rows
+
+
+def _sizes(folder: Path) -> str:
+    """What tells that a Parquet file is of the records that are there: their files and sizes."""
+    return ";".join(f"{file.name}={file.stat().st_size}" for file in store.verdict_files(folder))
+
+
+@contextlib.contextmanager
+def opened(folders: Sequence[Path]) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection with the view `verdicts` of the runs, a column `run` added, that can change nothing any more."""
+    with tempfile.TemporaryDirectory(prefix="effattn-") as scratch, _connect(Path(scratch)) as connection:
+        files: list[tuple[str, Path]] = []
+        for number, folder in enumerate(folders):
+            file = folder / PARQUET
+            if not _fresh(connection, folder):
+                writable = os.access(folder, os.W_OK)
+                file = compact(folder, into=None if writable else Path(scratch) / f"{number}.parquet").file
+            files.append((str(folder), file))
+        union = " UNION ALL ".join(
+            f"SELECT {_text(name)} AS run, * FROM read_parquet({_text(file)})" for name, file in files
+        )
+        connection.execute(f"CREATE VIEW verdicts AS {union}")
+        connection.execute(f"SET allowed_paths = {_list([file for _, file in files])}")
+        connection.execute("SET enable_external_access = false")
+        connection.execute("SET lock_configuration = true")
+        yield connection
+
+
+def query(
+    sql: str, folders: Sequence[Path], *, most: int | None = None
+) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Answer one SELECT about the view `verdicts`: names of the columns, and rows.
+
+    Args:
+        sql: the statement.
+        folders: the runs.
+        most: rows that are fetched; all if None.
+
+    Raises:
+        RequestError: it is no SELECT, it is wrong, or it asks for anything outside of the runs.
+    """
+    with opened(folders) as connection:
+        import duckdb
+
+        try:
+            statements = connection.extract_statements(sql)
+            if len(statements) != 1:
+                raise RequestError(f"{len(statements)} statements; expected one SELECT")
+            if statements[0].type not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
+                raise RequestError(
+                    f"a statement of the kind {statements[0].type.name}; expected a SELECT, since runs are only read"
+                )
+            answer = connection.execute(statements[0])
+            names = [column[0] for column in answer.description or []]
+            rows = answer.fetchall() if most is None else answer.fetchmany(most)
+        except duckdb.Error as error:
+            raise RequestError(f"the query failed: {error}") from error
+    return names, rows
+
+
+def _fresh(connection: duckdb.DuckDBPyConnection, folder: Path) -> bool:
+    import duckdb
+
+    file = folder / PARQUET
+    store.read_provenance(folder)
+    if not file.is_file():
+        return False
+    try:
+        found = connection.execute(
+            f"SELECT decode(value) FROM parquet_kv_metadata({_text(file)}) WHERE decode(key) = 'effattn_sizes'"
+        ).fetchone()
+    except duckdb.Error:
+        return False  # damaged, or not ours; it is made anew from the records
+    return found is not None and found[0] == _sizes(folder)
+
+
+def _connect(scratch: Path) -> duckdb.DuckDBPyConnection:
+    try:
+        import duckdb
+    except ImportError:
+        raise RequestError(
+            "this needs DuckDB, which is not installed; install it with `pip install 'effattn[report]'`"
+        ) from None
+    return duckdb.connect(
+        ":memory:",
+        config={
+            "memory_limit": MEMORY,
+            "temp_directory": str(scratch),
+            "autoinstall_known_extensions": False,
+        },
+    )
+
+
+def _text(value: Path | str) -> str:
+    return "'" + str(value).replace("'", "''") + "'"
+
+
+def _list(values: Sequence[Path]) -> str:
+    return "[" + ", ".join(_text(value) for value in values) + "]"

@@ -1,0 +1,343 @@
+"""`effattn runs`: listing, showing, comparing, compacting and asking."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from effattn.case import Case
+from effattn.errors import RequestError
+from effattn.run import catalog, records, store, tables
+from effattn.verdict import Outcome, Quantity, Verdict
+
+Command = Callable[..., tuple[int, str, str]]
+OLD = Path(__file__).parent / "data" / "run-schema-1"
+HOSTILE = "<script>alert(1)</script>`|*_[x](y)\x1b[31m'\"; drop table verdicts; --"
+
+
+def verdict(seed: int, fraction: float, outcome: Outcome = Outcome.PASS, **changes: object) -> Verdict:
+    case = Case(q_len=3, kv_len=5, head_dim=8, dtype=("fp16", "bf16")[seed % 2], seed=seed)
+    return replace(
+        Verdict(
+            case=case,
+            method="mine",
+            outcome=outcome,
+            message="what happened",
+            quantities=(
+                Quantity(name="out", count=24, fraction=fraction, z_rms=0.5, ulp_p99=2.0, worst=(0, 0, 1, 2)),
+                Quantity(name="lse", count=3, fraction=fraction / 2),
+            ),
+            seconds={"method": 0.25, "exact": 0.5},
+            replay="effattn replay ...",
+        ),
+        **changes,
+    )
+
+
+def write(folder: Path, verdicts: list[Verdict], spec: str = "mine.py:f", **provenance: object) -> Path:
+    with store.RunWriter(folder, spec=spec) as writer:
+        for item in verdicts:
+            writer.add(item)
+        writer.commit(
+            {"started": "2030-01-01T00:00:00+00:00", "ended": "x", "kind_of_run": "gate", **provenance}
+        )
+    return folder
+
+
+@pytest.fixture
+def two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A run, and a later one in which case 0 broke, 1 was mended, 2 is worse, 3 better and 4 is as it was."""
+    monkeypatch.chdir(tmp_path)
+    bad = Outcome.INACCURATE
+    before = [
+        verdict(0, 0.5),
+        verdict(1, 3.0, bad),
+        verdict(2, 0.2),
+        verdict(3, 0.9),
+        verdict(4, 0.6),
+        verdict(5, 0.1),
+    ]
+    after = [
+        verdict(0, 2.0, bad),
+        verdict(1, 0.5),
+        verdict(2, 0.7),
+        verdict(3, 0.3),
+        verdict(4, 0.7),
+        verdict(6, 0.1),
+    ]
+    first = write(tmp_path / "effattn-runs" / "first", before)
+    second = write(tmp_path / "effattn-runs" / "second", after, started="2031-01-01T00:00:00+00:00")
+    return first, second
+
+
+# list and show
+
+
+def test_runs_are_listed_with_what_is_wrong_with_them(
+    effattn_command: Command, two_runs: tuple[Path, Path]
+) -> None:
+    file = two_runs[1] / "verdicts.jsonl"
+    file.write_bytes(file.read_bytes()[:-5])
+    code, out, err = effattn_command("runs", "list")
+    assert code == 0
+    _, _, first, second = out.splitlines()
+    assert first.split()[:2] == ["first", store.content_id(two_runs[0])]
+    assert first.split()[-2:] == ["6", "1"]
+    assert second.split()[-4:] == ["5", "1", "1", "damaged"]
+    assert "verdicts.jsonl, line 6 is damaged: it is cut off" in err
+
+
+def test_folder_without_runs_is_refused(effattn_command: Command, tmp_path: Path) -> None:
+    code, _, err = effattn_command("runs", "list", tmp_path)
+    assert code == 2
+    assert "no run in" in err
+    code, _, err = effattn_command("runs", "list", tmp_path / "nowhere")
+    assert code == 2
+    assert "no folder" in err
+
+
+def test_run_is_named_by_folder_name_or_identity(two_runs: tuple[Path, Path]) -> None:
+    first, second = two_runs
+    assert catalog.resolve(str(first)) == first
+    assert catalog.resolve("second").resolve() == second
+    assert catalog.resolve(store.content_id(second)[:6]).resolve() == second
+    with pytest.raises(RequestError, match="is no run"):
+        catalog.resolve("third")
+    write(Path("effattn-runs/copy"), [verdict(0, 0.5)])
+    write(Path("effattn-runs/copy2"), [verdict(0, 0.5)])
+    with pytest.raises(RequestError, match="identity of 2 runs"):
+        catalog.resolve(store.content_id(Path("effattn-runs/copy")))
+
+
+def test_show_has_provenance_and_rows(effattn_command: Command, two_runs: tuple[Path, Path]) -> None:
+    code, out, _ = effattn_command("runs", "show", "first")
+    assert code == 0
+    for word in (store.content_id(two_runs[0]), "2030-01-01", "fp16", "bf16", "inaccurate"):
+        assert word in out
+    code, out, _ = effattn_command("runs", "show", "first", "--json")
+    assert code == 0
+    assert json.loads(out)["id"] == store.content_id(two_runs[0])
+
+
+def test_old_run_is_shown(effattn_command: Command) -> None:
+    code, out, err = effattn_command("runs", "show", OLD)
+    assert (code, err) == (0, "")
+    assert "last_partial_block_dropped" in out
+
+
+def test_run_without_verdicts_is_shown_and_not_compacted(effattn_command: Command, tmp_path: Path) -> None:
+    write(tmp_path / "empty", [])
+    code, out, _ = effattn_command("runs", "show", tmp_path / "empty")
+    assert code == 0
+    assert "no verdicts" in out
+    code, _, err = effattn_command("runs", "compact", tmp_path / "empty")
+    assert code == 2
+    assert "has no verdicts" in err
+
+
+# diff
+
+
+def test_difference_sorts_changes(two_runs: tuple[Path, Path]) -> None:
+    found = catalog.compare(*(catalog.verdicts_by_case(run) for run in two_runs))
+    seeds = {
+        name: [change.after.case.seed for change in getattr(found, name)]
+        for name in ("broken", "mended", "worse", "better", "other")
+    }
+    assert seeds == {"broken": [0], "mended": [1], "worse": [2], "better": [3], "other": []}
+    assert (found.both, found.only_before, found.only_after) == (5, 1, 1)
+    assert found.regressed
+
+
+def test_diff_exits_with_one_where_something_broke(
+    effattn_command: Command, two_runs: tuple[Path, Path]
+) -> None:
+    code, out, _ = effattn_command("runs", "diff", "first", "second")
+    assert code == 1
+    assert "broken: 1" in out
+    assert "pass 0.50 -> inaccurate 2.00" in out
+    assert "5 cases compared: 1 broken, 1 mended, 1 notably worse, 1 notably better." in out
+    code, out, _ = effattn_command("runs", "diff", "second", "first")
+    assert code == 1
+    assert "pass 0.50 -> inaccurate 3.00" in out
+    code, out, _ = effattn_command("runs", "diff", "first", "first")
+    assert code == 0
+    assert "6 cases compared: 0 broken" in out
+
+
+def test_runs_without_a_common_case_cannot_be_compared(
+    effattn_command: Command, two_runs: tuple[Path, Path]
+) -> None:
+    code, _, err = effattn_command("runs", "diff", "first", OLD)
+    assert code == 2
+    assert "no case in common" in err
+
+
+def test_cases_of_several_methods_are_matched_by_method(tmp_path: Path) -> None:
+    def keyed(spec: str, fraction: float) -> dict[records.Key, Verdict]:
+        item = verdict(0, fraction)
+        return {records.Key(item.case.id, spec, "cpu"): item}
+
+    both = keyed("a", 0.2) | keyed("b", 0.9)
+    assert catalog.compare(both, keyed("b", 0.9)).worse == []
+    # One method each: a kernel against its successor.
+    assert len(catalog.compare(keyed("old", 0.2), keyed("new", 0.9)).worse) == 1
+
+
+def test_nan_is_worse_than_any_number() -> None:
+    nan = verdict(0, float("nan"), Outcome.INACCURATE)
+    assert catalog.fraction(nan) == float("inf")
+
+
+# compact and query
+
+
+def test_table_has_what_the_records_have(two_runs: tuple[Path, Path]) -> None:
+    first = two_runs[0]
+    made = tables.compact(first)
+    assert (made.rows, made.file) == (6, first / "verdicts.parquet")
+    names, rows = tables.query("SELECT * FROM verdicts ORDER BY seed", [first])
+    for row, item in zip(rows, store.read_verdicts(first), strict=True):
+        found = dict(zip(names, row, strict=True))
+        for field in ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "v_dim", "dtype", "causal",
+                      "scale", "layout", "values", "seed"):  # fmt: skip
+            assert found[field] == getattr(item.case, field), field
+        out, lse = item.quantities
+        assert found["run"] == str(first)
+        assert found["case_id"] == item.case.id
+        assert found["spec"] == "mine.py:f"
+        assert found["method"] == "mine"
+        assert found["outcome"] == str(item.outcome)
+        assert found["message"] == (None if item.outcome == Outcome.PASS else item.message)
+        assert found["fraction"] == pytest.approx(out.fraction)
+        assert found["other_fractions"] == {"lse": pytest.approx(lse.fraction)}
+        assert (found["count"], found["ulp_p99"], found["z_rms"]) == (24, 2.0, 0.5)
+        assert found["bit_equal"] is None
+        assert found["worst"] == [0, 0, 1, 2]
+        assert (found["seconds"], found["method_seconds"]) == (0.75, 0.25)
+
+
+def test_numbers_that_json_has_not_are_numbers_in_the_table(tmp_path: Path) -> None:
+    write(tmp_path / "run", [verdict(0, float("inf"), Outcome.INACCURATE), verdict(1, float("nan"))])
+    _, rows = tables.query(
+        "SELECT isinf(fraction), isnan(out_fraction) FROM verdicts ORDER BY seed", [tmp_path / "run"]
+    )
+    assert rows == [(True, False), (False, True)]
+
+
+def test_compaction_leaves_out_what_is_damaged_and_says_so(
+    effattn_command: Command, two_runs: tuple[Path, Path]
+) -> None:
+    file = two_runs[0] / "verdicts.jsonl"
+    kept = file.read_bytes()
+    broken = bytearray(kept)
+    broken[300] ^= 4
+    file.write_bytes(broken)
+    code, out, err = effattn_command("runs", "compact", "first")
+    assert code == 0
+    assert out.startswith("5 verdicts in ")
+    assert "line 1 is damaged: its checksum does not match; left out" in err
+    assert file.read_bytes() == broken, "the records stay as they are"
+
+
+def test_table_is_made_anew_when_the_records_changed(two_runs: tuple[Path, Path]) -> None:
+    first = two_runs[0]
+    count = "SELECT count(*) FROM verdicts"
+    assert tables.query(count, [first])[1] == [(6,)]
+    (first / "verdicts-more.jsonl").write_bytes(
+        records.encode(verdict(77, 0.1), spec="mine.py:f", device="cpu")
+    )
+    assert tables.query(count, [first])[1] == [(7,)]
+    (first / "verdicts.parquet").write_bytes(b"not parquet")
+    assert tables.query(count, [first])[1] == [(7,)]
+
+
+def test_old_run_and_several_runs_are_asked_together(two_runs: tuple[Path, Path], tmp_path: Path) -> None:
+    import shutil
+
+    old = tmp_path / "old"
+    shutil.copytree(OLD, old)
+    _, rows = tables.query("SELECT run, count(*) FROM verdicts GROUP BY run ORDER BY 2", [*two_runs, old])
+    assert sorted(rows) == sorted([(str(two_runs[0]), 6), (str(two_runs[1]), 6), (str(old), 9)])
+
+
+def test_run_in_a_folder_that_cannot_be_written_is_asked(
+    two_runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Root may write anywhere, so the answer of the system is what is changed here.
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert tables.query("SELECT count(*) FROM verdicts", [two_runs[0]])[1] == [(6,)]
+    assert not (two_runs[0] / "verdicts.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "DELETE FROM verdicts",
+        "CREATE TABLE x AS SELECT 1",
+        "DROP VIEW verdicts",
+        "COPY (SELECT 1) TO 'written.csv'",
+        "ATTACH 'written.db'",
+        "SET enable_external_access = true",
+        "INSTALL httpfs",
+        "SELECT 1; DROP VIEW verdicts",
+        "SELECT * FROM read_text('secret.txt')",
+        "SELECT * FROM 'secret.csv'",
+        "SELECT * FROM glob('*')",
+        "SELECT nothing FROM verdicts",
+        "SELECT",
+        "",
+    ],
+)
+def test_sql_that_does_more_than_read_the_table_is_refused(
+    effattn_command: Command, two_runs: tuple[Path, Path], sql: str
+) -> None:
+    Path("secret.txt").write_text("secret")
+    Path("secret.csv").write_text("a,b\n1,secret\n")
+    tables.compact(two_runs[0])
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    code, out, err = effattn_command("runs", "query", sql, "first")
+    assert code == 2, out
+    assert err.startswith("effattn: ")
+    assert "secret" not in out
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+def test_names_of_users_are_data_in_sql_and_harmless_on_a_terminal(
+    effattn_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = write(tmp_path / "it's a run", [verdict(0, 0.5, method=HOSTILE)], spec=HOSTILE)
+    _, rows = tables.query("SELECT method, spec FROM verdicts", [folder])
+    assert rows == [(HOSTILE, HOSTILE)]
+    code, out, _ = effattn_command("runs", "query", "SELECT method FROM verdicts", folder)
+    assert code == 0
+    assert "\x1b" not in out
+    code, out, _ = effattn_command("runs", "show", folder)
+    assert code == 0
+    assert "\x1b" not in out
+
+
+def test_query_as_json(effattn_command: Command, two_runs: tuple[Path, Path]) -> None:
+    code, out, _ = effattn_command(
+        "runs", "query", "SELECT seed FROM verdicts ORDER BY 1 LIMIT 2", "first", "--json"
+    )
+    assert code == 0
+    assert [json.loads(line) for line in out.splitlines()] == [{"seed": 0}, {"seed": 1}]
+
+
+def test_what_runs_need_is_named_where_it_is_missing(
+    effattn_command: Command, two_runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    code, _, err = effattn_command("runs", "query", "SELECT 1", "first")
+    assert code == 2
+    assert "effattn[report]" in err
+    assert effattn_command("runs", "list")[0] == 0, "listing needs nothing more"
