@@ -212,6 +212,7 @@ def test_table_has_what_the_records_have(two_runs: tuple[Path, Path]) -> None:
         assert found["case_id"] == item.case.id
         assert found["spec"] == "mine.py:f"
         assert found["method"] == "mine"
+        assert Case.from_json(found["recipe"]) == item.case
         assert found["outcome"] == str(item.outcome)
         assert found["message"] == (None if item.outcome == Outcome.PASS else item.message)
         assert found["fraction"] == pytest.approx(out.fraction)

@@ -84,6 +84,7 @@ def _select(source: str) -> str:
         "v.outcome AS outcome",
         "CASE WHEN v.outcome <> 'pass' THEN v.message END AS message",
         *(case(*field) for field in _CASE),
+        'v."case"::VARCHAR AS recipe',
         "list_max(list_transform(v.quantities, lambda q: q.fraction::REAL)) AS fraction",
         f"{of('out', 'count')} AS count",
         f"{of('out', 'set_aside')} AS set_aside",
