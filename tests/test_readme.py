@@ -145,6 +145,13 @@ def test_example_is_short_and_complete() -> None:
     assert lines[0] == "import torch"
 
 
+def options_of(command: click.Command) -> set[str]:
+    """The options of a command, and of the commands inside it."""
+    own = {o for parameter in command.params for o in (*parameter.opts, *parameter.secondary_opts)}
+    inner = command.commands.values() if isinstance(command, click.Group) else ()
+    return own.union(*map(options_of, inner))
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_command_and_option_exists(name: str) -> None:
     from effattn.cli import cli
@@ -155,12 +162,11 @@ def test_every_command_and_option_exists(name: str) -> None:
     for line in lines:
         command, *rest = line.split()
         assert command in cli.commands, line
-        options = {option for parameter in cli.commands[command].params for option in parameter.opts}
+        options = options_of(cli.commands[command])
         for given in re.findall(r"--[a-z-]+", " ".join(rest)):
             assert given in options | {"--help"}, line
     for option in re.findall(r"`(--[a-z-]+)", text):
-        known = {o for c in cli.commands.values() for p in c.params for o in p.opts}
-        assert option in known | {"--no-deps"}, option
+        assert option in options_of(cli) | {"--no-deps"}, option
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
