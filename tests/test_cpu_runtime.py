@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
+import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -15,10 +18,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
 
 import effattn.cpu
-from effattn.cpu import toolchain
-from effattn.errors import RequestError
+from effattn.cpu import compiler, toolchain
+from effattn.errors import ArgumentTypeError, RequestError
 
 
 @triton.jit(do_not_specialize=["turns"])
@@ -132,6 +136,59 @@ def test_tensors_elsewhere_and_wrong_arguments_are_refused() -> None:
         work[(1,)](x.to("meta"), x, 1, N=64)
     with pytest.raises(TypeError):
         work[(1,)](x, N=64)
+    for wrong in ("text", [1.0], x.numpy(), 1j):
+        with pytest.raises(TypeError, match=f"specialize argument of type: {type(wrong).__name__}"):
+            work[(1,)](wrong, x, 1, N=64)
+    with pytest.raises(
+        ArgumentTypeError, match="argument 'x': expected a tensor in host memory, or an address, got Tensor"
+    ):
+        work[(1,)](x.to_sparse(), x, 1, N=64)
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "says"),
+    [
+        (
+            0,
+            "text",
+            "kernel work, argument 'x': expected a tensor in host memory, or an address, got str 'text'",
+        ),
+        (1, 1.5, "kernel work, argument 'o': expected a tensor in host memory, or an address, got float 1.5"),
+        (2, 1.5, "kernel work, argument 'turns': expected a value of type i32, got float 1.5"),
+        (2, 1 << 70, "argument 'turns': expected a value of type i32, got int 1180591620717411303424"),
+        (
+            2,
+            torch.ones(2),
+            r"argument 'turns': expected a value of type i32, got Tensor tensor\(\[1., 1.\]\)",
+        ),
+    ],
+)
+def test_a_compiled_kernel_names_the_argument_that_is_wrong(place: int, wrong: object, says: str) -> None:
+    x, o = torch.full((64,), 4.0), torch.zeros(64)
+    compiled = work[(1,)](x, o, 1, N=64)
+    args: list[object] = [x, torch.zeros(64), 1, 64]
+    compiled[(1, 1, 1)](*args)
+    assert torch.equal(args[1], x * 0.5 + 1)
+    args[place] = wrong
+    with pytest.raises(ArgumentTypeError, match=says):
+        compiled[(1, 1, 1)](*args)
+    with pytest.raises(ArgumentTypeError, match=r"takes 4 arguments \(x, o, turns, N\), .* launched with 2"):
+        compiled[(1, 1, 1)](x, o)
+
+
+def test_a_grid_that_is_no_grid_is_refused() -> None:
+    x, o = torch.full((64,), 4.0), torch.zeros(64)
+    for size in (1.5, "2"):
+        with pytest.raises(ArgumentTypeError, match=f"kernel work: the grid's size along x is {size!r}"):
+            work[(size,)](x, o, 1, N=64)
+    for grid in ((1 << 31,), (1, 1 << 31), (1, 1, 1 << 31), ((1 << 31) - 1,) * 3):
+        with pytest.raises(
+            RequestError, match="the grid of kernel work is too large: program ids are 32-bit"
+        ):
+            work[grid](x, o, 1, N=64)
+    for grid in ((0,), (5, 0), (-1,)):
+        work[grid](x, o, 1, N=64)
+    assert not o.any()
 
 
 def test_a_cooperative_grid_is_refused_since_its_barriers_would_never_be_passed() -> None:
@@ -198,14 +255,13 @@ FAKE = '#!/bin/sh\ncase "$*" in *--version*) echo "fake 1.0"; exit 0;; esac\n'
     [
         ("/nonexistent/cc", "CC is set to '/nonexistent/cc'"),
         ("/bin/false", "CC is set to '/bin/false'"),
+        ("/bin/true", "wrote no shared library on the C code of kernel work (/bin/true: true"),
         (None, "no C compiler found"),
-        (
-            FAKE + "echo 'kernel.c:1: broken' >&2; exit 3\n",
-            "exited 3 on the C code of kernel work (fake 1.0):\nkernel.c:1: broken",
-        ),
+        (FAKE + "echo 'kernel.c:1: broken' >&2; exit 3\n", "exited 3 on the C code of kernel work ("),
+        (FAKE + "echo garbage > kernel.so\n", "wrote no shared library on the C code of kernel work ("),
         (FAKE + "kill -9 $$\n", "was ended by signal 9"),
     ],
-    ids=["missing", "not a compiler", "none at all", "fails", "killed"],
+    ids=["missing", "not a compiler", "does nothing", "none at all", "fails", "writes garbage", "killed"],
 )
 def test_a_c_compiler_that_fails_is_one_clear_error_and_the_next_run_recovers(
     compiler: str | None,
@@ -225,29 +281,108 @@ def test_a_c_compiler_that_fails_is_one_clear_error_and_the_next_run_recovers(
         with pytest.raises(RequestError) as caught:
             launch()
         assert says in str(caught.value)
+        if compiler is not None and "broken" in compiler:
+            assert "kernel.c:1: broken" in str(caught.value)
     assert not list(tmp_path.glob("cache/*/*.so"))
     launch()
     assert list(tmp_path.glob("cache/*/work.so"))
 
 
-def test_damaged_libraries_in_the_cache_are_found_and_replaced(
-    launch: Callable[[], None], tmp_path: Path
+def test_a_compiler_that_takes_the_process_with_it_leaves_nothing_that_harms_the_next_run(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "kernel_file.py").write_text(KERNEL)
+    code = "import kernel_file; kernel_file.launch(); print('launched')"
+    cc = script(tmp_path / "cc", FAKE + "echo half > kernel.so; kill -9 $PPID\n")
+    killed = python(code, tmp_path, TRITON_CACHE_DIR=str(tmp_path / "cache"), CC=cc)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert not list(tmp_path.glob("cache/*/*.so"))
+    # With the same CC, which works now: the same cache entry.
+    script(
+        tmp_path / "cc",
+        '#!/bin/sh\ncase "$*" in *--version*) echo "fake 1.0"; exit 0;; esac\nexec gcc "$@"\n',
+    )
+    out, error = python(code, tmp_path, TRITON_CACHE_DIR=str(tmp_path / "cache"), CC=cc).communicate()
+    assert out == "launched\n", error
+
+
+def other_target(library: bytes) -> bytes:
+    """The same library as another machine would have sealed it."""
+    end = len(library) - 32
+    return library[:end] + hashlib.sha256(library[:end] + b"another machine").digest()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: whole[:5000],
+        lambda whole: b"",
+        lambda whole: b"garbage",
+        lambda whole: whole[:-3],
+        lambda whole: whole[:200] + bytes([whole[200] ^ 1]) + whole[201:],
+        other_target,
+    ],
+    ids=["truncated", "empty", "garbage", "its end is missing", "one bit", "another target"],
+)
+def test_damaged_libraries_in_the_cache_are_built_again_in_the_same_run(
+    damage: Callable[[bytes], bytes], launch: Callable[[], None], tmp_path: Path
 ) -> None:
     launch()
     (kernel,) = tmp_path.glob("cache/*/work.so")
     whole = kernel.read_bytes()
-    for damage in (whole[:5000], b"", whole[:-3], whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]):
-        kernel.write_bytes(damage)
-        with pytest.raises(
-            RequestError, match=r"kernel work in Triton's cache is damaged; .* was removed: run again"
-        ):
-            launch()
-        launch()
-        assert toolchain.is_whole(kernel.read_bytes())
+    kernel.write_bytes(damage(whole))
+    assert not toolchain.is_whole(kernel.read_bytes())
+    launch()
+    assert toolchain.is_whole(kernel.read_bytes())
     runtime = Path(toolchain.runtime_library())
-    whole = runtime.read_bytes()
-    runtime.write_bytes(whole[:3000])
-    assert Path(toolchain.runtime_library()).read_bytes() == whole
+    before = runtime.read_bytes()
+    runtime.write_bytes(damage(before))
+    assert toolchain.is_whole(Path(toolchain.runtime_library()).read_bytes())
+
+
+def test_a_damaged_entry_without_its_c_file_is_removed_and_the_next_run_recovers(
+    launch: Callable[[], None], tmp_path: Path
+) -> None:
+    launch()
+    (kernel,) = tmp_path.glob("cache/*/work.so")
+    kernel.write_bytes(b"garbage")
+    kernel.with_suffix(".c").unlink()
+    # Where Triton itself sees that the entry is not whole, it compiles anew and there is nothing to report.
+    try:
+        launch()
+    except RequestError as error:
+        assert "kernel work in Triton's cache is damaged and was removed from it: run again" in str(error)  # noqa: PT017
+        launch()
+    assert toolchain.is_whole(kernel.read_bytes())
+
+
+def test_the_cache_key_holds_the_machine_the_compiler_and_the_sources(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    backend = compiler.CPUBackend(GPUTarget(compiler.BACKEND, "host", 1))
+    keys = {"as it is": backend.hash()}
+    assert keys["as it is"] == backend.hash()
+    for version in ("1.0", "1.1"):
+        monkeypatch.setenv("CC", script(tmp_path / f"cc-{version}", f'#!/bin/sh\necho "fake {version}"\n'))
+        keys[f"compiler {version}"] = backend.hash()
+    monkeypatch.delenv("CC")
+    toolchain._probe.cache_clear()
+    monkeypatch.setattr(toolchain, "_cpu_features", lambda: "flags: another machine's")
+    keys["another machine"] = backend.hash()
+    monkeypatch.undo()
+    toolchain._probe.cache_clear()
+    # The sources: a copy of the package with one more line in one file.
+    package = Path(compiler.__file__).parent
+    for changed in (None, "lower.py", "prelude.h", "runtime.c"):
+        copy = tmp_path / f"copy-{changed}"
+        shutil.copytree(package, copy)
+        if changed is not None:
+            with (copy / changed).open("a") as file:
+                file.write("\n")
+        keys[f"changed {changed}"] = compiler.hash_of(copy)
+    assert keys.pop("changed None") == compiler.hash_of(package)
+    assert len(set(keys.values())) == len(keys)
 
 
 def test_a_cache_folder_that_cannot_be_written_is_one_clear_error(
@@ -260,6 +395,31 @@ def test_a_cache_folder_that_cannot_be_written_is_one_clear_error(
         with pytest.raises(RequestError, match=r"file/cache cannot be used .*set TRITON_CACHE_DIR"):
             launch()
     launch()
+
+
+def test_a_cache_folder_without_space_is_one_clear_error_and_the_next_run_recovers(tmp_path: Path) -> None:
+    """Files of this process may not grow beyond a limit, as on a full disk."""
+    (tmp_path / "kernel_file.py").write_text(KERNEL)
+    code = """
+import resource, signal
+import kernel_file
+from effattn.errors import RequestError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
+try:
+    kernel_file.launch()
+except RequestError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+kernel_file.launch()
+print("launched")
+"""
+    out, error = python(code, tmp_path, TRITON_CACHE_DIR=str(tmp_path / "cache")).communicate()
+    first, *rest = out.splitlines()
+    assert f"Triton's cache folder {tmp_path / 'cache'} cannot be used" in first, error
+    assert "has space" in first
+    assert rest == ["launched"], error
 
 
 def python(code: str, tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
@@ -312,3 +472,38 @@ def test_the_number_of_threads_comes_from_the_environment(value: str, right: boo
         assert out == f"{value}\n"
     else:
         assert "RequestError: EFFATTN_CPU_THREADS" in error.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import triton, effattn",
+        "import effattn.cpu, triton",
+        "import torch; x = torch.ones(2) @ torch.ones(2); import effattn.kernels.flash_attention, triton",
+        "import triton; triton.runtime.driver.active.get_current_target(); import effattn.cpu",
+        "from effattn.cpu.driver import CPUDriver; import triton",
+        "from effattn.cpu import launch, lower; import triton",
+    ],
+)
+def test_triton_and_effattn_can_be_imported_in_any_order(first: str, tmp_path: Path) -> None:
+    (tmp_path / "kernel_file.py").write_text(KERNEL)
+    out, error = python(
+        f"{first}\nimport kernel_file; kernel_file.launch(); print('launched')", tmp_path
+    ).communicate()
+    assert out == "launched\n", error
+
+
+def test_effattn_can_be_imported_after_the_first_launch(tmp_path: Path) -> None:
+    (tmp_path / "kernel_file.py").write_text(KERNEL)
+    code = """
+import sys
+import kernel_file
+kernel_file.launch()
+assert "effattn.kernels" not in sys.modules
+import effattn.cpu
+with effattn.cpu.active():
+    kernel_file.launch()
+print("launched")
+"""
+    out, error = python(code, tmp_path).communicate()
+    assert out == "launched\n", error

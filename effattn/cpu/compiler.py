@@ -73,15 +73,20 @@ class CPUOptions:
         return hashlib.sha256(key.encode()).hexdigest()
 
 
-@functools.lru_cache
-def _source_hash() -> str:
-    """Hash of this package's sources: a changed emitter must not reuse libraries of the old one."""
+def hash_of(package: Path) -> str:
+    """Hash of a package's sources."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*")):
+    for path in sorted(package.rglob("*")):
         if path.suffix in (".py", ".c", ".h"):
             digest.update(path.name.encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+@functools.lru_cache
+def _source_hash() -> str:
+    """Hash of this package's sources: a changed emitter must not reuse libraries of the old one."""
+    return hash_of(Path(__file__).parent)
 
 
 class CPUBackend(BaseBackend):

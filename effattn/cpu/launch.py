@@ -7,12 +7,13 @@ import functools
 import os
 import struct
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from effattn.cpu import debug, descriptors, toolchain
-from effattn.errors import RequestError
+from effattn.errors import ArgumentTypeError, RequestError
 
 _C_TYPES = {
     "i1": "int8_t",
@@ -33,7 +34,13 @@ _C_TYPES = {
 }
 
 #: what effattn_launch returns where it could not run the whole grid; see runtime.c
-_NO_MEMORY, _INTERRUPTED = 1, 2
+_NO_MEMORY, _INTERRUPTED, _TOO_LARGE = 1, 2, 3
+
+#: what packing arguments of a wrong type raises
+_WRONG_ARGUMENT = (AttributeError, TypeError, RuntimeError, struct.error)
+
+#: the cache key of the kernel that is about to be loaded: Triton makes its launcher first
+_loading = threading.local()
 
 _threads: int | None = None
 
@@ -96,15 +103,12 @@ class Utils:
     ) -> tuple[Any, int, int, int, int]:
         """Load a shared library; returns (handle, address, registers, spills, most threads)."""
         if not toolchain.is_whole(binary):
-            removed = toolchain.discard(name, binary)
-            raise RequestError(
-                f"the compiled kernel {name} in Triton's cache is damaged; "
-                + (
-                    f"{', '.join(removed)} was removed: run again"
-                    if removed
-                    else "clear Triton's cache folder"
+            whole = toolchain.rebuild(name, getattr(_loading, "key", None), binary)
+            if whole is None:
+                raise RequestError(
+                    f"the compiled kernel {name} in Triton's cache is damaged and was removed from it: run again"
                 )
-            )
+            binary = whole
         _runtime()
         library = _load(binary)
         symbol = ctypes.cast(library.effattn_kernel, ctypes.c_void_p).value
@@ -120,18 +124,16 @@ class Utils:
 def _load(binary: bytes) -> ctypes.CDLL:
     # Under a fresh name each time: the loader answers a name that it has seen with the library it had then. The file
     # can go once it is mapped; its inode stays taken as long as the library is loaded.
-    fd, path = tempfile.mkstemp(prefix="effattn-", suffix=".so")
     try:
-        with open(fd, "wb") as file:
+        with tempfile.NamedTemporaryFile(prefix="effattn-", suffix=".so") as file:
             file.write(binary)
-        return ctypes.CDLL(path)
+            file.flush()
+            return ctypes.CDLL(file.name)
     except OSError as error:
         raise RequestError(
-            f"could not load a compiled kernel from {path}: {error}; "
-            "set TMPDIR to a folder that is writable and allows execution, or clear Triton's cache folder"
+            f"could not load a compiled kernel from {tempfile.gettempdir()}: {error}; set TMPDIR to a folder that is "
+            "writable, has space and allows execution, or clear Triton's cache folder"
         ) from error
-    finally:
-        os.unlink(path)
 
 
 def address_of(value: Any) -> int:
@@ -230,7 +232,9 @@ class Launcher:
     pointer = staticmethod(address_of)
 
     def __init__(self, src: Any, metadata: Any) -> None:
-        self.pack, slots = _packer(list(src.signature.items()), self.pointer)
+        _loading.key = getattr(metadata, "hash", None)
+        self.signature: list[tuple[str, Any]] = list(src.signature.items())
+        self.pack, slots = _packer(self.signature, self.pointer)
         expected = len(metadata.cpu_arguments)
         if slots != expected:
             raise RequestError(
@@ -284,9 +288,43 @@ class Launcher:
             # Python's own handler has raised already; only one that does not raise lets us come here.
             raise KeyboardInterrupt(f"the launch of {self.name} ended before all its programs were done")
 
+        if status == _TOO_LARGE:
+            raise RequestError(
+                f"the grid of kernel {self.name} is too large: program ids are 32-bit numbers, so an axis has at most "
+                "2147483647 programs"
+            )
+
     def packed(self, function: int, grid: tuple[int, int, int], args: Sequence[Any]) -> bytes:
         """A launch as the runtime takes it."""
-        return self.pack(function, *grid, get_num_threads(), self.arena, self.cost_at, *args)
+        head = (function, *grid, get_num_threads(), self.arena, self.cost_at)
+        try:
+            return self.pack(*head, *args)
+        except _WRONG_ARGUMENT as error:
+            raise ArgumentTypeError(self._mistake(grid, args) or f"kernel {self.name}: {error}") from error
+
+    def _mistake(self, grid: tuple[int, int, int], args: Sequence[Any]) -> str:
+        """What is wrong with the arguments of a launch that could not be packed."""
+        for axis, n in zip("xyz", grid, strict=True):
+            if not isinstance(n, int):
+                return f"kernel {self.name}: the grid's size along {axis} is {n!r}; expected a whole number"
+        if len(args) != len(self.signature):
+            return (
+                f"kernel {self.name} takes {len(self.signature)} arguments "
+                f"({', '.join(name for name, _ in self.signature)}), constants included, and was launched with {len(args)}"
+            )
+        for entry, value in zip(self.signature, args, strict=True):
+            pack, _ = _packer([entry], self.pointer)
+            try:
+                pack(0, 0, 0, 0, 0, 0, 0, value)
+            except _WRONG_ARGUMENT:
+                type_ = entry[1]
+                words = (
+                    "a tensor in host memory, or an address"
+                    if str(type_)[0] == "*"
+                    else f"a value of type {type_}"
+                )
+                return f"kernel {self.name}, argument {entry[0]!r}: expected {words}, got {type(value).__name__} {value!r:.80}"
+        return ""
 
 
 def benchmark(

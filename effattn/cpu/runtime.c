@@ -24,7 +24,7 @@ typedef void (*kernel_fn)(const int64_t *args, int32_t x, int32_t y, int32_t z, 
                           int32_t gz, char *arena, const int *stop);
 
 /* What effattn_launch returns. In all but DONE the grid is incomplete. */
-enum { DONE, NO_MEMORY, INTERRUPTED };
+enum { DONE, NO_MEMORY, INTERRUPTED, TOO_LARGE };
 
 /* What a launch passes, packed in this order by the caller. */
 typedef struct {
@@ -252,7 +252,9 @@ static int together(const launch_t *l, int64_t first, int64_t count, const int *
 EXPORT int effattn_launch(const launch_t *l) {
     pthread_once(&once, setup);
     if (l->gx <= 0 || l->gy <= 0 || l->gz <= 0) return 0;
-    int64_t count = l->gx * l->gy * l->gz, cost = *(int64_t *)l->cost, i = 0;
+    int64_t count, cost = *(int64_t *)l->cost, i = 0;
+    if (l->gx > INT32_MAX || l->gy > INT32_MAX || l->gz > INT32_MAX ||
+        __builtin_mul_overflow(l->gx * l->gy, l->gz, &count)) return TOO_LARGE;
     unsigned before = ieee();
     const int *stop = watch();
     int status = DONE;

@@ -124,46 +124,63 @@ def _flags() -> tuple[str, ...]:
 _SEAL = b"effattn-sealed:"
 
 
+def _checksum(library: bytes) -> bytes:
+    # The compiler and the machine's features are part of it: a library that was built for another machine is as
+    # useless as a damaged one, wherever it came from.
+    return hashlib.sha256(library + compiler().identity.encode()).digest()
+
+
 def seal(library: bytes) -> bytes:
     """The library with a checksum behind it, which the loader of the system does not look at."""
-    return library + _SEAL + hashlib.sha256(library).digest()
+    return library + _SEAL + _checksum(library)
 
 
 def is_whole(library: bytes) -> bool:
-    """Whether a sealed library is what was built. A truncated one would crash the process that loads it."""
+    """Whether a sealed library is what was built for this machine. A truncated one would crash the process."""
     end = len(library) - len(_SEAL) - 32
-    return end > 0 and library[end:] == _SEAL + hashlib.sha256(library[:end]).digest()
+    return end > 0 and library[end:] == _SEAL + _checksum(library[:end])
 
 
-def check_cache_folder() -> None:
-    """Raise RequestError where Triton's cache folder cannot be written, before anything is compiled."""
+def check_cache_folder(room: int = 4096) -> None:
+    """Raise RequestError where `room` bytes cannot be written to Triton's cache folder, before they are needed."""
     from triton import knobs
 
     folder = knobs.cache.dir
     try:
         os.makedirs(folder, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError("no permission to write there")
+        # Written, not asked for: a folder may be on a disk that is full or read-only.
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            if file.write(bytes(room)) < room:
+                raise OSError("the disk is full")
     except OSError as error:
         raise RequestError(
             f"Triton's cache folder {folder} cannot be used ({error}): compiled kernels are kept there; "
-            "set TRITON_CACHE_DIR to a folder that is writable"
+            "set TRITON_CACHE_DIR to a folder that is writable and has space"
         ) from error
 
 
-def discard(name: str, library: bytes) -> list[str]:
-    """Remove the entries of Triton's cache that hold this damaged library; returns the folders that were removed.
+def rebuild(name: str, key: str | None, library: bytes) -> bytes | None:
+    """Compile a kernel anew whose library in Triton's cache is damaged, from the C file beside it.
 
-    The whole entry: some versions of Triton take one without its library for a kernel that is there.
+    `key` is the cache key, None where it is not known. Where there is no C file, the entries that hold the library are
+    removed (whole: some versions of Triton take one without its library for a kernel that is there) and None is
+    returned.
     """
     from triton import knobs
+    from triton.runtime.cache import get_cache_manager
 
-    removed = []
-    for path in Path(knobs.cache.dir).glob(f"*/{glob.escape(name)}.so"):
+    base = name[:150]  # Triton's file names are not longer
+    if key is not None:
+        cache = get_cache_manager(key)
+        source = cache.get_file(f"{base}.c")
+        if source is not None:
+            fresh = build_kernel(Path(source).read_text(), name=name)
+            cache.put(fresh, f"{base}.so", binary=True)
+            return fresh
+    for path in Path(knobs.cache.dir).glob(f"*/{glob.escape(base)}.so"):
         if path.read_bytes() == library:
             shutil.rmtree(path.parent, ignore_errors=True)
-            removed.append(str(path.parent))
-    return removed
+    return None
 
 
 def build(source: str, *, what: str, extra: tuple[str, ...] = ()) -> bytes:
@@ -172,30 +189,39 @@ def build(source: str, *, what: str, extra: tuple[str, ...] = ()) -> bytes:
     Raises CompileError with the compiler's own words; nothing is left behind.
     """
     cc = compiler()
-    with tempfile.TemporaryDirectory(prefix="effattn-cc-") as folder:
-        c_file, so_file = Path(folder, "kernel.c"), Path(folder, "kernel.so")
-        c_file.write_text(source)
-        command = [*cc.command, *_flags(), *extra, "-o", str(so_file), str(c_file), "-lm"]
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="effattn-cc-") as folder:
+            c_file, so_file = Path(folder, "kernel.c"), Path(folder, "kernel.so")
+            c_file.write_text(source)
+            command = [*cc.command, *_flags(), *extra, "-o", str(so_file), str(c_file), "-lm"]
             done = subprocess.run(
                 command, capture_output=True, text=True, cwd=folder, stdin=subprocess.DEVNULL
             )
-        except OSError as error:
-            raise CompileError(f"could not start the C compiler {shlex.join(cc.command)}: {error}") from error
-        if done.returncode != 0 or not so_file.exists():
-            words = "\n".join(done.stderr.splitlines()[:20])
-            how = (
-                f"was ended by signal {-done.returncode}"
-                if done.returncode < 0
-                else f"exited {done.returncode}"
-            )
-            raise CompileError(f"the C compiler {how} on {what} ({cc.version}):\n{words}")
-        return seal(so_file.read_bytes())
+            library = so_file.read_bytes() if done.returncode == 0 and so_file.exists() else b""
+    except OSError as error:
+        raise CompileError(
+            f"could not run the C compiler {shlex.join(cc.command)} on {what} in {tempfile.gettempdir()}: {error}; "
+            "it needs a TMPDIR that is writable and has space"
+        ) from error
+    if not library.startswith(b"\x7fELF"):
+        words = "\n".join(done.stderr.splitlines()[:20])
+        how = (
+            f"was ended by signal {-done.returncode}" if done.returncode < 0 else f"exited {done.returncode}"
+        )
+        if done.returncode == 0:
+            how = "wrote no shared library"
+            words = "set CC to a C compiler such as gcc or clang, or unset it\n" + words
+        raise CompileError(
+            f"the C compiler {how} on {what} ({shlex.join(cc.command)}: {cc.version}):\n{words}"
+        )
+    return seal(library)
 
 
 def build_kernel(source: str, *, name: str) -> bytes:
-    """Compile the C file of one kernel."""
-    return build(source, what=f"the C code of kernel {name}")
+    """Compile the C file of one kernel, and see to it that there is room for the library."""
+    library = build(source, what=f"the C code of kernel {name}")
+    check_cache_folder(len(library))
+    return library
 
 
 def runtime_library() -> str:
