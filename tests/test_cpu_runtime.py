@@ -479,7 +479,7 @@ def test_the_number_of_threads_comes_from_the_environment(value: str, right: boo
     [
         "import triton, effattn",
         "import effattn.cpu, triton",
-        "import torch; x = torch.ones(2) @ torch.ones(2); import effattn.kernels.flash_attention, triton",
+        "import torch; x = torch.ones(2) @ torch.ones(2); import effattn.kernels.flash_forward, triton",
         "import triton; triton.runtime.driver.active.get_current_target(); import effattn.cpu",
         "from effattn.cpu import launch, lower; import triton",
     ],
