@@ -85,6 +85,17 @@ def _print_version(context: click.Context, _parameter: click.Parameter, given: b
         context.exit()
 
 
+def _check_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--check",
+        "check_names",
+        multiple=True,
+        metavar="NAME",
+        help="Look at what the method's Triton kernels do on the CPU: bounds, races, poison, order; repeat it or list "
+        "them with commas.",
+    )(command)
+
+
 def _isolation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options about the process that the method runs in."""
     options = (
@@ -175,6 +186,7 @@ def cli(context: click.Context) -> None:
     "A new folder in effattn-runs/ if not given.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
+@_check_option
 @_isolation_options
 @click.option("--by-values", is_flag=True, help="Show one more row for each value distribution.")
 def gate(
@@ -185,6 +197,7 @@ def gate(
     device: str,
     out: Path | None,
     overwrite: bool,
+    check_names: tuple[str, ...],
     time_limit: float,
     memory_limit: float | None,
     isolation: bool,
@@ -192,8 +205,9 @@ def gate(
 ) -> int:
     """Judge METHOD on generated cases: pass or fail, with evidence."""
     from effattn import gate as gates
+    from effattn.judge import NOTHING_CHECKED
     from effattn.properties import profiles
-    from effattn.report import markdown, terminal
+    from effattn.report import markdown, summary, terminal
     from effattn.run import provenance, store
 
     wanted = _dtypes(dtypes)
@@ -202,8 +216,9 @@ def gate(
     if overwrite and out is None:
         raise RequestError("--overwrite replaces the run that --out names; give --out too")
     folder = out if out is not None else store.default_folder(method=method, started=started)
+    checks = _checks(check_names, device)
     with _judge(
-        method, device, time_limit=time_limit, memory_limit=memory_limit, isolation=isolation
+        method, device, time_limit=time_limit, memory_limit=memory_limit, isolation=isolation, checks=checks
     ) as judge:
         request = gates.Request(
             judge=judge,
@@ -234,6 +249,7 @@ def gate(
                 "profile": profile,
                 "values": list(request.values),
                 "device": device,
+                "checks": list(checks),
                 "cases": len(cases),
                 "isolation": isolation,
                 "exit_code": result.exit_code,
@@ -243,6 +259,10 @@ def gate(
                 store.ignore_in_git(store.DEFAULT_FOLDER)
             writer.commit(origin)
 
+    if checks and not result.failures:
+        passed = [v for v in result.verdicts if str(v.outcome) == summary.PASS]
+        if passed and all(v.message.endswith(NOTHING_CHECKED) for v in passed):
+            raise RequestError(f"--check {','.join(checks)}: {NOTHING_CHECKED}; leave --check out")
     console = terminal.console()
     terminal.print_result(console, result, by_values=by_values)
     console.print(f"Written to {folder}/", markup=False, soft_wrap=True)
@@ -260,12 +280,14 @@ def gate(
     metavar="DIR",
     help="The run folder to look an id up in; the newest in effattn-runs/ if not given.",
 )
+@_check_option
 @_isolation_options
 def replay(
     case: str,
     method: str,
     device: str,
     run_folder: Path | None,
+    check_names: tuple[str, ...],
     time_limit: float,
     memory_limit: float | None,
     isolation: bool,
@@ -277,8 +299,9 @@ def replay(
     from effattn.report import summary, terminal
 
     found = _case(case, run_folder)
+    checks = _checks(check_names, device)
     with _judge(
-        method, device, time_limit=time_limit, memory_limit=memory_limit, isolation=isolation
+        method, device, time_limit=time_limit, memory_limit=memory_limit, isolation=isolation, checks=checks
     ) as judge:
         verdict = judge.judge(found)
     terminal.print_details(terminal.console(), verdict)
@@ -394,7 +417,13 @@ def _unknown(what: str, name: str, known: Sequence[str], meant: str | None = Non
 
 
 def _judge(
-    method: str, device: str, *, time_limit: float, memory_limit: float | None, isolation: bool
+    method: str,
+    device: str,
+    *,
+    time_limit: float,
+    memory_limit: float | None,
+    isolation: bool,
+    checks: Sequence[str],
 ) -> Isolated | Local:
     """The method, loaded where it will run."""
     if device not in ("cpu", "cuda"):
@@ -402,7 +431,7 @@ def _judge(
     if not isolation:
         from effattn.run.executor import Local
 
-        return Local(method, device=device)
+        return Local(method, device=device, checks=checks)
     from effattn.run.isolation import Isolated
 
     return Isolated(
@@ -410,7 +439,26 @@ def _judge(
         device=device,
         time_limit=time_limit,
         memory_limit=None if memory_limit is None else int(memory_limit * 2**30),
+        checks=checks,
     )
+
+
+def _checks(given: Sequence[str], device: str) -> tuple[str, ...]:
+    """The instruments of --check, for a verdict."""
+    if not given:
+        return ()
+    from effattn.cpu import sanitizer
+
+    names = sanitizer.parse(",".join(given))
+    if device != "cpu":
+        raise RequestError(
+            f"--check looks at kernels that run on the CPU, not on {device}; leave one of them out"
+        )
+    if "traffic" in names:
+        raise RequestError(
+            "--check traffic counts bytes and says nothing about right or wrong; use `effattn cpu --check traffic -- PROGRAM`"
+        )
+    return names
 
 
 @contextlib.contextmanager

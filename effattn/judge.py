@@ -1,6 +1,6 @@
 """A method's output on one case, judged: the outcome, the evidence, and the line that repeats it.
 
-Outcomes in the order in which they are decided: not supported, crashed, wrong shape or dtype, non-finite, inaccurate
+Outcomes in the order in which they are decided: not supported, faulty, crashed, wrong shape or dtype, non-finite, inaccurate
 (an error above the hard bound), biased (within the bound, but not what rounding makes), not judged (ill-conditioned
 in this dtype), pass.
 """
@@ -11,8 +11,8 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +26,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from effattn.case import Case, Inputs
+    from effattn.cpu import Report
     from effattn.methods.base import Method, Output
     from effattn.tolerances.numerics import Numerics
 
     Floats = NDArray[np.float64]
 
 
-def judge(case: Case, method: Method, *, device: str = "cpu") -> Verdict:
+#: findings of the instruments that a verdict shows
+MOST_FINDINGS = 5
+#: ends the message of a pass that `checks` had no part in
+NOTHING_CHECKED = "nothing was checked: no Triton kernel ran on the CPU"
+
+
+def judge(case: Case, method: Method, *, device: str = "cpu", checks: Sequence[str] = ()) -> Verdict:
     """Run the method on the case and judge what it gives.
+
+    `checks` names instruments of `effattn.cpu.checks` that look at the kernels which the method runs on the CPU.
 
     Never raises for what the method does, except KeyboardInterrupt. RequestError where the request itself is wrong: a
     device that is not there, numerics that contradict themselves, no C compiler, a kernel with an operation that the
@@ -50,8 +59,10 @@ def judge(case: Case, method: Method, *, device: str = "cpu") -> Verdict:
         kept = _copies(inputs)
     _notes_of_kernels()
     keep = None
+    report: Report | None = None
+    output: Any = None
     try:
-        with _timed(seconds, "method"):
+        with _timed(seconds, "method"), _checked(checks) as report:
             output = method(case, inputs)
         if case.dropout:
             keep = _keep(case, method.dropout_mask(case, inputs.q.device))
@@ -64,18 +75,47 @@ def judge(case: Case, method: Method, *, device: str = "cpu") -> Verdict:
         # Not what the method does: no C compiler, an operation that the CPU backend does not offer.
         raise
     except (Exception, SystemExit) as error:
-        return _short(case, method, Outcome.CRASHED, _crash(error), seconds)
+        # What went wrong on the host may come from what a kernel did; the findings say it better.
+        if report is None or not report.findings:
+            return _short(case, method, Outcome.CRASHED, _crash(error), seconds, checks)
+    if report is not None and report.findings:
+        return _short(case, method, Outcome.FAULTY, _found(report), seconds, checks)
     notes = _notes_of_kernels()
     changed = _changed(inputs, kept)
     if changed is not None:
         message = f"the method wrote to its input {changed}; expected it to be left as it was: callers go on using it"
         return _short(case, method, Outcome.INACCURATE, message, seconds)
     verdict = _judge(
-        case, kept, output, numerics, method.name, replay_line(case, method.spec, device), seconds, keep
+        case,
+        kept,
+        output,
+        numerics,
+        method.name,
+        replay_line(case, method.spec, device, checks),
+        seconds,
+        keep,
     )
+    if report is not None and report.launches == 0 and verdict.outcome == Outcome.PASS:
+        verdict = replace(verdict, message=f"{verdict.message}; {NOTHING_CHECKED}")
     if notes and verdict.outcome in (Outcome.INACCURATE, Outcome.BIASED):
         verdict = replace(verdict, message="\n".join((verdict.message, *notes)))
     return verdict
+
+
+def _checked(checks: Sequence[str]) -> AbstractContextManager[Report | None]:
+    """Look at the kernels that run inside; gives what was found, or None where nothing is looked at."""
+    if not checks:
+        return nullcontext()
+    from effattn import cpu
+
+    return cpu.checks(*checks)
+
+
+def _found(report: Report) -> str:
+    """The findings, each on a line of its own, the first few of them."""
+    shown = [str(finding) for finding in report.findings[:MOST_FINDINGS]]
+    more = len(report.findings) - len(shown)
+    return "\n".join([*shown, *([f"and {more} more"] if more else [])])
 
 
 def _notes_of_kernels() -> list[str]:
@@ -246,18 +286,27 @@ def _crash(error: BaseException) -> str:
     return "\n".join(lines)
 
 
-def _short(case: Case, method: Method, outcome: Outcome, message: str, seconds: dict[str, float]) -> Verdict:
+def _short(
+    case: Case,
+    method: Method,
+    outcome: Outcome,
+    message: str,
+    seconds: dict[str, float],
+    checks: Sequence[str] = (),
+) -> Verdict:
     return Verdict(
         case=case,
         method=method.name,
         outcome=outcome,
         message=message,
         seconds=seconds,
-        replay=replay_line(case, method.spec, "cpu"),
+        replay=replay_line(case, method.spec, "cpu", checks),
     )
 
 
-def replay_line(case: Case, spec: str, device: str) -> str:
+def replay_line(case: Case, spec: str, device: str, checks: Sequence[str] = ()) -> str:
     """The command line that judges the case again."""
     line = f"effattn replay {shlex.quote(case.to_json())} {shlex.quote(spec)}"
+    if checks:
+        line += f" --check {','.join(checks)}"
     return line if device == "cpu" else f"{line} --device {shlex.quote(device)}"

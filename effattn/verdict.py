@@ -33,6 +33,8 @@ class Outcome(StrEnum):
     NOT_JUDGED = "not judged"
     #: the method raised, or its process died
     CRASHED = "crashed"
+    #: an instrument of `--check` found that a kernel does what it must not: accesses outside of a tensor, races, ...
+    FAULTY = "faulty"
     #: the method was not done within the time limit of a case
     TIMED_OUT = "timed out"
 

@@ -7,7 +7,7 @@ What is effattn's own fault is not caught.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,17 +26,18 @@ class Local:
     Args:
         spec: the method as the command line names it.
         device: where it runs.
+        checks: instruments that look at its kernels, see `effattn.cpu.checks`.
 
     Raises:
         RequestError: there is no such method, or no such device.
     """
 
-    def __init__(self, spec: str, *, device: str = "cpu") -> None:
+    def __init__(self, spec: str, *, device: str = "cpu", checks: Sequence[str] = ()) -> None:
         from effattn import methods
         from effattn.run import work
 
         work.check_device(device)
-        self.device = device
+        self.device, self.checks = device, tuple(checks)
         #: None: nothing can end a case in this process
         self.time_limit = None
         self._method = methods.get(spec)
@@ -44,7 +45,7 @@ class Local:
 
     def judge(self, case: Case) -> Verdict:
         """Judge one case."""
-        return judge(case, self._method, device=self.device)
+        return judge(case, self._method, device=self.device, checks=self.checks)
 
     def call(self, function: str, *arguments: Any) -> Any:
         """Call a function of effattn, `module:function`."""
@@ -62,12 +63,12 @@ class Local:
         self.close()
 
 
-def judge(case: Case, method: Method, *, device: str = "cpu") -> Verdict:
+def judge(case: Case, method: Method, *, device: str = "cpu", checks: Sequence[str] = ()) -> Verdict:
     """Judge one case, with the number of threads that suits its size: the same for a gate and for a replay."""
     from effattn import judge as judging
 
     with _threads(case):
-        return judging.judge(case, method, device=device)
+        return judging.judge(case, method, device=device, checks=checks)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -332,6 +332,7 @@ class Isolated:
         time_limit: seconds for one case.
         memory_limit: bytes that the worker may allocate; None for the default on the CPU, no limit on a GPU, whose
             driver reserves addresses without end.
+        checks: instruments that look at its kernels, see `effattn.cpu.checks`.
 
     Raises:
         RequestError: there is no such method, or no such device.
@@ -344,8 +345,9 @@ class Isolated:
         device: str = "cpu",
         time_limit: float = TIME_LIMIT,
         memory_limit: int | None = None,
+        checks: Sequence[str] = (),
     ) -> None:
-        self.device, self.time_limit = device, time_limit
+        self.device, self.time_limit, self.checks = device, time_limit, tuple(checks)
         self._asked = spec
         if memory_limit is None and device == "cpu":
             memory_limit = int(available_memory() * MEMORY_SHARE)
@@ -378,11 +380,18 @@ class Isolated:
                 self.device,
                 case.to_dict(),
                 self.time_limit,
+                self.checks,
                 backstop=self.time_limit + GRACE,
             )
         except WorkerDied as died:
             return verdict_of_death(
-                case, died, name=self.name, spec=self.spec, device=self.device, time_limit=self.time_limit
+                case,
+                died,
+                name=self.name,
+                spec=self.spec,
+                device=self.device,
+                time_limit=self.time_limit,
+                checks=self.checks,
             )
         verdict = Verdict.from_dict(found)
         if verdict.outcome == Outcome.CRASHED and self.memory_limit and _out_of_memory(verdict.message):
@@ -410,7 +419,14 @@ def _out_of_memory(message: str) -> bool:
 
 
 def verdict_of_death(
-    case: Case, died: WorkerDied, *, name: str, spec: str, device: str, time_limit: float
+    case: Case,
+    died: WorkerDied,
+    *,
+    name: str,
+    spec: str,
+    device: str,
+    time_limit: float,
+    checks: Sequence[str] = (),
 ) -> Verdict:
     """The verdict on a case whose worker died."""
     from effattn.judge import replay_line
@@ -429,7 +445,7 @@ def verdict_of_death(
         method=name,
         outcome=outcome,
         message=message,
-        replay=replay_line(case, spec, device),
+        replay=replay_line(case, spec, device, checks),
     )
 
 

@@ -16,7 +16,7 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from effattn.errors import RequestError
@@ -117,17 +117,19 @@ def check_device(device: str) -> None:
             )
 
 
-def judge_case(spec: str, device: str, case: dict[str, Any], limit: float | None) -> dict[str, Any]:
+def judge_case(
+    spec: str, device: str, case: dict[str, Any], limit: float | None, checks: Sequence[str] = ()
+) -> dict[str, Any]:
     """Judge one case, both as plain data."""
     from effattn.case import Case
 
-    return judged(Case.from_dict(case), spec, device, limit).to_dict()
+    return judged(Case.from_dict(case), spec, device, limit, checks).to_dict()
 
 
-def judged(case: Case, spec: str, device: str, limit: float | None) -> Verdict:
+def judged(case: Case, spec: str, device: str, limit: float | None, checks: Sequence[str] = ()) -> Verdict:
     """Judge one case within the time limit, in seconds."""
     from effattn.run import executor
 
     loaded = method(spec)
     with time_limit(limit):
-        return executor.judge(case, loaded, device=device)
+        return executor.judge(case, loaded, device=device, checks=checks)
