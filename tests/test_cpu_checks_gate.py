@@ -22,7 +22,7 @@ import triton.language as tl
 
 
 @triton.jit
-def touch(x_ptr, n, BLOCK: tl.constexpr, EXTRA: tl.constexpr, PROGRAMS: tl.constexpr, OTHER: tl.constexpr):
+def touch(x_ptr, n, BLOCK: tl.constexpr, EXTRA: tl.constexpr, PROGRAMS: tl.constexpr):
     at = tl.program_id(0) % PROGRAMS * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < n + EXTRA, other=0.0)
     tl.store(x_ptr + at, x, mask=at < n)
@@ -37,7 +37,7 @@ def run(q, k, v, **how):
     out = attend(q, k, v)
     programs = triton.cdiv(out.numel(), 64)
     touch[(programs * how.get("times", 1),)](
-        out, out.numel(), BLOCK=64, EXTRA=how.get("extra", 0), PROGRAMS=programs, OTHER=0
+        out, out.numel(), BLOCK=64, EXTRA=how.get("extra", 0), PROGRAMS=programs
     )
     return out
 
@@ -64,7 +64,7 @@ def fails_after_a_fault(q, k, v):
 
 def unwritten(q, k, v):
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
-    touch[(1,)](out.view(-1)[:1], 0, BLOCK=64, EXTRA=0, PROGRAMS=1, OTHER=0)
+    touch[(1,)](out.view(-1)[:1], 0, BLOCK=64, EXTRA=0, PROGRAMS=1)
     return out
 """
 
@@ -84,12 +84,12 @@ def methods(tmp_path_factory: pytest.TempPathFactory) -> str:
         (
             "reads_too_far",
             ("bounds",),
-            r"bounds: kernel touch, faulty_methods.py:12, program \(0, 0, 0\): load of element 45",
+            r"bounds: kernel touch, faulty_methods.py:10, program \(0, 0, 0\): load of element 45",
         ),
         (
             "races",
             ("races",),
-            r"races: kernel touch, faulty_methods.py:13, program \(1, 0, 0\): store to element 0 of x_ptr",
+            r"races: kernel touch, faulty_methods.py:11, program \(1, 0, 0\): store to element 0 of x_ptr",
         ),
         ("fails_after_a_fault", ("bounds",), r"bounds: kernel touch"),
         (
