@@ -17,6 +17,7 @@ import click
 
 from effattn import cli_runs
 from effattn.errors import RequestError
+from effattn.study.cli import study
 
 if TYPE_CHECKING:
     from effattn.case import Case
@@ -346,6 +347,9 @@ def cpu(program: tuple[str, ...], capability: str, autotune: str) -> int:
     from effattn.cpu import command
 
     command.run(program, capability=capability, autotune=autotune)
+
+
+cli.add_command(study)
 
 
 @cli.command()

@@ -54,27 +54,27 @@ def projected_product_variance(x: Any, y: Any, k: int) -> Any:
     return (np.sum(x * x, -1) * np.sum(y * y, -1) + np.sum(x * y, -1) ** 2) / k
 
 
-def mean_entry_variance(z2: Any, m: int) -> Any:
-    """Relative variance of one entry of positive features, (exp(|z|^2) - 1) / m."""
-    return np.expm1(np.asarray(z2, np.float64)) / m
+def output_error(weights: Any, x: Any, y: Any, values: Any, m: int) -> tuple[float, float]:
+    """First-order mean square error of Performer's output with positive features and m iid projections.
 
+    weights (rows, n) exact attention of the rows, x (rows, d) and y (n, d) scaled queries and keys, values (n, d_v).
+    The relative errors of two entries of a row correlate, since keys share projections: with z_j = x + y_j their
+    covariance is (exp(z_j . z_l) - 1) / m. With a_j = w_j (v_j - o), which sum to zero over j,
 
-def output_error(weights: Any, values: Any, z2: Any, m: int) -> float:
-    """First-order relative Frobenius error of Performer's output with positive features and iid projections.
+        E |delta o|^2 = sum_jl (a_j . a_l) exp(z_j . z_l) / m.
 
-    weights (n, n) exact attention, values (n, d_v), z2 (n, n) of |z_ij|^2. Two keys share their projections, so their
-    errors correlate: with z_j = x + y_j, Cov of the relative errors of entries j, l is (exp(z_j.z_l) - 1)/m, and
-
-        E |delta o_i|^2 = sum_jl w_ij w_il (v_j - o_i).(v_l - o_i) (exp(z_j.z_l) - 1) / m.
-
-    Here only the diagonal is taken, which is what the sum comes to for values that are independent of the keys.
-    It holds for m >> exp(|z|^2) only.
+    It holds where m >> exp(|z|^2), and is an upper guess elsewhere. Returns the sums over rows of E |delta o|^2 and of
+    |o|^2; the root of their quotient is the relative error.
     """
-    w, v = np.asarray(weights, np.float64), np.asarray(values, np.float64)
+    w, x, y, v = (np.asarray(t, np.float64) for t in (weights, x, y, values))
     out = w @ v
-    spread = np.sum(v * v, -1)[None, :] - 2 * out @ v.T + np.sum(out * out, -1)[:, None]
-    square = np.sum(w * w * spread * mean_entry_variance(z2, m))
-    return float(np.sqrt(square / np.sum(out * out)))
+    square = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite for large |z|, and then says what it should
+        gram = np.exp(y @ y.T)
+        for row, query, mean in zip(w, x, out, strict=True):
+            a = (row * np.exp(query @ query / 2 + y @ query))[:, None] * (v - mean)
+            square += float(np.sum(a * (gram @ a)))
+    return square / m, float(np.sum(out * out))
 
 
 def floor(singular_values: Any, k: int) -> float:

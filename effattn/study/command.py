@@ -1,0 +1,173 @@
+"""What `effattn study NAME` does: plan, measure with a bar, write tables and charts, answer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from effattn.errors import RequestError
+from effattn.report import text
+from effattn.run import provenance
+from effattn.run import store as runs
+from effattn.study import complexity, inverse, linformer, performer, plans, probe, results
+from effattn.study.engine import Job, Row, Store
+
+#: name -> one line
+STUDIES = {
+    "performer": "the error of random features against their number m",
+    "linformer": "the error of projected keys and values against their number k",
+    "complexity": "CPU time and peak memory against the sequence length",
+}
+_MEASURES = {"performer": performer.measure, "linformer": linformer.measure}
+#: an option that may be repeated, and was not given
+_NOTHING: tuple[object, ...] = ()
+_SIZE = {"performer": "m", "linformer": "k"}
+
+
+def run(name: str, *, out: Path | None, profile: str, target_error: float | None, **changes: Any) -> None:
+    """One study. Raises RequestError for what can't be run."""
+    if name not in STUDIES:
+        raise RequestError(f"unknown study {name!r}; expected one of {', '.join(STUDIES)}")
+    folder = out if out is not None else runs.DEFAULT_FOLDER / f"study-{name}-{profile}"
+    if out is None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        runs.ignore_in_git(runs.DEFAULT_FOLDER)
+    if name == "complexity":
+        given = [option for option, value in changes.items() if value is not None and value != _NOTHING]
+        if given or target_error is not None:
+            raise RequestError(
+                "study complexity takes no options but --profile and --out; leave the others out"
+            )
+        _complexity(folder, profile)
+        return
+    if target_error is not None:
+        _inverse(name, folder, out is not None, profile, target_error, changes)
+        return
+    plan = plans.adapt(plans.profile(name, profile), **changes)
+    rows = _measure(plan, folder, plans.jobs(plan))
+    charts = results.write(rows, folder, plans.ERROR_COLUMNS, title=f"Study {name}", size=_SIZE[name])
+    for where, of_setting in results.curves(rows).items():
+        click.echo(f"{where.part}: {where.words()}")
+        _print_table(results.table(of_setting, size=_SIZE[name]))
+        for line in results.comparisons(of_setting):
+            click.echo(line)
+        click.echo()
+    _say_where(folder, charts)
+
+
+def _measure(plan: plans.Plan, folder: Path, jobs: Sequence[Job]) -> list[Row]:
+    kept = Store(folder, plan.request(), plans.ERROR_COLUMNS)
+    with _bar(len(jobs)) as progress:
+        rows = kept.run(jobs, partial(_MEASURES[plan.study], seed=plan.seed), progress)
+    _write_provenance(folder)
+    return rows
+
+
+def _inverse(
+    name: str, folder: Path, named: bool, profile: str, target: float, changes: dict[str, Any]
+) -> None:
+    plan = plans.adapt(plans.profile(name, profile), **changes)
+    inverse.check_target(target, plan.dtype)
+    if len(plan.n) > 1:
+        raise RequestError("--target-error answers for one length; name it with --n")
+    n = plan.n[0]
+    if not changes.get("sizes"):
+        plan = plans.adapt(plan, sizes=inverse.sizes_up_to(n))
+    folder = folder if named else folder.with_name(f"{folder.name}-inverse")
+    rows = _measure(plan, folder, [job for job in plans.jobs(plan) if job.point.part == "error"])
+    known = performer.METHODS if name == "performer" else linformer.METHODS
+    letter = _SIZE[name]
+    for where, of_setting in results.curves(rows).items():
+        click.echo(f"{where.words()}: the smallest {letter} with a relative error of at most {target:g}")
+        lines = [f"| method | {letter} | CPU time | memory |", "|---|---|---|---|"]
+        for curve in of_setting:
+            if curve.method not in known:
+                continue
+            got = inverse.answer(curve, target)
+            if got.smallest is None:
+                error = results.cell(got.at_limit)
+                lines.append(f"| {curve.method} | none below {got.limit}, error {error} there | - | - |")
+                continue
+            size = int(got.smallest.median)
+            cost = probe.measure(
+                method=name if name == "linformer" or not where.causal else "performer, causal",
+                n=n, head_dim=where.head_dim, size=size,
+            )  # fmt: skip
+            low, high = (_whole(x, got.limit) for x in (got.smallest.low, got.smallest.high))
+            spread = f" ({low} to {high})" if low != high else ""
+            lines.append(
+                f"| {curve.method} | {size}{spread} | {text.seconds(cost['seconds'])} | {_bytes(cost['bytes'])} |"
+            )
+        exact = probe.measure(method="standard", n=n, head_dim=where.head_dim, size=1)
+        lines.append(f"| exact | - | {text.seconds(exact['seconds'])} | {_bytes(exact['bytes'])} |")
+        _print_table(lines)
+        click.echo()
+    click.echo("Time and memory: one head, float32, positive features or averages, one thread.")
+    _say_where(folder, [])
+
+
+def _whole(size: float, limit: int) -> str:
+    return f"over {limit}" if size == float("inf") else str(int(size))
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**20:.1f} MB" if count < 2**30 else f"{count / 2**30:.2f} GB"
+
+
+def _complexity(folder: Path, profile: str) -> None:
+    jobs = complexity.jobs(profile)
+    kept = Store(folder, {"study": "complexity", "profile": profile}, (*plans.COST_COLUMNS, "error"))
+    with _bar(len(jobs)) as progress:
+        rows = kept.run(jobs, complexity.measure, progress)
+    _write_provenance(folder)
+    found = complexity.lines(rows)
+    charts = complexity.write(found, folder)
+    _print_table(complexity.table(found))
+    click.echo()
+    _say_where(folder, charts)
+
+
+def _print_table(lines: Sequence[str]) -> None:
+    """A table of Markdown in columns."""
+    rows = [
+        [cell.strip().replace("\\", "") for cell in line.strip("|").split("|")]
+        for line in lines
+        if not line.startswith("|---")
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _say_where(folder: Path, charts: Sequence[Path]) -> None:
+    drawn = f", {len(charts)} charts" if charts else ""
+    click.echo(f"Written to {folder}/{drawn}")
+
+
+def _write_provenance(folder: Path) -> None:
+    import json
+
+    origin = {"ended": provenance.now(), **provenance.collect(device="cpu")}
+    (folder / "provenance.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[Job], None] | None]:
+    """A progress bar on stderr where that is a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from effattn.report import terminal
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=terminal.console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring", total=total)
+        yield lambda job: bar.update(task, advance=1, description=job.point.method or "measuring")

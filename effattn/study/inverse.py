@@ -1,0 +1,69 @@
+"""The inverse question: which k or m gives a wanted error, and what does it cost?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from effattn.errors import RequestError
+from effattn.study.intervals import Interval, median_interval
+from effattn.study.results import Curve
+
+#: unit roundoff of what the output is rounded to
+_ROUNDOFF = {"fp16": 2.0**-11, "bf16": 2.0**-8, "fp32": 2.0**-24, "fp64": 2.0**-53}
+
+
+class Answer(NamedTuple):
+    """What one method needs."""
+
+    method: str
+    smallest: (
+        Interval | None
+    )  #: size with its interval over draws; None where no size up to the largest suffices
+    limit: int  #: the largest size that was looked at
+    at_limit: Interval  #: the error there
+
+
+def check_target(target: float, dtypes: Sequence[str]) -> None:
+    """RequestError for a target that isn't an error, or that rounding alone exceeds."""
+    if not 0 < target < math.inf:
+        raise RequestError(f"--target-error {target!r}: expected a positive number, such as 0.05")
+    for dtype in dtypes:
+        if target < _ROUNDOFF[dtype]:
+            raise RequestError(
+                f"--target-error {target:g} is below {_ROUNDOFF[dtype]:.1g}, the unit roundoff of {dtype}: rounding"
+                " alone is more. Take a larger target or a wider dtype"
+            )
+
+
+def sizes_up_to(n: int) -> tuple[int, ...]:
+    """Powers of two from 8 on, and n."""
+    found = [2**i for i in range(3, 30) if 2**i < n]
+    return (*found, n - n % 2 or 1) if n > 1 else (1,)
+
+
+def answer(curve: Curve, target: float) -> Answer:
+    """The smallest size with an error of at most `target`, for each draw between two sizes by interpolation of the
+    logarithms, then median and interval over draws. A draw that never gets there counts as infinite."""
+    found = [_crossing(curve.sizes, errors, target) for errors in zip(*curve.samples, strict=True)]
+    interval = median_interval(found)
+    smallest = interval if math.isfinite(interval.median) else None
+    return Answer(curve.method, smallest, curve.sizes[-1], curve.intervals[-1])
+
+
+def _crossing(sizes: Sequence[int], errors: Sequence[float], target: float) -> float:
+    best = np.minimum.accumulate(np.where(np.isnan(errors), np.inf, np.asarray(errors, np.float64)))
+    reached = np.flatnonzero(best <= target)
+    if reached.size == 0:
+        return math.inf
+    i = int(reached[0])
+    if i == 0 or not math.isfinite(best[i - 1]):
+        return float(sizes[i])
+    below = max(best[i], 1e-300)
+    share = math.log(best[i - 1] / target) / math.log(best[i - 1] / below)
+    return float(
+        math.ceil(math.exp(math.log(sizes[i - 1]) + share * math.log(sizes[i] / sizes[i - 1])) - 1e-9)
+    )

@@ -1,0 +1,117 @@
+"""Time and memory of one attention, in a process of its own: `python -m effattn.study.probe JSON`.
+
+The JSON names method, n, head_dim, size, causal; the answer is JSON with `seconds` (of CPU time, one thread: other
+processes on the machine change it little) and `bytes` (the most memory beyond what was there with the inputs).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effattn.errors import EffattnError
+
+if TYPE_CHECKING:
+    import torch
+
+#: what can be measured
+METHODS = ("standard", "flash", "linformer", "performer", "performer, causal")
+
+
+def measure(**request: Any) -> Mapping[str, float]:
+    """Run the probe in a process of its own. EffattnError with its last words if it fails."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "EFFATTN_CPU_THREADS": "1",
+        # Freed memory goes back at once, so that the peak is that of what was in use.
+        "MALLOC_TRIM_THRESHOLD_": "0",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "effattn.study.probe", json.dumps(request)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        words = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise EffattnError(f"measuring {request} failed: {words[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def attention(method: str, head_dim: int, size: int, n: int) -> Callable[..., torch.Tensor]:
+    """The function q, k, v (1, 1, n, head_dim) -> out that is measured."""
+    import torch
+
+    from effattn.methods.linformer import linformer_attention
+    from effattn.methods.linformer_projections import mean_pooling
+    from effattn.methods.performer import performer_attention
+    from effattn.methods.performer_features import draw_projections
+
+    if method == "standard":
+        return lambda q, k, v: torch.softmax(q @ k.mT * head_dim**-0.5, -1) @ v
+    if method == "flash":
+        from effattn.kernels.flash_attention import flash_attention_forward
+
+        return lambda q, k, v: flash_attention_forward(q, k, v)[0]
+    if method == "linformer":
+        e = mean_pooling(size, n)
+        return lambda q, k, v: linformer_attention(q, k, v, e)
+    generator = torch.Generator().manual_seed(0)
+    omega = draw_projections(size, head_dim, generator=generator, partial=True)
+    causal = method == "performer, causal"
+    return lambda q, k, v: performer_attention(q, k, v, omega, causal=causal)
+
+
+def _probe(method: str, n: int, head_dim: int, size: int) -> dict[str, float]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, n, head_dim, generator=generator) for _ in range(3))
+    function = attention(method, head_dim, size, n)
+    with torch.no_grad():
+        # Compiles, fills caches; for Linformer the length is fixed.
+        short = n if method == "linformer" else min(n, 256)
+        function(q[:, :, :short], k[:, :, :short], v[:, :, :short])
+        before = _resident()
+        seconds = []
+        peak = 0
+        spent = time.perf_counter()
+        while not seconds or (len(seconds) < 5 and time.perf_counter() - spent < 1.0):
+            _forget_peak()
+            start = time.process_time()
+            out = function(q, k, v)
+            seconds.append(time.process_time() - start)
+            peak = max(peak, _peak() - before)
+            del out
+    return {"seconds": min(seconds), "bytes": float(max(peak, 0))}
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise EffattnError(f"/proc/self/status has no {name}; memory can be measured on Linux only")
+
+
+def _resident() -> int:
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    return _status("VmHWM")
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+if __name__ == "__main__":
+    print(json.dumps(_probe(**json.loads(sys.argv[1]))))

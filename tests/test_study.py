@@ -1,0 +1,403 @@
+"""Studies: statistics that are right, runs that resume, answers that can be checked, charts, messages."""
+
+from __future__ import annotations
+
+import csv
+import math
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from effattn.errors import EffattnError, RequestError
+from effattn.study import inverse, measures, plans, theory
+from effattn.study.engine import DRAWS, Job, Point, Store, by_point
+from effattn.study.intervals import constant, mean_interval, median_interval, sign_test, slope
+from effattn.study.problems import problem
+from effattn.study.results import Curve, curves, setting
+
+# -- statistics --------------------------------------------------------------------------------------------
+
+
+def test_a_median_interval_covers_as_often_as_it_says() -> None:
+    """Of Cauchy samples, which have no mean. 95 % stated: of 2,000 between 92 and 99.5 %, for each size."""
+    random = np.random.default_rng(0)
+    for n in (6, 15, 40):
+        intervals = [median_interval(list(random.standard_cauchy(n))) for _ in range(2000)]
+        held = np.mean([i.low < 0 < i.high for i in intervals])
+        assert intervals[0].coverage - 0.02 < held < intervals[0].coverage + 0.02
+        assert 0.95 <= intervals[0].coverage < 1
+    assert median_interval([1.0, 2.0, 4.0]).coverage == 0.75  # three draws can't say more
+
+
+def test_nan_counts_as_the_largest() -> None:
+    got = median_interval([3.0, math.nan, 1.0, 2.0, math.nan])
+    assert got.median == 3.0
+    assert math.isnan(got.high)
+
+
+def test_slopes_are_found_with_their_intervals() -> None:
+    random = np.random.default_rng(1)
+    sizes = (16, 64, 256)
+    errors = [[3 * m**-0.5 * math.exp(0.05 * random.normal()) for _ in range(15)] for m in sizes]
+    got = slope(sizes, errors)
+    assert got.low < -0.5 < got.high
+    assert got.high - got.low < 0.1
+    assert math.isnan(slope((16,), [[1.0]]).median)
+
+
+def test_the_sign_test_counts() -> None:
+    assert sign_test([0.0] * 15, [1.0] * 15) == 2.0**-15
+    assert sign_test([1.0, 0.0], [0.0, 1.0]) == 0.75
+
+
+def test_mean_intervals_are_students() -> None:
+    got = mean_interval([1.0, 2.0, 3.0, 4.0], coverage=0.95)
+    assert got.median == 2.5
+    assert got.high - got.median == pytest.approx(3.182446 * np.std([1, 2, 3, 4], ddof=1) / 2, rel=1e-5)
+
+
+# -- measures ----------------------------------------------------------------------------------------------
+
+
+def _tensors(n: int = 24) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(1, 2, n, 8, generator=g, dtype=torch.float64) for _ in range(3))
+
+
+def test_errors_of_known_outputs() -> None:
+    exact = torch.tensor([[[[3.0, 4.0], [0.0, 2.0]]]])
+    assert measures.output_errors(exact, exact)["error"] == 0.0
+    zero = measures.output_errors(0 * exact, exact)
+    assert (zero["error"], zero["row_max"], zero["mse"]) == (1.0, 1.0, 7.25)
+    half = measures.output_errors(torch.tensor([[[[3.0, 4.0], [0.0, 1.0]]]]), exact)
+    assert half["error"] == pytest.approx(1 / math.sqrt(29))
+    assert (half["row_max"], half["cosine"]) == (0.5, 1.0)
+    assert math.isnan(measures.output_errors(exact * math.nan, exact)["error"])
+
+
+def test_divergence_is_zero_for_the_same_weights_only_and_refuses_negative_ones() -> None:
+    q, k, _ = _tensors()
+    weights = measures.exact_weights(q, k, causal=True)
+    hidden = measures.causal_mask(24, 24)
+    assert measures.divergence(weights, weights, hidden) == pytest.approx(0, abs=1e-14)
+    other = measures.exact_weights(2 * q, k, causal=True)
+    assert measures.divergence(other, weights, hidden) > 0.1
+    assert math.isnan(measures.divergence(-weights, weights, hidden))
+
+
+def test_baselines_are_exact_at_full_size_and_not_before() -> None:
+    q, k, v = _tensors()
+    weights = measures.exact_weights(q, k, causal=False)
+    svd = torch.linalg.svd(weights)
+    for name, at in {
+        "svd": lambda size: measures.truncated(tuple(svd), size),
+        "top-k": lambda size: measures.top_k(weights, size),
+        "nystroem": lambda size: measures.nystroem(q, k, size),
+    }.items():
+        assert float((at(24) - weights).abs().max()) < 1e-6, name
+        assert float((at(6) - weights).norm() / weights.norm()) > 0.05, name
+    floor = float((measures.truncated(tuple(svd), 6)[0, 0] - weights[0, 0]).norm() / weights[0, 0].norm())
+    assert floor == pytest.approx(theory.floor(svd.S[0, 0].numpy(), 6))
+    causal = measures.exact_weights(0 * q, k, causal=True)
+    torch.testing.assert_close(measures.uniform(v, 2, causal=True), measures.apply(causal, v))
+    with pytest.raises(RequestError, match="25 landmarks of 24 tokens"):
+        measures.nystroem(q, k, 25)
+
+
+def test_theory_predicts_the_mean_square_error_of_the_output() -> None:
+    """Where m >> exp(|z|^2) and v knows nothing of k: within 12 % over 60 draws; for a wrong m it isn't."""
+    from effattn.methods.performer import performer_attention
+    from effattn.methods.performer_features import draw_projections
+    from effattn.study.performer import theory_error
+
+    data = problem(Job(point=Point(n=64, head_dim=8, input_scale=0.25, method=""), draw=0), seed=3)
+    squares = []
+    for draw in range(60):
+        omega = draw_projections(
+            256, 8, generator=torch.Generator().manual_seed(draw), kind="iid", dtype=torch.float64
+        )
+        out = performer_attention(data.q.double(), data.k.double(), data.v.double(), omega)
+        squares.append(measures.output_errors(out, data.exact)["error"] ** 2)
+    measured = math.sqrt(np.mean(squares))
+    assert measured == pytest.approx(theory_error(data, 256), rel=0.12)
+    assert measured != pytest.approx(theory_error(data, 512), rel=0.25)
+
+
+# -- runs --------------------------------------------------------------------------------------------------
+
+
+def _jobs(count: int = 6) -> list[Job]:
+    return [Job(point=Point(n=8, head_dim=4, method="a, b", size=3), draw=i) for i in range(count)]
+
+
+def test_a_study_resumes_without_losing_or_repeating_a_draw(tmp_path: Path) -> None:
+    measured: list[int] = []
+
+    def measure(job: Job) -> dict[str, float]:
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(job.draw)
+        return {"error": 0.1 * job.draw}
+
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path, {"a": 1}, ["error", "kl"]).run(_jobs(), measure)
+    # As if the power had gone while a row was being written.
+    with (tmp_path / DRAWS).open("a") as file:
+        file.write("error,8,4,normal,1.0,fp32,False,a, b")
+    again: list[int] = []
+    rows = Store(tmp_path, {"a": 1}, ["error", "kl"]).run(
+        _jobs(), lambda job: (again.append(job.draw), {"error": 0.1 * job.draw})[1]
+    )
+    assert (measured, again) == ([0, 1, 2], [3, 4, 5])
+    assert [row.measures for row in rows] == [{"error": 0.1 * i} for i in range(6)]
+    with (tmp_path / DRAWS).open(newline="") as file:
+        assert [int(line["draw"]) for line in csv.DictReader(file)] == list(range(6))
+    assert (
+        Store(tmp_path, {"a": 1}, ["error", "kl"]).run(_jobs(), lambda job: pytest.fail("repeated")) == rows
+    )
+
+
+def test_a_folder_keeps_to_one_study(tmp_path: Path) -> None:
+    Store(tmp_path / "a", {"seed": 1}, ["error"])
+    with pytest.raises(RequestError, match="holds the draws of another study"):
+        Store(tmp_path / "a", {"seed": 2}, ["error"])
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.tex").write_text("x")
+    with pytest.raises(RequestError, match="holds something already"):
+        Store(tmp_path / "b", {"seed": 1}, ["error"])
+
+
+def test_an_interrupted_command_says_so_and_goes_on(tmp_path: Path) -> None:
+    script = textwrap.dedent(
+        """
+        import os, signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        from effattn.study import performer, command
+        measure, count = performer.measure, [0]
+        def interrupted(job, *, seed):
+            count[0] += 1
+            if count[0] == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            return measure(job, seed=seed)
+        command._MEASURES["performer"] = interrupted
+        from effattn.cli import main
+        sys.exit(main(sys.argv[1:]))
+        """
+    )
+    arguments = [
+        "study", "performer", "--n", "32", "--head-dim", "8", "--input-scale", "0.5", "--size", "8", "--draws", "2",
+        "--out", str(tmp_path / "s"),
+    ]  # fmt: skip
+    first = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False
+    )
+    assert first.returncode == 130, first.stderr
+    assert "interrupted; the same command goes on where this one stopped" in first.stderr
+    kept = (tmp_path / "s" / DRAWS).read_text()
+    assert 4 <= kept.count("\n") <= 6
+    from effattn.cli import main
+
+    assert main(arguments) == 0
+    assert (tmp_path / "s" / DRAWS).read_text().startswith(kept)
+
+
+def test_draws_have_their_own_inputs_and_methods_share_them() -> None:
+    point = Point(n=8, head_dim=4, method="a")
+    one, two = (problem(Job(point=point, draw=i), seed=0).q for i in (0, 1))
+    assert not torch.equal(one, two)
+    other = Point(n=8, head_dim=4, method="b", size=9)
+    assert torch.equal(problem(Job(point=other, draw=0), seed=0).q, one)
+    assert not torch.equal(problem(Job(point=other, draw=0), seed=1).q, one)
+    doubled = problem(Job(point=Point(n=8, head_dim=4, input_scale=2.0, method="a"), draw=0), seed=0)
+    assert torch.equal(doubled.q, 2 * one)
+
+
+def test_rounding_is_kept_apart_from_approximation() -> None:
+    from effattn.study import linformer, performer
+
+    for dtype, size in (("fp16", 2.0**-11), ("bf16", 2.0**-8), ("fp32", 2.0**-24)):
+        job = Job(
+            point=Point(n=64, head_dim=8, dtype=dtype, input_scale=0.5, method="positive, iid", size=64),
+            draw=0,
+        )
+        got = performer.measure(job, seed=0)
+        assert got["rounding"] < 20 * size
+        assert got["rounding"] > 0.05 * size
+        assert got["error"] == pytest.approx(got["approximation"], abs=20 * size)
+        job = Job(point=Point(n=64, head_dim=8, dtype=dtype, method="mean pooling", size=64), draw=0)
+        got = linformer.measure(job, seed=0)
+        assert got["approximation"] < 1e-12  # exact at k = n
+        assert 0.05 * size < got["rounding"] < 20 * size
+
+
+# -- the inverse question ----------------------------------------------------------------------------------
+
+
+def _curve(samples: list[list[float]], sizes: list[int]) -> Curve:
+    return Curve(
+        setting(Point(n=64, head_dim=8, method="m")), "m", sizes, [constant(s[0]) for s in samples], samples
+    )
+
+
+def test_the_smallest_size_is_found_between_two() -> None:
+    sizes = [16, 64, 256]
+    curve = _curve([[4 * m**-0.5] * 3 for m in sizes], sizes)
+    got = inverse.answer(curve, 0.4)  # m = 100
+    assert got.smallest is not None
+    assert got.smallest.median == 100
+    assert inverse.answer(curve, 0.01).smallest is None  # none below 256
+    assert inverse.answer(curve, 2.0).smallest is not None
+    # An error that isn't a number reaches no target; an error that rises again was reached before.
+    assert inverse.answer(_curve([[math.nan], [math.nan], [0.1]], sizes), 0.2).smallest == constant(
+        256.0
+    )._replace(coverage=0.0)
+    assert inverse.answer(_curve([[1.0], [0.1], [0.3]], sizes), 0.1).smallest is not None
+
+
+def test_sizes_go_up_to_the_length() -> None:
+    assert inverse.sizes_up_to(100) == (8, 16, 32, 64, 100)
+    assert inverse.sizes_up_to(65)[-1] == 64
+
+
+# -- the command -------------------------------------------------------------------------------------------
+
+
+def test_a_small_study_writes_tables_and_charts(tmp_path: Path, effattn_command) -> None:
+    out = tmp_path / "s"
+    code, stdout, stderr = effattn_command(
+        "study", "linformer", "--n", "32", "--head-dim", "8", "--values", "normal", "--size", "4,8,32", "--draws", "3",
+        "--out", out,
+    )  # fmt: skip
+    assert code == 0, stderr
+    assert "- gaussian is no better than uniform attention" in stdout
+    rows = list(csv.DictReader((out / "summary.csv").read_text().splitlines()))
+    error = {
+        (row["method"], int(row["size"])): float(row["median"])
+        for row in rows
+        if row["part"] == "error" and row["measure"] == "error"
+    }
+    assert error["mean pooling", 32] < 1e-6
+    assert error["truncated SVD", 8] < error["mean pooling", 8] < error["gaussian", 8]
+    assert error["zero", 0] == 1.0
+    svg = (out / "error-n32-d8-normal-x1-fp32.svg").read_text()
+    assert "mean pooling" in svg
+    text = (out / "summary.md").read_text()
+    assert "![" in text
+    assert "| mean pooling |" in text
+
+
+def test_charts_are_the_same_for_the_same_data(tmp_path: Path) -> None:
+    from effattn.study import charts
+
+    chart = charts.Chart(
+        name="c", title="t", x_label="m", y_label="e",
+        curves=[charts.Curve(label="a", x=[1, 2], y=[0.5, 0.25], low=[0.4, 0.2], high=[0.6, 0.3])],
+    )  # fmt: skip
+    first = charts.draw(chart, tmp_path).read_bytes()
+    assert charts.draw(chart, tmp_path).read_bytes() == first
+    assert b"<svg" in first
+
+
+def test_the_answer_is_printed_with_its_cost(tmp_path: Path, effattn_command) -> None:
+    code, out, err = effattn_command(
+        "study", "performer", "--n", "64", "--head-dim", "8", "--input-scale", "0.25", "--method", "positive, orthogonal",
+        "--method", "relu, orthogonal", "--draws", "6", "--size", "8,64", "--target-error", "0.2", "--out", tmp_path / "s",
+    )  # fmt: skip
+    assert code == 0, err
+    found = {line.split("  ")[0]: line for line in out.splitlines()}
+    assert "MB" in found["positive, orthogonal"]
+    _, low, high = _numbers_in(found["positive, orthogonal"])
+    assert 8 <= low <= high <= 64
+    code, out, err = effattn_command(
+        "study", "performer", "--n", "64", "--head-dim", "8", "--input-scale", "1", "--method", "relu, orthogonal",
+        "--size", "8,64", "--draws", "6", "--target-error", "0.02", "--out", tmp_path / "t",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "none below 64, error" in out
+
+
+def _numbers_in(line: str) -> tuple[int, int, int]:
+    import re
+
+    match = re.search(r"  (\d+)(?: \((\d+) to (\d+)\))?  ", line)
+    assert match, line
+    middle = int(match[1])
+    return middle, int(match[2] or middle), int(match[3] or middle)
+
+
+BAD = [
+    (["perform"], "unknown study 'perform'"),
+    (["performer", "--profile", "huge"], "unknown profile 'huge'"),
+    (["performer", "--size", "15"], "come in pairs; expected an even number"),
+    (["performer", "--size", "0"], "--size 0: expected at least 1"),
+    (["performer", "--size", "many"], "expected whole numbers"),
+    (["performer", "--method", "magic"], "unknown method 'magic'"),
+    (["performer", "--input-scale", "-1"], "expected a positive finite number"),
+    (["performer", "--dtype", "fp8"], "unknown dtype 'fp8'"),
+    (["performer", "--draws", "0"], "--draws 0"),
+    (["performer", "--values", "gaussian"], "gaussian"),
+    (["performer", "--values", "real:gpt5/1"], "unknown model"),
+    (["performer", "--values", "real:smollm2/12", "--head-dim", "32"], "expected 64, the model's"),
+    (["performer", "--target-error", "1e-9"], "below 6e-08, the unit roundoff of fp32"),
+    (["performer", "--target-error", "-1"], "expected a positive number"),
+    (["linformer", "--size", "300"], "expected k up to n"),
+    (["linformer", "--causal"], "Linformer can't be causal"),
+    (["complexity", "--draws", "3"], "takes no options but --profile and --out"),
+    (["complexity", "--profile", "endless"], "unknown profile 'endless'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_requests_are_answered(
+    arguments: list[str], message: str, tmp_path: Path, effattn_command
+) -> None:
+    code, _, err = effattn_command("study", *arguments, "--out", tmp_path / "s")
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_help_loads_nothing_heavy() -> None:
+    script = (
+        "import sys\nfrom effattn.cli import main\nmain(['study', '--help'])\n"
+        "print(sorted({'torch', 'numpy', 'matplotlib', 'scipy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_every_profile_is_a_plan_that_can_run() -> None:
+    for study, profiles in plans.PROFILES.items():
+        for name in profiles:
+            jobs = plans.jobs(plans.adapt(plans.profile(study, name)))
+            assert len({job.key for job in jobs}) == len(jobs), (study, name)
+            assert len(by_point([])) == 0
+            assert len(jobs) > 20
+
+
+def test_costs_are_measured_in_a_process_of_their_own() -> None:
+    from effattn.study import probe
+
+    small, large = (probe.measure(method="standard", n=n, head_dim=16, size=1) for n in (256, 1024))
+    assert large["seconds"] > small["seconds"]
+    # Scores and weights: two matrices of float32, at least one more than before.
+    assert 4 * 1024**2 < large["bytes"] < 5 * 4 * 1024**2
+    with pytest.raises(EffattnError, match=r"measuring .* failed: .*k must be at most 16"):
+        probe.measure(method="linformer", n=16, head_dim=16, size=17)
+
+
+def test_curves_keep_the_order_of_measurement() -> None:
+    from effattn.study.engine import Row
+
+    rows = [
+        Row(job=Job(point=Point(n=8, head_dim=4, method=m, size=s), draw=0), measures={"error": 1.0})
+        for m in ("z", "a")
+        for s in (4, 2)
+    ]
+    (found,) = curves(rows).values()
+    assert [(c.method, c.sizes) for c in found] == [("z", [2, 4]), ("a", [2, 4])]
