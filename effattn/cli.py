@@ -338,15 +338,27 @@ def list_values() -> int:
 @click.option(
     "--autotune", default="first", show_default=True, metavar="first|all", help="Configurations to try."
 )
+@click.option(
+    "--check",
+    "check_names",
+    multiple=True,
+    metavar="NAME",
+    help="Look at what Triton kernels do: bounds, races, poison, order, traffic; repeat it or list them with commas.",
+)
 @click.argument("program", nargs=-1, type=click.UNPROCESSED)
-def cpu(program: tuple[str, ...], capability: str, autotune: str) -> int:
+def cpu(program: tuple[str, ...], capability: str, autotune: str, check_names: tuple[str, ...]) -> int:
     """Run a Python PROGRAM that was written for device "cuda" on the CPU: effattn cpu -- pytest tests/
 
     PROGRAM is python, pytest, -m MODULE, a script or a console script, with its arguments; put -- before it.
     """
     from effattn.cpu import command
 
-    command.run(program, capability=capability, autotune=autotune)
+    checks: tuple[str, ...] = ()
+    if check_names:
+        from effattn.cpu import sanitizer
+
+        checks = sanitizer.parse(",".join(check_names))
+    return command.run(program, capability=capability, autotune=autotune, checks=checks)
 
 
 cli.add_command(study)

@@ -1,6 +1,7 @@
 """`effattn cpu -- PROGRAM ...`: run a Python program that was written for a GPU on this machine's cores.
 
-The program becomes this process, so its exit code and its signals are its own. What begins the emulation in it, and in
+The program becomes this process, so its exit code and its signals are its own; with `--check` it is a child, whose
+findings are printed when it has ended (checked_process.py). What begins the emulation in it, and in
 the processes that it starts, is an environment variable and a `sitecustomize` on PYTHONPATH (autoload/).
 """
 
@@ -11,7 +12,6 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from effattn.cpu import compat
 from effattn.errors import RequestError
@@ -58,11 +58,21 @@ def environment(settings: str, base: Mapping[str, str]) -> dict[str, str]:
     return out
 
 
-def run(program: Sequence[str], *, capability: str, autotune: str) -> NoReturn:
-    """Become the program. Raises RequestError for settings that are not known and programs that cannot be started."""
+def run(program: Sequence[str], *, capability: str, autotune: str, checks: Sequence[str] = ()) -> int:
+    """Become the program, or run it under checks and return its exit code.
+
+    Raises RequestError for settings that are not known and programs that cannot be started.
+    """
     settings = compat.settings(capability=capability, autotune=autotune)
     env = environment(settings, os.environ)
     command = command_line(program, env["PATH"])
+    if checks:
+        from effattn.cpu import checked_process
+
+        try:
+            return checked_process.run(command, env, checks)
+        except OSError as error:
+            raise RequestError(f"could not start {command[0]}: {error.strerror}") from error
     sys.stdout.flush()
     sys.stderr.flush()
     try:

@@ -114,7 +114,9 @@ class CPUBackend(BaseBackend):
         from effattn.cpu import toolchain
 
         toolchain.check_cache_folder()
-        return f"{_source_hash()}-{toolchain.compiler().identity}"
+        # Triton reads a cached kernel as one of the target that it was compiled for, which its own key leaves out.
+        target = f"{self.target.backend}-{self.target.arch}"
+        return f"{_source_hash()}-{toolchain.compiler().identity}-{target}"
 
     def parse_options(self, options: dict[str, Any]) -> CPUOptions:
         known = {k: v for k, v in options.items() if k in CPUOptions.__dataclass_fields__ and v is not None}

@@ -23,13 +23,14 @@ class _AfterTorch:
             def exec_module(module):
                 load(module)
                 try:
-                    from effattn.cpu import compat
+                    from effattn.cpu import checked_process, compat
                 except ImportError as error:
                     raise ImportError(
                         f"`effattn cpu` started {sys.executable}, where effattn cannot be imported ({error}): "
                         "install effattn there, or name the Python of the environment that has it"
                     ) from error
                 compat.activate_from_environment()
+                checked_process.begin_from_environment()
 
             spec.loader.exec_module = exec_module
         return spec

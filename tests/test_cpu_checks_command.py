@@ -1,0 +1,94 @@
+"""`effattn cpu --check` and `pytest --effattn-check`: whole processes under the sanitizer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KERNEL = """
+import sys
+import torch, triton, triton.language as tl
+
+@triton.jit
+def shift(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < n, other=0.0)
+    tl.store(y_ptr + at, x, mask=at < n)
+
+def launch(device, n):
+    x, y = torch.ones(100, device=device), torch.zeros(100, device=device)
+    shift[(2,)](x, y, n, BLOCK=64)
+    return y
+"""
+
+SCRIPT = (
+    KERNEL
+    + """
+try:
+    launch("cuda", int(sys.argv[1]))
+except Exception as error:
+    print("caught", type(error).__name__)
+if len(sys.argv) > 2:
+    import subprocess
+    sys.exit(subprocess.run([sys.executable, __file__, sys.argv[2]]).returncode)
+"""
+)
+
+TESTS = (
+    KERNEL
+    + """
+def test_right():
+    assert launch("cpu", 100).sum() == 100
+
+def test_that_swallows():
+    try:
+        launch("cpu", WRONG)
+    except Exception:
+        pass
+"""
+)
+
+
+def effattn_cpu(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    program = str(Path(sys.executable).with_name("effattn"))
+    return subprocess.run([program, "cpu", *arguments], capture_output=True, text=True, cwd=cwd)
+
+
+def test_a_right_program_keeps_its_exit_code_and_the_traffic_is_printed(tmp_path: Path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = effattn_cpu("--check", "bounds,traffic", "--", "script.py", "100", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "checked bounds, traffic in 1 launch: nothing found" in done.stderr
+    assert any(line.split()[:4] == ["shift", "x_ptr", "400", "B"] for line in done.stderr.splitlines())
+
+
+def test_a_finding_that_the_program_swallows_still_makes_the_exit_code_1(tmp_path: Path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    # The child process finds the same; it is one finding.
+    done = effattn_cpu("--check", "bounds", "--check", "races", "--", "script.py", "101", "101", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.split() == ["caught", "Fault", "caught", "Fault"]
+    assert "bounds: kernel shift, script.py:8, program (1, 0, 0): load of element 100 of x_ptr" in done.stderr
+    assert "checked bounds, races in 2 launches: 1 finding" in done.stderr
+
+
+@pytest.mark.parametrize("option", [["--check", "bonds"], ["--check", ""]])
+def test_unknown_checks_are_a_wrong_request(option: list[str], tmp_path: Path):
+    done = effattn_cpu(*option, "--", "python", "-c", "pass", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "expected some of bounds, races, poison, order, traffic" in done.stderr
+
+
+@pytest.mark.parametrize(("n", "code", "words"), [(100, 0, "nothing found"), (101, 1, "1 finding")])
+def test_the_option_of_pytest(n: int, code: int, words: str, tmp_path: Path):
+    (tmp_path / "test_it.py").write_text(TESTS.replace("WRONG", str(n)))
+    given = ["-q", "-p", "no:cacheprovider", "--effattn-check", "bounds,races", "test_it.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *given], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stdout
+    assert f"checked bounds, races in 2 launches: {words}" in done.stdout
+    assert "2 passed" in done.stdout
