@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from effattn import cli_runs
+from effattn import cli_runs, cli_sweep
 from effattn.errors import RequestError
 from effattn.study.cli import study
 
@@ -376,6 +376,7 @@ def doctor() -> int:
 
 
 cli.add_command(cli_runs.runs)
+cli.add_command(cli_sweep.sweep)
 
 
 def _announce_capture(value_names: Sequence[str]) -> None:

@@ -8,7 +8,6 @@ other program. A line is appended by one `write`, so all that a killed writer le
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -112,10 +111,7 @@ def identity(contents: Iterator[str]) -> str:
 
 
 class Appender:
-    """A file of records that this process alone appends to.
-
-    The file is new, and locked for as long as the process lives, so that whoever takes over a run can tell whether
-    its writers are gone.
+    """A new file of records that this process alone appends to.
 
     Raises:
         OSError: the file is there already, or cannot be made.
@@ -123,19 +119,18 @@ class Appender:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._descriptor = os.open(
+        self.descriptor = os.open(
             file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644
         )
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
 
     def append(self, line: bytes) -> None:
         """Append one line. Raises OSError where the disk is full; then nothing of the line stays."""
-        written = os.write(self._descriptor, line)
+        written = os.write(self.descriptor, line)
         if written != len(line):
             # The disk became full in the middle. What there is of the line goes; the next write says why.
-            os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
+            os.ftruncate(self.descriptor, os.fstat(self.descriptor).st_size - written)
             raise OSError(28, os.strerror(28))
 
     def close(self) -> None:
-        """Close the file, which unlocks it."""
-        os.close(self._descriptor)
+        """Close the file."""
+        os.close(self.descriptor)

@@ -1,0 +1,187 @@
+"""`effattn sweep`: many cases, on every core or every machine there is."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from effattn.errors import RequestError
+
+if TYPE_CHECKING:
+    from effattn.run.sweep import Result
+
+
+@click.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder for the run. The same command goes on where it was broken off. effattn-runs/NAME-HASH if not given.",
+)
+@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu or cuda.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), metavar="N", help="Local workers; as many as there are cores."
+)
+@click.option(
+    "--executor",
+    default="local",
+    show_default=True,
+    metavar="local|dask://HOST:PORT",
+    help="Where the workers are. Workers of Dask must see the run folder and have one thread each.",
+)
+@click.option(
+    "--time-limit",
+    type=click.FloatRange(min=0, min_open=True),
+    default=300.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="A case that takes longer, compilation included, is timed out.",
+)
+@click.option(
+    "--memory-limit",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GIB",
+    help="What each local worker may allocate; its share of nine tenths of what is available if not given.",
+)
+def sweep(
+    spec: Path,
+    out: Path | None,
+    device: str,
+    jobs: int | None,
+    executor: str,
+    time_limit: float,
+    memory_limit: float | None,
+) -> int:
+    """Judge what SPEC, a TOML file, asks for: methods x dtypes x shapes x values x options x seeds."""
+    from effattn.run import provenance, store
+    from effattn.run import spec as specs
+    from effattn.run.sweep import Sweep
+
+    if device not in ("cpu", "cuda"):
+        raise RequestError(f"unknown device {device!r}; expected one of cpu, cuda")
+    wanted = specs.load(spec)
+    folder = (
+        out if out is not None else store.DEFAULT_FOLDER / f"{store.file_name(spec.stem)}-{wanted.id[:8]}"
+    )
+    with _executor(executor, device=device, jobs=jobs, memory_limit=memory_limit) as (pool, parallel):
+        origin = {
+            "command": provenance.command_line(click.get_current_context().obj),
+            "started": provenance.now(),
+            "specification": spec.read_text(encoding="utf-8"),
+            **provenance.collect(device=device, facts={}),
+            "executor": executor,
+            "workers": parallel,
+        }
+        with Sweep(folder, wanted, device=device, time_limit=time_limit, provenance=origin) as taken:
+            if out is None:
+                store.ignore_in_git(store.DEFAULT_FOLDER)
+            with _progress(wanted.count) as progress:
+                result = taken.run(pool, parallel=parallel, progress=progress)
+    _print(result, folder)
+    return result.exit_code
+
+
+@contextlib.contextmanager
+def _executor(
+    name: str, *, device: str, jobs: int | None, memory_limit: float | None
+) -> Iterator[tuple[concurrent.futures.Executor, int]]:
+    """The executor that is meant, and how many workers it has."""
+    from effattn.run import isolation
+
+    if name == "local":
+        parallel = jobs or (len(os.sched_getaffinity(0)) if device == "cpu" else 1)
+        limit = None if memory_limit is None else int(memory_limit * 2**30)
+        if limit is None and device == "cpu":
+            limit = int(isolation.available_memory() * isolation.MEMORY_SHARE / parallel)
+        pool = isolation.IsolatedExecutor(parallel, memory_limit=limit)
+        try:
+            yield pool, parallel
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        pool.shutdown()
+        return
+    if not name.startswith("dask://"):
+        raise RequestError(f"unknown executor {name!r}; expected local or dask://HOST:PORT")
+    if jobs is not None or memory_limit is not None:
+        raise RequestError(
+            "--jobs and --memory-limit are for local workers; Dask's are started with their own limits"
+        )
+    from effattn.run import dask
+
+    with dask.executor(name.removeprefix("dask://"), device=device) as (pool, parallel):
+        yield pool, parallel
+
+
+def _print(result: Result, folder: Path) -> None:
+    from effattn.report import terminal, text
+
+    console = terminal.console()
+    rows = []
+    for (method, dtype), tally in result.tallies.items():
+        failed = {outcome: n for outcome, n in tally.outcomes.items() if _failed(outcome)}
+        rows.append(
+            (
+                method,
+                dtype,
+                str(tally.judged),
+                str(tally.outcomes["pass"]),
+                text.counts(failed),
+                str(tally.outcomes["not supported"]),
+                str(tally.outcomes["not judged"]),
+                text.number(tally.fraction),
+                tally.worst,
+            )
+        )
+    names = (
+        "method",
+        "dtype",
+        "judged",
+        "passed",
+        "failed",
+        "not supported",
+        "not judged",
+        "error/bound",
+        "worst case",
+    )
+    terminal.print_plain(console, names, rows)
+    for damage in result.damaged:
+        click.echo(f"effattn: {text.plain(str(damage))}", err=True)
+    before = f", {result.resumed} were recorded before" if result.resumed else ""
+    console.print(f"{result.added} cases{before}.", markup=False)
+    if result.busy:
+        console.print(
+            f"Workers spent {result.judging / result.busy:.1%} of their time in the cases.", markup=False
+        )
+    console.print(f"Written to {folder}/", markup=False, soft_wrap=True)
+
+
+def _failed(outcome: str) -> bool:
+    from effattn.report import summary
+
+    return summary.failed(outcome)
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on stderr where that is a terminal, nothing elsewhere."""
+    import sys
+
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from effattn.report import terminal
+
+    columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=terminal.console(stderr=True), transient=True) as bar:
+        task = bar.add_task("judging", total=total)
+        yield lambda done, _total: bar.update(task, completed=done)

@@ -1,0 +1,95 @@
+"""What a worker of a sweep does: judges some cases, and appends each verdict to a file that is its own.
+
+It holds for any executor, so it trusts none: a chunk is claimed before it is begun. An executor that runs a chunk again
+by itself, because it thinks that a worker has died, finds it claimed; a worker that is left over from a supervisor that
+was killed finds another session.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from effattn.errors import RequestError
+from effattn.run.records import Appender, encode
+
+#: Inside the run folder, while the sweep runs.
+WORK = "work"
+SESSION = "session"
+
+_appenders: dict[tuple[int, str], Appender] = {}
+
+
+def run(
+    folder: str, session: str, claim: str, device: str, limit: float, items: list[tuple[str, dict[str, Any]]]
+) -> dict[str, Any]:
+    """Judge cases and append the verdicts.
+
+    Args:
+        folder: the run folder.
+        session: what the supervisor wrote into `work/session`.
+        claim: the name of this chunk, which no other has.
+        device: where the methods run.
+        limit: seconds for one case; beyond, the process ends.
+        items: method and case, as plain data.
+
+    Returns:
+        `{"cases": n, "seconds": s, "judging": s}`, or `{"refused": reason}` where nothing was done.
+
+    Raises:
+        RequestError: the file cannot be written, or the machine cannot run the method.
+    """
+    from effattn.case import Case
+    from effattn.run import work
+
+    started = time.perf_counter()
+    place = Path(folder) / WORK
+    try:
+        if (place / SESSION).read_text() != session:
+            return {"refused": "another session"}
+        os.close(os.open(place / claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return {"refused": "claimed before"}
+    except FileNotFoundError:
+        return {"refused": "the sweep is over"}
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    out = _appender(folder)
+    judging = 0.0
+    # Whoever resumes a sweep waits for this lock, so nobody reads a file that is still growing.
+    fcntl.flock(out.descriptor, fcntl.LOCK_EX)
+    try:
+        for spec, data in items:
+            before = time.perf_counter()
+            verdict = work.judged(Case.from_dict(data), spec, device, limit)
+            judging += time.perf_counter() - before
+            try:
+                out.append(encode(verdict, spec=spec, device=device))
+            except OSError as error:
+                raise _unwritable(folder, error) from error
+    finally:
+        fcntl.flock(out.descriptor, fcntl.LOCK_UN)
+    return {"cases": len(items), "seconds": time.perf_counter() - started, "judging": judging}
+
+
+def _appender(folder: str) -> Appender:
+    key = (os.getpid(), folder)  # a fork has a file of its own
+    if key not in _appenders:
+        name = f"verdicts-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+        try:
+            _appenders[key] = Appender(Path(folder) / name)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+    return _appenders[key]
+
+
+def _unwritable(folder: str, error: OSError) -> RequestError:
+    return RequestError(
+        f"cannot write into the run folder {folder!r}: {error.strerror or error}; what is recorded is kept, and the "
+        "same command goes on from there"
+    )

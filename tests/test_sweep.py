@@ -1,0 +1,581 @@
+"""Sweeps: what they run, that each case is recorded exactly once whatever is killed, and what they refuse."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from effattn.case import Case
+from effattn.errors import RequestError
+from effattn.run import chunk, isolation, records, spec, store, sweep
+from effattn.run.isolation import IsolatedExecutor, WorkerDied
+
+Command = Callable[..., tuple[int, str, str]]
+
+METHODS = """
+import os, signal
+import torch
+
+
+def right(q, k, v):
+    scores = q.double() @ k.double().transpose(-2, -1) * q.shape[-1] ** -0.5
+    return (scores.softmax(-1) @ v.double()).to(q.dtype)
+
+
+def zeros(q, k, v):
+    return torch.zeros_like(q)
+
+
+def crashes_on_long(q, k, v):
+    if k.shape[2] > 6:
+        os.abort()
+    return right(q, k, v)
+
+
+def loops_on_long(q, k, v):
+    while k.shape[2] > 6:
+        pass
+    return right(q, k, v)
+
+
+def on_a_small_disk(q, k, v):
+    if "LARGEST_FILE" in os.environ:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LARGEST_FILE"]), resource.RLIM_INFINITY))
+    return right(q, k, v)
+
+
+def tells(q, k, v):
+    # A byte for every case, to whoever waits for one.
+    descriptor = os.open(os.environ["TOLD"], os.O_WRONLY)
+    os.write(descriptor, b".")
+    os.close(descriptor)
+    return right(q, k, v)
+
+
+def tells_its_pid(q, k, v):
+    with open(os.environ["TOLD"], "w") as told:
+        told.write(f"{os.getpid()}\\n")
+    return right(q, k, v)
+"""
+
+SMALL: dict[str, Any] = {
+    "methods": ["mine.py:right"],
+    "dtypes": ["fp16", "fp32"],
+    "shapes": [
+        {"q_len": 3, "kv_len": 5, "head_dim": 8},
+        {"q_len": 2, "kv_len": 7, "head_dim": 4, "heads": 2},
+    ],
+    "seeds": {"from": 0, "count": 3},
+}
+#: The command line in a process of its own.
+MAIN = "import sys; from effattn.cli import main; sys.exit(main())"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(METHODS)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def executor() -> Iterator[IsolatedExecutor]:
+    with IsolatedExecutor(2) as started:
+        yield started
+
+
+def small(**changes: Any) -> spec.Spec:
+    return spec.parse({**SMALL, **changes})
+
+
+def run(out: Path, wanted: spec.Spec, executor: concurrent.futures.Executor, **options: Any) -> sweep.Result:
+    with sweep.Sweep(out, wanted, **options) as taken:
+        return taken.run(executor, parallel=2)
+
+
+def keys(out: Path) -> Counter[records.Key]:
+    """Every whole line of a run, with how often it is there; any damage is an error."""
+    return Counter(
+        records.decode(line).key for file in store.verdict_files(out) for line in records.lines(file)
+    )
+
+
+def expected(wanted: spec.Spec, device: str = "cpu") -> set[records.Key]:
+    return {records.Key(case.id, method, device) for method, case in wanted.cases()}
+
+
+# Specifications
+
+
+def test_product_has_every_combination_once() -> None:
+    wanted = small(methods=["a", "b"], values=["normal", "uniform"], options=[{}, {"causal": "top-left"}])
+    cases = list(wanted.cases())
+    assert wanted.count == len(cases) == 2 * 2 * 2 * 2 * 2 * 3
+    assert len({(method, case.id) for method, case in cases}) == len(cases)
+    assert (
+        "b",
+        Case(q_len=3, kv_len=5, head_dim=8, dtype="fp32", values="uniform", causal="top-left", seed=2),
+    ) in cases
+
+
+def test_zip_goes_item_by_item() -> None:
+    wanted = small(mode="zip", methods=["a", "a"], values=["normal", "uniform"], seeds=[7])
+    assert [(method, case.dtype, case.values, case.q_len, case.seed) for method, case in wanted.cases()] == [
+        ("a", "fp16", "normal", 3, 7),
+        ("a", "fp32", "uniform", 2, 7),
+    ]
+
+
+def test_random_sample_is_some_of_the_product_and_the_same_again() -> None:
+    everything = {case.id for _, case in small(seeds={"count": 1000}).cases()}
+    first, again, other = (
+        [case.id for _, case in small(seeds={"count": 1000}, mode="random", samples=20, seed=seed).cases()]
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert len(set(first)) == 20
+    assert set(first) <= everything
+
+
+def test_sample_of_more_than_can_be_counted_out() -> None:
+    wanted = small(seeds={"count": 10**12}, mode="random", samples=5)
+    assert len({case.seed for _, case in wanted.cases()}) == 5
+
+
+def test_cases_are_made_one_at_a_time() -> None:
+    cases = small(seeds={"count": 2_000_000}).cases()
+    assert next(cases)[1].seed == 0
+    assert next(cases)[1].seed == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dtyps": ["fp16"]}, ["'dtyps'", "did you mean 'dtypes'"]),
+        ({"methods": []}, ["methods is empty"]),
+        ({"methods": "flash"}, ["methods = 'flash'", "expected a list"]),
+        ({"dtypes": ["fp8"]}, ["'fp8'", "fp16, bf16, fp32"]),
+        ({"dtypes": ["fp16", "fp16"]}, ["'fp16' 2 times"]),
+        ({"shapes": [{"q_len": 3, "kv_length": 5}]}, ["'kv_length'", "did you mean 'kv_len'"]),
+        ({"shapes": [{"q_len": 3}]}, ["is no case", "kv_len"]),
+        ({"shapes": [3]}, ["shapes has 3", "tables"]),
+        ({"shapes": [{"q_len": 3, "kv_len": 3, "head_dim": 3, "dtype": "fp16"}]}, ["'dtype'", "move it there"]),
+        ({"options": [{"q_len": 4}]}, ["'q_len' is in shapes and in options"]),
+        ({"options": [{"heads": 3, "kv_heads": 2}], "shapes": [{"q_len": 3, "kv_len": 3, "head_dim": 3}]},
+         ["is no case", "heads 3 with kv_heads 2"]),
+        ({"options": []}, ["options is empty"]),
+        ({"values": ["nrmal"]}, ["nrmal"]),
+        ({"seeds": []}, ["seeds = []"]),
+        ({"seeds": {"count": 0}}, ["count 0"]),
+        ({"seeds": {"from": 1}}, ["seeds = {'from': 1}"]),
+        ({"seeds": [-1]}, ["seeds has -1"]),
+        ({"seeds": [True]}, ["seeds has True"]),
+        ({"seeds": {"count": 250_000_000_000}}, ["1,000,000,000,000 cases", "at most 10,000,000"]),
+        ({"mode": "all"}, ["mode 'all'", "product, zip, random"]),
+        ({"samples": 3}, ["'samples' is for mode 'random'"]),
+        ({"mode": "random"}, ["samples 0"]),
+        ({"mode": "random", "samples": 13}, ["samples 13", "1 to 12"]),
+        ({"mode": "zip"}, ["mode 'zip'", "3 seeds"]),
+    ],
+)  # fmt: skip
+def test_specification_that_means_nothing_is_refused(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(RequestError) as refused:
+        small(**changes)
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_contradiction_in_the_last_combination_is_found_before_anything_runs() -> None:
+    with pytest.raises(RequestError, match="is no case"):
+        small(options=[{}, {"causal": "sideways"}])
+
+
+@pytest.mark.parametrize("missing", ["methods", "dtypes", "shapes"])
+def test_what_must_be_given(missing: str) -> None:
+    with pytest.raises(RequestError, match=f"{missing!r} is missing"):
+        spec.parse({key: value for key, value in SMALL.items() if key != missing})
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="cannot read"):
+        spec.load(tmp_path / "nowhere.toml")
+    (tmp_path / "broken.toml").write_text("methods = [")
+    with pytest.raises(RequestError, match="is not TOML"):
+        spec.load(tmp_path / "broken.toml")
+
+
+def test_identity_is_that_of_what_runs() -> None:
+    assert small().id == small().id != small(seeds={"count": 4}).id
+    assert small(seeds=[0, 1, 2]).count == small().count
+
+
+# Running
+
+
+def test_every_case_is_recorded_once(folder: Path, executor: IsolatedExecutor) -> None:
+    wanted = small(methods=["mine.py:right", "mine.py:zeros"])
+    result = run(folder / "run", wanted, executor)
+    assert keys(folder / "run") == Counter(expected(wanted))
+    assert result.added == 24
+    assert result.exit_code == 1
+    assert result.tallies["mine.py:right", "fp16"].outcomes == {"pass": 6}
+    assert result.tallies["mine.py:zeros", "fp32"].outcomes == {
+        "inaccurate": 3,
+        "wrong shape or dtype": 0,
+    } or (result.tallies["mine.py:zeros", "fp32"].failed == 6)
+    provenance = store.read_provenance(folder / "run")
+    assert provenance["kind_of_run"] == "sweep"
+    assert provenance["cases"] == 24
+    assert provenance["ended"]
+    assert sorted(path.name for path in (folder / "run").iterdir() if "verdicts" not in path.name) == [
+        "provenance.json"
+    ]
+
+
+def test_what_is_recorded_is_not_run_again(folder: Path, executor: IsolatedExecutor) -> None:
+    run(folder / "run", small(), executor)
+    before = {file: file.read_bytes() for file in store.verdict_files(folder / "run")}
+    result = run(folder / "run", small(), executor)
+    assert (result.resumed, result.added) == (12, 0)
+    assert {file: file.read_bytes() for file in store.verdict_files(folder / "run")} == before
+    assert result.exit_code == 0
+
+
+def test_cases_that_are_the_same_are_run_once(folder: Path, executor: IsolatedExecutor) -> None:
+    result = run(folder / "run", small(options=[{}, {"causal": "none"}]), executor)
+    assert result.added == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome"), [("crashes_on_long", "crashed"), ("loops_on_long", "timed out")]
+)
+def test_case_that_kills_its_worker_gets_the_verdict_and_no_other(
+    folder: Path, executor: IsolatedExecutor, name: str, outcome: str
+) -> None:
+    wanted = small(methods=[f"mine.py:{name}"], dtypes=["fp32"], seeds={"count": 2})
+    result = run(folder / "run", wanted, executor, time_limit=0.5 if name.startswith("loops") else 60.0)
+    assert keys(folder / "run") == Counter(expected(wanted))
+    assert result.tallies[f"mine.py:{name}", "fp32"].outcomes == {"pass": 2, outcome: 2}
+    wrong = {
+        r.verdict["case"]["kv_len"]
+        for r in store.read_records(folder / "run")
+        if r.verdict["outcome"] == outcome
+    }
+    assert wrong == {7}
+
+
+def test_damage_is_named_kept_where_it_is_and_made_good(folder: Path, executor: IsolatedExecutor) -> None:
+    run(folder / "run", small(), executor)
+    cut = next(file for file in store.verdict_files(folder / "run"))
+    content = bytearray(cut.read_bytes())
+    content[100] ^= 1
+    cut.write_bytes(content[:-7])
+    lost = 1 if content.count(b"\n") == 1 else 2
+    result = run(folder / "run", small(), executor)
+    assert (result.resumed, result.added) == (12 - lost, lost)
+    assert any("cut off" in damage.reason for damage in result.damaged)
+    found = {record.key for record in store.read_records(folder / "run", [])}
+    assert found == expected(small())
+
+
+def test_another_sweep_or_anything_else_in_the_folder_is_refused(
+    folder: Path, executor: IsolatedExecutor
+) -> None:
+    run(folder / "run", small(), executor)
+    before = {path: path.read_bytes() for path in (folder / "run").iterdir()}
+    with pytest.raises(RequestError, match="never mixed"):
+        sweep.Sweep(folder / "run", small(seeds=[0]))
+    with pytest.raises(RequestError, match="never mixed"):
+        sweep.Sweep(folder / "run", small(), device="cuda")
+    assert before.items() <= {path: path.read_bytes() for path in (folder / "run").iterdir()}.items()
+    with pytest.raises(RequestError, match="something other than an effattn run"):
+        sweep.Sweep(folder, small())
+    with pytest.raises(RequestError, match="is a file"):
+        sweep.Sweep(folder / "mine.py", small())
+
+
+def test_second_supervisor_in_a_folder_is_refused(folder: Path) -> None:
+    with (
+        sweep.Sweep(folder / "run", small()),
+        pytest.raises(RequestError, match="another sweep is writing"),
+    ):
+        sweep.Sweep(folder / "run", small())
+
+
+def test_folder_that_cannot_be_made_is_named(folder: Path) -> None:
+    with pytest.raises(RequestError, match=r"cannot write the run folder.*--out"):
+        sweep.Sweep(Path("/proc/nowhere/run"), small())
+
+
+def test_full_disk_stops_the_sweep_by_name_and_keeps_what_is_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = small(methods=["mine.py:on_a_small_disk"])
+    # A file that may not grow answers as a full disk does: with a part of what is written.
+    monkeypatch.setenv("LARGEST_FILE", "4000")
+    with (
+        IsolatedExecutor(1) as own,
+        pytest.raises(RequestError, match=r"cannot write into the run folder.*what is recorded is kept"),
+    ):
+        run(folder / "run", wanted, own)
+    kept = keys(folder / "run")
+    assert kept
+    assert set(kept) < expected(wanted)
+    monkeypatch.delenv("LARGEST_FILE")
+    with IsolatedExecutor(1) as own:
+        assert run(folder / "run", wanted, own).resumed == len(kept)
+    assert keys(folder / "run") == Counter(expected(wanted))
+
+
+class Rerunning(concurrent.futures.Executor):
+    """Runs everything here, and now and then what it has run already, as Dask does when it thinks a worker lost."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self.calls += 1
+        result = fn(*args, **kwargs)
+        if fn is chunk.run and self.calls % 2:
+            result = fn(*args, **kwargs)
+        future.set_result(result)
+        return future
+
+
+def test_executor_that_runs_a_chunk_twice_records_it_once(folder: Path) -> None:
+    result = run(folder / "run", small(), Rerunning())
+    assert keys(folder / "run") == Counter(expected(small()))
+    assert result.added == 12
+
+
+def test_leftover_of_another_session_does_nothing(folder: Path) -> None:
+    with sweep.Sweep(folder / "run", small()) as first:
+        old = first.session
+    with sweep.Sweep(folder / "run", small()) as second:
+        items = [(method, case.to_dict()) for method, case in small().cases()]
+        assert "refused" in chunk.run(str(second.folder), old, "a", "cpu", 60.0, items)
+        assert chunk.run(str(second.folder), second.session, "a", "cpu", 60.0, items[:1])["cases"] == 1
+        assert "refused" in chunk.run(str(second.folder), second.session, "a", "cpu", 60.0, items[:1])
+    assert sum(keys(folder / "run").values()) == 1
+
+
+def test_no_more_is_handed_out_than_the_workers_can_take(folder: Path) -> None:
+    class Counting(concurrent.futures.Executor):
+        """Holds everything back until nothing more is handed out."""
+
+        def __init__(self) -> None:
+            self.held: list[tuple[concurrent.futures.Future[Any], Callable[..., Any], tuple[Any, ...]]] = []
+            self.most = 0
+
+        def submit(
+            self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any
+        ) -> concurrent.futures.Future[Any]:
+            future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+            if fn is not chunk.run:
+                future.set_result(fn(*args))
+                return future
+            self.held.append((future, fn, args))
+            self.most = max(self.most, len(self.held))
+            return future
+
+        def release(self) -> None:
+            held, self.held = self.held, []
+            for future, fn, args in held:
+                future.set_result(fn(*args))
+
+    counting = Counting()
+    real_wait = concurrent.futures.wait
+
+    def wait(futures: Any, **options: Any) -> Any:
+        counting.release()
+        return real_wait(futures, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(concurrent.futures, "wait", wait)
+        run(folder / "run", small(seeds={"count": 12}), counting)
+    assert counting.most <= 2 * sweep.AHEAD
+    assert keys(folder / "run") == Counter(expected(small(seeds={"count": 12})))
+
+
+# kill -9
+
+
+def start(folder: Path, out: Path, told: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", MAIN, "sweep", "sweep.toml", "--out", str(out), "--jobs", "2"],
+        cwd=folder, env={**os.environ, "TOLD": str(told)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def toml(method: str, seeds: int) -> str:
+    return f"""
+methods = ["mine.py:{method}"]
+dtypes = ["fp16", "fp32"]
+shapes = [{{ q_len = 3, kv_len = 5, head_dim = 8 }}]
+seeds = {{ from = 0, count = {seeds} }}
+"""
+
+
+def test_supervisor_is_killed_again_and_again(folder: Path) -> None:
+    """Killed after some cases have begun, whichever they are; the next one goes on, until one comes to the end."""
+    (folder / "sweep.toml").write_text(toml("tells", 30))
+    os.mkfifo(folder / "told")
+    wanted = spec.load(folder / "sweep.toml")
+    for begun in (1, 7, 20):
+        # Read and write, so that the pipe is open before and after the others.
+        told = os.open(folder / "told", os.O_RDWR)
+        process = start(folder, folder / "run", folder / "told")
+        for _ in range(begun):
+            assert os.read(told, 1) == b"."
+        process.kill()
+        # Its pipes are closed when its workers have gone too.
+        process.communicate()
+        os.close(told)
+        so_far = {record.key for record in store.read_records(folder / "run", [])}
+        assert so_far < expected(wanted)
+    told = os.open(folder / "told", os.O_RDWR)
+    process = start(folder, folder / "run", folder / "told")
+    _, err = process.communicate()
+    os.close(told)
+    assert process.returncode == 0, err
+    assert keys(folder / "run") == Counter(expected(wanted))
+    assert {record.verdict["outcome"] for record in store.read_records(folder / "run")} == {"pass"}
+    assert len(store.read_provenance(folder / "run")["resumed"]) == 3
+
+
+def test_workers_are_killed_while_they_work(folder: Path) -> None:
+    (folder / "sweep.toml").write_text(toml("tells_its_pid", 20))
+    os.mkfifo(folder / "told")
+    wanted = spec.load(folder / "sweep.toml")
+    told = os.open(folder / "told", os.O_RDWR)
+    process = start(folder, folder / "run", folder / "told")
+    with open(told, closefd=True) as lines:
+        for begun in range(24):
+            pid = int(lines.readline())
+            if begun % 8 == 3:
+                os.kill(pid, signal.SIGKILL)
+        # Nobody reads any more: what is left is told to a pipe that is large enough.
+        _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert keys(folder / "run") == Counter(expected(wanted))
+    assert {record.verdict["outcome"] for record in store.read_records(folder / "run")} == {"pass"}
+
+
+def test_death_from_outside_is_told_from_the_cases_own(folder: Path) -> None:
+    with sweep.Sweep(folder / "run", small()) as taken:
+        state = sweep._State(taken, IsolatedExecutor(0), {}, {})
+        key = records.Key("a", "m", "cpu")
+
+        def blamed(code: int, deaths: int) -> bool:
+            state._deaths[key] = deaths
+            return state._is_to_blame(key, WorkerDied(code))
+
+        assert blamed(-signal.SIGALRM, 1)
+        assert [blamed(-signal.SIGSEGV, n) for n in (1, 2)] == [False, True]
+        assert [blamed(-signal.SIGKILL, n) for n in (1, 2, 3)] == [False, False, True]
+
+
+# The command
+
+
+def test_command_runs_and_resumes(effattn_command: Command, folder: Path) -> None:
+    (folder / "small.toml").write_text(toml("right", 3))
+    code, out, err = effattn_command("sweep", "small.toml", "--jobs", "1")
+    assert code == 0, err
+    assert "6 cases." in out
+    (made,) = (path for path in (folder / "effattn-runs").iterdir() if path.is_dir())
+    assert made.name.startswith("small-")
+    code, out, _ = effattn_command("sweep", "small.toml", "--jobs", "1")
+    assert code == 0
+    assert "0 cases, 6 were recorded before." in out
+    provenance = store.read_provenance(made)
+    assert provenance["command"] == "effattn sweep small.toml --jobs 1"
+    assert "mine.py:right" in provenance["specification"]
+    code, out, _ = effattn_command("runs", "show", made)
+    assert code == 0
+    assert "mine.py:right" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["small.toml", "--executor", "ssh://host"], "dask://HOST:PORT"),
+        (["small.toml", "--executor", "dask://127.0.0.1:1", "--jobs", "2"], "--jobs"),
+        (["small.toml", "--executor", "dask://127.0.0.1:1"], "no Dask scheduler answers"),
+        (["small.toml", "--device", "tpu"], "tpu"),
+        (["nowhere.toml"], "cannot read"),
+        (["unknown.toml"], "unknown method 'flush'"),
+    ],
+)
+def test_wrong_commands(
+    effattn_command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    from effattn.run import dask
+
+    monkeypatch.setattr(dask, "CONNECTING", 1)
+    (folder / "small.toml").write_text(toml("right", 1))
+    (folder / "unknown.toml").write_text(toml("right", 1).replace("mine.py:right", "flush"))
+    code, _, err = effattn_command("sweep", *arguments)
+    assert code == 2
+    assert words in err
+
+
+# Dask
+
+
+def test_dask_cluster_with_a_worker_killed_midway(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers on loopback; one is killed while it judges, its nanny starts another, the sweep goes on."""
+    from effattn.run import dask
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Dask's own: ports that are taken, slow event loops
+        from distributed import LocalCluster
+
+        os.mkfifo(folder / "told")
+        monkeypatch.setenv("TOLD", str(folder / "told"))
+        told = os.open(folder / "told", os.O_RDWR)
+        wanted = spec.parse(
+            {
+                **SMALL,
+                "methods": [f"{folder}/mine.py:tells_its_pid"],
+                "seeds": {"count": 4},
+                "dtypes": ["fp32"],
+            }
+        )
+        with (
+            LocalCluster(
+                n_workers=2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1"
+            ) as cluster,
+            dask.executor(cluster.scheduler_address.removeprefix("tcp://"), device="cpu") as (pool, parallel),
+            sweep.Sweep(folder / "run", wanted) as taken,
+            open(told) as lines,
+            concurrent.futures.ThreadPoolExecutor(1) as threads,
+        ):
+            assert parallel == 2
+            running = threads.submit(taken.run, pool, parallel=parallel)
+            os.kill(int(lines.readline()), signal.SIGKILL)
+            result = running.result()
+    assert keys(folder / "run") == Counter(expected(wanted))
+    assert result.added == 8
+    assert {record.verdict["outcome"] for record in store.read_records(folder / "run")} == {"pass"}
+
+
+def test_provenance_is_strict_json(folder: Path, executor: IsolatedExecutor) -> None:
+    run(folder / "run", small(seeds=[0]), executor)
+    text = (folder / "run" / "provenance.json").read_text()
+    assert json.loads(text)["sweep"] == small(seeds=[0]).id
+    assert isolation.TIME_LIMIT > 0
