@@ -128,6 +128,14 @@ def _isolation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+_dot_model_option = click.option(
+    "--dot-model",
+    metavar="MODEL",
+    help="How the CPU backend accumulates tl.dot: ieee, or a GPU's tensor cores, such as hopper; EFFATTN_DOT_MODEL, "
+    "else ieee, if not given.",
+)
+
+
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=False,
@@ -188,6 +196,7 @@ def cli(context: click.Context) -> None:
 )
 @click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
 @_check_option
+@_dot_model_option
 @_isolation_options
 @click.option("--by-values", is_flag=True, help="Show one more row for each value distribution.")
 def gate(
@@ -199,6 +208,7 @@ def gate(
     out: Path | None,
     overwrite: bool,
     check_names: tuple[str, ...],
+    dot_model: str | None,
     time_limit: float,
     memory_limit: float | None,
     isolation: bool,
@@ -218,9 +228,17 @@ def gate(
         raise RequestError("--overwrite replaces the run that --out names; give --out too")
     folder = out if out is not None else store.default_folder(method=method, started=started)
     checks = _checks(check_names, device)
-    with _judge(
-        method, device, time_limit=time_limit, memory_limit=memory_limit, isolation=isolation, checks=checks
-    ) as judge:
+    with (
+        _multiplying(dot_model, device) as multiplied,
+        _judge(
+            method,
+            device,
+            time_limit=time_limit,
+            memory_limit=memory_limit,
+            isolation=isolation,
+            checks=checks,
+        ) as judge,
+    ):
         request = gates.Request(
             judge=judge,
             dtypes=wanted,
@@ -252,6 +270,7 @@ def gate(
                 "device": device,
                 "checks": list(checks),
                 "cases": len(cases),
+                "dot_model": multiplied,
                 "isolation": isolation,
                 "exit_code": result.exit_code,
             }
@@ -282,6 +301,7 @@ def gate(
     help="The run folder to look an id up in; the newest in effattn-runs/ if not given.",
 )
 @_check_option
+@_dot_model_option
 @_isolation_options
 def replay(
     case: str,
@@ -289,6 +309,7 @@ def replay(
     device: str,
     run_folder: Path | None,
     check_names: tuple[str, ...],
+    dot_model: str | None,
     time_limit: float,
     memory_limit: float | None,
     isolation: bool,
@@ -301,9 +322,17 @@ def replay(
 
     found = _case(case, run_folder)
     checks = _checks(check_names, device)
-    with _judge(
-        method, device, time_limit=time_limit, memory_limit=memory_limit, isolation=isolation, checks=checks
-    ) as judge:
+    with (
+        _multiplying(dot_model, device),
+        _judge(
+            method,
+            device,
+            time_limit=time_limit,
+            memory_limit=memory_limit,
+            isolation=isolation,
+            checks=checks,
+        ) as judge,
+    ):
         verdict = judge.judge(found)
     terminal.print_details(terminal.console(), verdict)
     if summary.failed(verdict.outcome):
@@ -345,8 +374,15 @@ def list_values() -> int:
     metavar="NAME",
     help="Look at what Triton kernels do: bounds, races, poison, order, traffic; repeat it or list them with commas.",
 )
+@_dot_model_option
 @click.argument("program", nargs=-1, type=click.UNPROCESSED)
-def cpu(program: tuple[str, ...], capability: str, autotune: str, check_names: tuple[str, ...]) -> int:
+def cpu(
+    program: tuple[str, ...],
+    capability: str,
+    autotune: str,
+    check_names: tuple[str, ...],
+    dot_model: str | None,
+) -> int:
     """Run a Python PROGRAM that was written for device "cuda" on the CPU: effattn cpu -- pytest tests/
 
     PROGRAM is python, pytest, -m MODULE, a script or a console script, with its arguments; put -- before it.
@@ -358,7 +394,7 @@ def cpu(program: tuple[str, ...], capability: str, autotune: str, check_names: t
         from effattn.cpu import sanitizer
 
         checks = sanitizer.parse(",".join(check_names))
-    return command.run(program, capability=capability, autotune=autotune, checks=checks)
+    return command.run(program, capability=capability, autotune=autotune, checks=checks, dot_model=dot_model)
 
 
 cli.add_command(study)
@@ -431,6 +467,22 @@ def _unknown(what: str, name: str, known: Sequence[str], meant: str | None = Non
     close = [meant] if meant else difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     return f"unknown {what} {name!r}; expected one of {', '.join(known)}{hint}"
+
+
+@contextlib.contextmanager
+def _multiplying(dot_model: str | None, device: str) -> Iterator[str | None]:
+    """Run with a dot model; its name, or None on a GPU, which has its own."""
+    from effattn.cpu import models
+
+    if device != "cpu":
+        if dot_model is not None:
+            raise RequestError(
+                f"--dot-model {dot_model} says how the CPU multiplies; with --device {device} leave it out"
+            )
+        yield None
+        return
+    with models.use(models.selected() if dot_model is None else dot_model):
+        yield models.selected()
 
 
 def _judge(

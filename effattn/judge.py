@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from effattn.cpu import models
 from effattn.errors import NotSupported, RequestError, WrongReturn
 from effattn.verdict import Outcome, Verdict
 
@@ -52,7 +53,7 @@ def judge(case: Case, method: Method, *, device: str = "cpu", checks: Sequence[s
     reason = method.unsupported(case)
     if reason is not None:
         return _short(case, method, Outcome.NOT_SUPPORTED, f"not supported: {reason}", seconds)
-    numerics = method.numerics(case)
+    numerics = _as_run(method.numerics(case), device)
     with _timed(seconds, "inputs"):
         inputs = case.tensors(device)
         # The method gets its own copies, in the layout of the case; the reference never sees what it held.
@@ -309,4 +310,16 @@ def replay_line(case: Case, spec: str, device: str, checks: Sequence[str] = ()) 
     line = f"effattn replay {shlex.quote(case.to_json())} {shlex.quote(spec)}"
     if checks:
         line += f" --check {','.join(checks)}"
-    return line if device == "cpu" else f"{line} --device {shlex.quote(device)}"
+    if device != "cpu":
+        return f"{line} --device {shlex.quote(device)}"
+    model = models.selected()
+    return line if model == models.DEFAULT else f"{line} --dot-model {shlex.quote(model)}"
+
+
+def _as_run(numerics: Numerics, device: str) -> Numerics:
+    """What a method declares, under the dot model that the CPU backend multiplies by."""
+    if device != "cpu":
+        return numerics
+    # Variants of a unit differ in how operands become tf32, which a method declares as its `operand`.
+    model = models.selected().partition("-")[0]
+    return numerics if model == models.DEFAULT else numerics.replace(dot=model)

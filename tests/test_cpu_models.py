@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -397,6 +398,21 @@ def test_the_environment_variable_chooses_and_is_inherited() -> None:
         f"with effattn.cpu.active(dot_model='ada'): subprocess.run([sys.executable, '-c', {show!r}])"
     )
     assert _python(child) == "ada\n"
+
+
+def _command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != models.VARIABLE} | environment
+    line = [str(Path(sys.executable).with_name("effattn")), *arguments]
+    return subprocess.run(line, env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_command_cpu_hands_the_model_on() -> None:
+    program = ("--", "python", "-c", "from effattn.cpu import models; print(models.selected())")
+    assert _command("cpu", "--dot-model", "turing", *program).stdout == "turing\n"
+    assert _command("cpu", *program, EFFATTN_DOT_MODEL="volta").stdout == "volta\n"
+    done = _command("cpu", "--dot-model", "hoper", *program)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did you mean 'hopper'" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------- cost

@@ -40,6 +40,7 @@ import torch
 from effattn.exact import Exact
 from effattn.exact.blocks import row_blocks, rows_without_keys
 from effattn.exact.scores import score_blocks
+from effattn.tolerances import dots
 from effattn.tolerances.pairs import collect_with_options
 from effattn.tolerances.sums import (
     ROUNDING_VARIANCE,
@@ -287,9 +288,11 @@ def _finish(
         b_most = condition * (errors.dot + errors.factors + errors.rounded + errors.shifted)
         b_most = wb = b_most + common + errors.shifted * log_n
     adds = (n + rescales + 3.0) * u
+    # A matrix unit's sums may be worse than one addition a term.
+    cut = np.maximum(dots.dot_bound(numerics.dot_block, n) - n * u, 0.0)
     worst = np.expm1(b_most)
     stretch = worst / b_most
-    total = worst + adds
+    total = worst + adds + cut
     judged = total <= LARGEST_WEIGHT_ERROR
     growth = (1.0 + total) * (1.0 + u_p) / (1.0 - total - total * total)
     growth *= 1.0 + FLOAT32_SUMS
@@ -300,7 +303,7 @@ def _finish(
     )
     # What flush costs, the sums (half each sign), and the division; then the weights' errors and the products.
     flush = x.flushed * x.v_most
-    steady = x.w_abs * (0.5 * adds) + o_abs * (1.5 * adds + 4.0 * u)
+    steady = x.w_abs * (0.5 * (adds + cut)) + o_abs * (1.5 * adds + 0.5 * cut + 4.0 * u)
     lost = flush + n * acc.smallest_subnormal
     steady += lost
     if fine:
@@ -347,6 +350,10 @@ def _finish(
     # The scale's constants are rounded once for all pairs: three roundings, u^2 / 3 each with unlucky mantissas.
     along_scale = x.ws_v - o * x.ws
     inner += along_scale * along_scale * (u * u)
+    if numerics.dot_block is not None:
+        # One-sided: scores and sums are too small on the whole, in all rows alike.
+        inner += np.square(along_scale * dots.dot_sigma(numerics.dot_block, float(q2.shape[-1])))
+        inner += np.square(0.5 * (x.w_abs + o_abs) * dots.dot_sigma(numerics.dot_block, n))
     # Underflow is as likely up as down, at most half a spacing a key: variance a third of that squared.
     noise = inner + flush * (x.v_most * (p.smallest_subnormal / 6.0))
     if u_v:

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from effattn.errors import RequestError
-from effattn.tolerances import formats
+from effattn.tolerances import dots, formats
 from effattn.tolerances.formats import Format
 
 #: when the weights are divided by their sum
@@ -83,12 +83,16 @@ class Numerics:
     group_sum: str = "any"
     #: dK and dV are kept in `input` and rounded to it after every so many queries; None: kept in `acc`
     stored_keys: int | None = None
+    #: how a matrix unit sums products: a name of `dots.MODELS`, such as "hopper"; "ieee" is any order of additions, each
+    #: rounded to nearest
+    dot: str = dots.ANY
 
     def __post_init__(self) -> None:
         for field in ("input", "output", "score", "acc", "p", "lse", "dp", "ds"):
             formats.get(getattr(self, field))
         if self.operand is not None:
             formats.get(self.operand)
+        dots.get(self.dot)
         for field, words in (
             ("normalise", NORMALISE),
             ("sum_of", SUM_OF),
@@ -138,6 +142,11 @@ class Numerics:
     def operand_format(self) -> Format | None:
         """The format that inputs are rounded to before multiplying, or None where they are used as they are."""
         return None if self.operand in (None, self.input) else formats.get(self.operand)
+
+    @property
+    def dot_block(self) -> dots.Block | None:
+        """How the declared unit sums products of the inputs; None where they are added one by one."""
+        return dots.get(self.dot).get(self.operand or self.input)
 
     @property
     def exact_products(self) -> bool:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from effattn.tolerances import dots
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -89,13 +91,17 @@ class ScoreErrors:
         repeats = _repeats(k) if is_fine(numerics) else 1.0
         var = one * (min(repeats, _repeats(q)) if repeats > 1.0 else 1.0)
         inexact = 0.0 if numerics.exact_products else 1.0
+        unit = numerics.dot_block
+        worst = max(gamma(d, u), dots.dot_bound(unit, float(d)))
+        # The one-sided part, relative to a partial sum, whose square is about T + s^2.
+        aligned = dots.dot_sigma(unit, float(d)) ** 2
         return cls(
-            dot=gamma(d, u) * (1.0 + 2.0 * gamma(d, u)),
+            dot=worst * (1.0 + 2.0 * worst),
             factors=2.0 * u * inexact + 4.0 * u + 2.0 * u_operand + u_operand**2,
             rounded=5.0 * u + u_keep,
             shifted=3.0 * u,
-            terms=var * ((d + 1) / 6.0 + inexact) + 2.0 * ROUNDING_VARIANCE * u_operand**2,
-            each=var * ((d + 1) / 3.0 + 1.0) + ROUNDING_VARIANCE * u_keep**2,
+            terms=var * ((d + 1) / 6.0 + inexact) + 2.0 * ROUNDING_VARIANCE * u_operand**2 + aligned,
+            each=var * ((d + 1) / 3.0 + 1.0) + ROUNDING_VARIANCE * u_keep**2 + aligned,
             gap=one,
             exp=one * max(1.0, numerics.exp_ulps**2),
         )

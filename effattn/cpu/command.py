@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from effattn.cpu import compat
+from effattn.cpu import compat, models
 from effattn.errors import RequestError
 
 _AUTOLOAD = Path(__file__).with_name("autoload")
@@ -48,23 +48,32 @@ def command_line(program: Sequence[str], path: str) -> list[str]:
     return [found, *rest]
 
 
-def environment(settings: str, base: Mapping[str, str]) -> dict[str, str]:
+def environment(settings: str, base: Mapping[str, str], dot_model: str | None = None) -> dict[str, str]:
     """The environment of the program: this Python's own programs first on PATH, the emulation told to each Python."""
     own = str(Path(sys.executable).parent)
     out = dict(base)
     out["PATH"] = os.pathsep.join([own, *filter(None, [base.get("PATH")])])
     out["PYTHONPATH"] = os.pathsep.join([str(_AUTOLOAD), *filter(None, [base.get("PYTHONPATH")])])
     out[compat.VARIABLE] = settings
+    if dot_model is not None:
+        out[models.VARIABLE] = models.get(dot_model).name
     return out
 
 
-def run(program: Sequence[str], *, capability: str, autotune: str, checks: Sequence[str] = ()) -> int:
+def run(
+    program: Sequence[str],
+    *,
+    capability: str,
+    autotune: str,
+    checks: Sequence[str] = (),
+    dot_model: str | None = None,
+) -> int:
     """Become the program, or run it under checks and return its exit code.
 
     Raises RequestError for settings that are not known and programs that cannot be started.
     """
     settings = compat.settings(capability=capability, autotune=autotune)
-    env = environment(settings, os.environ)
+    env = environment(settings, os.environ, dot_model)
     command = command_line(program, env["PATH"])
     if checks:
         from effattn.cpu import checked_process
