@@ -241,9 +241,9 @@ def importlib_find(name: str) -> str | None:
         ("def f(q, k): return q\n", "f", r"fewer than three positional arguments \(q, k\)"),
         ("def f(q, k, v, dropout): return q\n", "f", "needs `dropout`, which effattn does not know"),
         (
-            "def f(q, k, v, *, scal, mask): return q\n",
+            "def f(q, k, v, *, scal, maks): return q\n",
             "f",
-            "needs `scal`, `mask`.*causal, scale.*did you mean 'scale'",
+            "needs `scal`, `maks`.*causal, scale.*did you mean 'scale'",
         ),
         ("def f(q, k, scale): return q\n", "f", "needs `scale` among its first three"),
         ("def f(q, k, v, w, /): return q\n", "f", "needs `w`"),
@@ -309,9 +309,9 @@ def test_what_is_wrong_with_a_path_is_said(write: Callable[..., Path], tmp_path:
         ("a, b, c, /", set()),
         ("q, k, v, causal, scale", {"causal", "scale"}),
         ("q, k, v, *, scale, dropout=0.0", {"scale"}),
-        ("q, k, v, **options", set(KEYWORDS)),
+        ("q, k, v, **options", {"causal", "scale", "causal_alignment"}),
         ("*tensors, causal=True", {"causal"}),
-        ("*tensors, **options", set(KEYWORDS)),
+        ("*tensors, **options", {"causal", "scale", "causal_alignment"}),
         ("q, k, v, *, causal=False, causal_alignment='top-left'", {"causal", "causal_alignment"}),
     ],
 )
@@ -632,3 +632,176 @@ def test_torch_negative_scale_under_a_causal_mask_is_really_wrong() -> None:
         exactly = exact.attention(*inputs, causal=other.causal, scale=other.softmax_scale).out
         assert torch.all((method(other, inputs).out - exactly).abs() < 1e-5)
         assert math.isfinite(float(exactly.sum()))
+
+
+EVERYTHING = Case(
+    batch=2, heads=4, kv_heads=2, q_len=9, kv_len=11, head_dim=8, dtype="fp32", causal="top-left", window=(3, -1),
+    softcap=5.0, alibi="drawn", bias="hqk", mask="bk", sinks=True, lengths="both", dropout=0.25, backward=True, seed=5,
+)  # fmt: skip
+
+
+def test_options_are_handed_over_as_the_case_has_them() -> None:
+    seen: dict[str, Any] = {}
+
+    @effattn.method(
+        dropout_mask=lambda b, h, m, n, p, seed, offset, device: torch.ones((b, h, m, n), dtype=torch.bool)
+    )
+    def function(  # type: ignore[no-untyped-def]
+        q, k, v, *, causal=False, scale=None, causal_alignment=None, window=None, softcap=None, alibi_slopes=None,
+        bias=None, mask=None, sinks=None, q_lengths=None, kv_lengths=None, dropout_p=0.0, dropout_seed=0,
+        dropout_offset=0, return_lse=False,
+    ):  # fmt: skip
+        seen.update(locals())
+        return q.sum() + k.sum() + v.sum() + bias.sum() + sinks.sum() + torch.zeros(2, 4, 9, 8)
+
+    method = UserFunction(function)
+    assert method.unsupported(EVERYTHING) is None
+    inputs = EVERYTHING.tensors()
+    method(EVERYTHING, inputs)
+    assert (seen["causal"], seen["causal_alignment"], seen["window"], seen["softcap"]) == (
+        True,
+        "top-left",
+        (3, -1),
+        5.0,
+    )
+    assert (seen["dropout_p"], seen["dropout_seed"], seen["dropout_offset"], seen["return_lse"]) == (
+        0.25,
+        5,
+        0,
+        True,
+    )
+    for name, x in inputs.extras.present().items():
+        if name in ("d_out", "d_lse"):
+            continue
+        assert torch.equal(seen[name], x), name
+        assert seen[name].stride() == x.stride()
+    assert seen["bias"].requires_grad
+    assert seen["q"].requires_grad
+    assert method.dropout_mask(EVERYTHING, torch.device("cpu")).all()
+    plain = dataclasses.replace(
+        EVERYTHING, window=None, softcap=None, alibi="none", bias="none", mask="none", sinks=False, lengths="none",
+        dropout=0.0, backward=False,
+    )  # fmt: skip
+    seen.clear()
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'sum'"):
+        method(plain, plain.tensors())
+    assert all(
+        seen[name] is None
+        for name in ("window", "softcap", "alibi_slopes", "bias", "mask", "sinks", "q_lengths")
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "keyword"),
+    [
+        ({"window": (3, 3)}, "`window`"),
+        ({"softcap": 5.0}, "`softcap`"),
+        ({"alibi": "geometric"}, "`alibi_slopes`"),
+        ({"bias": "qk"}, "`bias`"),
+        ({"mask": "qk"}, "`mask`"),
+        ({"sinks": True}, "`sinks`"),
+        ({"lengths": "kv"}, "`kv_lengths`"),
+        ({"lengths": "both"}, "`q_lengths` and `kv_lengths`"),
+        ({"dropout": 0.5}, "`dropout_p`"),
+    ],
+)
+def test_a_case_with_an_option_that_the_function_lacks_is_not_supported(
+    options: dict[str, Any], keyword: str
+) -> None:
+    case = Case(q_len=4, kv_len=4, head_dim=8, dtype="fp32", **options)
+    verdict = judge(case, UserFunction(lambda q, k, v, *, causal=False, scale=None, **others: v))
+    assert verdict.outcome == "not supported"
+    assert verdict.message == f"not supported: the function has no keyword {keyword}"
+
+
+def test_dropout_without_a_mask_is_not_supported_and_a_wrong_mask_is_said() -> None:
+    case = Case(q_len=4, kv_len=4, head_dim=8, dtype="fp32", dropout=0.5)
+
+    def function(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout_p: float = 0.0
+    ) -> torch.Tensor:
+        return v.clone()
+
+    assert "declares no dropout_mask" in judge(case, UserFunction(function)).message
+    effattn.method(dropout_mask=lambda *sizes: torch.ones(3))(function)
+    verdict = judge(case, UserFunction(function))
+    assert verdict.outcome == "wrong shape or dtype"
+    assert (
+        "dropout_mask returned a torch.float32 tensor (3,); expected a bool tensor (1, 1, 4, 4)"
+        in verdict.message
+    )
+    with pytest.raises(RequestError, match="dropout_mask is 3; expected a function"):
+        effattn.method(dropout_mask=3)  # type: ignore[arg-type]
+
+
+BACKWARD = Case(heads=2, q_len=20, kv_len=30, head_dim=8, dtype="fp32", bias="qk", backward=True)
+
+
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    return (scores if bias is None else scores + bias).softmax(-1) @ v
+
+
+def test_gradients_of_a_plain_function_are_those_of_autograd() -> None:
+    verdict = judge(BACKWARD, UserFunction(_attention))
+    assert verdict.outcome == "pass", verdict.message
+    assert [q.name for q in verdict.quantities] == ["out", "dq", "dk", "dv", "dbias"]
+
+
+@pytest.mark.parametrize(
+    ("function", "outcome", "message"),
+    [
+        (
+            lambda q, k, v, bias=None: _attention(q, k, v, bias=bias).detach(),
+            "not supported",
+            "its output has no gradient",
+        ),
+        (
+            lambda q, k, v, bias=None: _attention(q, k, v, bias=bias.detach()),
+            "not supported",
+            "no gradient by bias",
+        ),
+        (
+            lambda q, k, v, bias=None: _attention(q, k.detach(), v, bias=bias),
+            "wrong shape or dtype",
+            "does not depend on k for autograd",
+        ),
+        (
+            lambda q, k, v, bias=None: _attention(q * 1.0, k, v, bias=bias)[..., :4],
+            "wrong shape or dtype",
+            r"out has shape \(1, 2, 20, 4\)",
+        ),
+        (
+            lambda q, k, v, bias=None: (_attention(q, k, v, bias=bias), (q @ k.mT).logsumexp(-1)),
+            "inaccurate",
+            "lse",
+        ),
+    ],
+)
+def test_what_a_function_has_no_gradient_for_is_said(function: Any, outcome: str, message: str) -> None:
+    verdict = judge(BACKWARD, UserFunction(function))
+    assert verdict.outcome == outcome
+    assert re.search(message, verdict.message)
+
+
+def test_a_log_sum_exp_that_can_be_differentiated_is() -> None:
+    case = dataclasses.replace(BACKWARD, bias="none")
+
+    def right(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _attention(q, k, v), (q @ k.mT * q.shape[-1] ** -0.5).logsumexp(-1)
+
+    def wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = right(q, k, v)
+        return out, lse.detach() + 0.0 * q[..., 0]
+
+    def undifferentiated(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = right(q, k, v)
+        return out, lse.detach()
+
+    assert judge(case, UserFunction(right)).outcome == "pass"
+    assert judge(case, UserFunction(undifferentiated)).outcome == "pass"
+    assert judge(case, UserFunction(wrong)).outcome == "inaccurate"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from effattn import methods, zoo
-from effattn.case import DTYPES
+from effattn.case import DTYPES, Case
 from effattn.errors import RequestError
 from effattn.judge import Outcome, judge
 from effattn.zoo import cases as modest
@@ -18,10 +18,15 @@ FAILED = {Outcome.INACCURATE, Outcome.BIASED, Outcome.NON_FINITE}
 SLOW = {"flash-key-by-key", "one-running-sum", "term-by-term"}
 
 
+def listed(specimen: zoo.Specimen, dtype: str) -> list[Case]:
+    """The cases that its kind of kernel offers."""
+    return modest.option_cases(dtype) if specimen.offers_options else modest.cases(dtype)
+
+
 @pytest.mark.parametrize(("name", "dtype"), WRONG)
 def test_every_wrong_kernel_is_found(name: str, dtype: str) -> None:
     specimen = zoo.get(name)
-    shown = [case for case in modest.cases(dtype) if specimen.shows(case)]
+    shown = [case for case in listed(specimen, dtype) if specimen.shows(case)]
     assert shown, "the list has no case for it"
     outcomes = []
     for case in shown:
@@ -35,7 +40,7 @@ def test_every_wrong_kernel_is_found(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("name", RIGHT)
 def test_no_right_kernel_is_called_wrong(name: str, dtype: str) -> None:
     method = zoo.get(name).method()
-    for case in modest.cases(dtype):
+    for case in listed(zoo.get(name), dtype):
         if name in SLOW and case.q_len * case.kv_len > 128 * 128:
             continue
         verdict = judge(case, method)

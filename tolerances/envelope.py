@@ -364,7 +364,7 @@ def _finish(
         spared = x.top * x.top
         if before:
             spared = np.maximum(spared - (1.0 - x.top) ** 2 / cast, 0.0)
-        if numerics.normalise == "any":
+        if numerics.normalise == "any" or dropout:
             spared = np.zeros_like(spared)
         rounded = x.w2_v2 - spared * (x.top_squares if equal else x.top_v * x.top_v)
         if equal:
@@ -383,8 +383,9 @@ def _finish(
     lse_reach = wb * stretch + adds + sum_of + LOG_ERROR + u * (6.0 * s_most + 4.0 * log_n + 2.0 * lse_abs)
     lse_reach *= growth
     lse_bound = lse_reach + 0.5 * lse_format.ulp(lse_abs + lse_reach)
-    lse_var = lse_scores + var * (l_var + 3.0 * s_most * s_most + lse_abs * lse_abs) + LOG_ERROR**2 / 12.0
-    lse_var += (2.0 * u * s_most) ** 2  # constants, as above, and ln 2
+    largest = getattr(x, "largest", s_most)  # the maximum that is subtracted
+    lse_var = lse_scores + var * (l_var + 3.0 * largest * largest + lse_abs * lse_abs) + LOG_ERROR**2 / 12.0
+    lse_var += (2.0 * u * largest) ** 2  # constants, as above, and ln 2
     lse_var += lse_format.ulp(lse_abs) ** 2 / 12.0
     if sum_of:
         lse_var += ROUNDING_VARIANCE * u_p * u_p * x.w2

@@ -14,6 +14,9 @@ gross error is found; where P and dS are rounded, theta is near 0 and the limit 
 For the same reason 7 deviations of the common part, with all elements aligned, are taken off before the direction is
 tested: more has a probability below 1e-11.
 
+Where a head has the same key, or the same query, more than once, whole rows and columns of P and dS round alike, and
+nothing here holds: such gradients are held to their bounds only (`repeated`).
+
 Rows that round the same numbers are put into one cell: keys that are alike in dV, keys and values in dK, queries and
 upstream gradients in dQ.
 """
@@ -30,6 +33,7 @@ import numpy as np
 from effattn.tolerances.statistics import ALARM, Cells, Finding, neighbourhoods
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
     from effattn.tolerances.formats import Format
@@ -63,6 +67,17 @@ class GradientErrors:
     known: Callable[[], Iterator[Floats]]
     #: (rows, any number): rows this close together in units of 1 may round alike; likewise
     places: Callable[[], Floats]
+
+
+def repeated(*tensors: torch.Tensor) -> bool:
+    """Whether any of the tensors (batch, heads, length, dim) has two equal rows in a head."""
+    for x in tensors:
+        rows = x.detach().double().cpu().numpy()
+        angles = np.arange(1.0, rows.shape[-1] + 1.0)
+        marks = np.sort(np.einsum("bhnd,d->bhn", rows, np.cos(angles * angles)), axis=-1)
+        if (marks[..., 1:] == marks[..., :-1]).any():
+            return True
+    return False
 
 
 def alarm_each(gradients: int, others: int) -> float:

@@ -314,11 +314,24 @@ def _pairs(
     dim = g.shape[-1]
     output = numerics.format("output")
     rounds_out = numerics.delta_of != "unrounded"
-    of_out = of(forward.out_bound if rounds_out else forward.out_reach).clamp(max=1e300)
-    f = (g_abs * of_out).sum(-1, keepdim=True) * (1.0 + gamma(dim, u))
-    f += gamma(dim + 1, u) * (g_abs * o.abs()).sum(-1, keepdim=True)
+    n = block.visible.sum(-1, keepdim=True).double()
+    away = (d_p - delta).masked_fill(~block.visible, 0.0)
+    # What `envelope` says of the output, multiplied by g before absolute values are taken.
+    every = t.amax(-1, keepdim=True) if t.shape[-1] else torch.zeros_like(lse)
+    every = (every + (n + 5.0) * u).clamp(max=LARGEST_WEIGHT_ERROR)
+    growth = (1.0 + every) * (1.0 + size.u_p) / (1.0 - every - every * every)
+    f = (w * (t * away.abs() + (1.0 + t) * size.u_p * d_p.abs())).sum(-1, keepdim=True)
+    f += (w * factor * sizes).sum(-1, keepdim=True) * (6.0 * u + size.u_operand)
+    f += (g_abs * of(forward.out_steady)).sum(-1, keepdim=True)
+    if numerics.sum_of == "rounded":
+        f += size.u_p * delta.abs()
+    f *= growth
+    if rounds_out:
+        f += 0.5 * (g_abs * output.ulp(o.abs() + of(forward.out_reach).clamp(max=1e300))).sum(
+            -1, keepdim=True
+        )
+    f += gamma(dim + 1, u) * (g_abs * o.abs()).sum(-1, keepdim=True) + gamma(dim + 1, u) * f
     if numerics.delta_of == "any":
-        n = block.visible.sum(-1, keepdim=True).double()
         own = (w * (t * d_p.abs() + (1.0 + t) * e)).sum(-1, keepdim=True)
         own += (w * d_p.abs()).sum(-1, keepdim=True) * ((n + 2.0) * u)
         f = torch.maximum(f, own)
@@ -328,7 +341,7 @@ def _pairs(
         f_var += (g2 * output.ulp(o).square()).sum(-1, keepdim=True) / 12.0
     cast = ROUNDING_VARIANCE * size.u_p**2
     w2 = w.square()
-    f_var += (w2 * (difference.square() * found.variance + cast * d_p.square())).sum(-1, keepdim=True)
+    f_var += (w2 * (away.square() * found.variance + cast * d_p.square())).sum(-1, keepdim=True)
     f_var += one * (
         (dim + 1) / 6.0 * (g2 * o.square()).sum(-1, keepdim=True) + ((dim + 1) / 3.0 + 1.0) * delta.square()
     )
@@ -341,6 +354,10 @@ def _pairs(
         w * (difference.abs() * (t + k + t * k) + (1.0 + t) * (1.0 + k) * (e + f)) + floor * block.visible
     )
     s_var = w2 * (difference.square() * (found.variance + 3.0 * one) + e_var)
+    # Weights of subnormal size, where there are some.
+    tiny = bool(((w < 1e-30) & block.visible).any())
+    if tiny:
+        s_var += difference.square() * _lost(w, numerics) + _lost(d_s, numerics)
     d_t, z, t_var, carried = d_s, z_bias, s_var, w
     if block.slope is not None:
         # 1 - tanh^2, of a tanh that is off by tanh_error u and whose argument is rounded.
@@ -364,6 +381,8 @@ def _pairs(
     more = 3.0 * u if size.dropout else 0.0
     y = weights * (t + size.u_p + t * size.u_p + more * (1.0 + t)) + floor * block.visible
     y_inner = weights.square() * (found.variance + (one if size.dropout else 0.0))
+    if tiny:
+        y_inner += _lost(weights, numerics)
     y_var = y_inner
     if size.u_p:
         fmt = numerics.format("p")
@@ -373,6 +392,13 @@ def _pairs(
         w=w, d_s=d_s, d_t=d_t, y=y, z_bias=z_bias, z=z, y_var=y_var, s_var=s_var, z_var=z_var, y_inner=y_inner,
         z_inner=z_inner, l_var=l_var, f_var=f_var, l_most=l_most, f_most=f, carried=carried,
     )  # fmt: skip
+
+
+def _lost(x: torch.Tensor, numerics: Numerics) -> torch.Tensor:
+    """The variance of numbers of subnormal size in the accumulators: all of it may be flushed, or rounded away."""
+    acc = numerics.format("acc")
+    lost = x.square() if numerics.flush else torch.full_like(x, acc.smallest_subnormal**2 / 12.0)
+    return torch.where(x.abs() < acc.smallest_normal, lost, 0.0)
 
 
 def _cast_variance(x: torch.Tensor, fmt: Format) -> torch.Tensor:
@@ -456,10 +482,13 @@ def known_gradient_errors(
     options: Options,
     d_lse: torch.Tensor | None = None,
 ) -> Iterator[dict[str, Floats]]:
-    """What rounding P and dS does to "q", "k" and "v", which is known from the inputs: dS as it is, or scaled before."""
+    """What rounding P and dS does to "q", "k" and "v", which is known from the inputs.
+
+    dS is rounded as it is or scaled before, P before dropout's factor is multiplied or after.
+    """
     scale = options.scale_for(q.shape[3])
     p, ds = numerics.format("p"), numerics.format("ds")
-    for before in dict.fromkeys((1.0, scale or 1.0)):
+    for before, dropped in ((1.0, True), (scale or 1.0, False)):
         dq = q.new_zeros(q.shape, dtype=torch.float64)
         sums = HeadSums(q, options)
         for block in score_blocks(q, k, v, options):
@@ -468,8 +497,9 @@ def known_gradient_errors(
             d_s, _ = score_gradient(block, w, g, None if d_lse is None else block.read(d_lse).double())
             d_t = (d_s if block.slope is None else d_s * block.slope) * before
             off = (ds.round(d_t) - d_t) * (scale / before) if numerics.rounds_ds else torch.zeros_like(d_t)
-            weights = block.weighted(w)
+            weights = block.weighted(w) if dropped else w
             off_p = p.round(weights) - weights if numerics.rounds_p else torch.zeros_like(weights)
+            off_p = off_p if dropped else block.weighted(off_p)
             block.write(dq, torch.bmm(off, block.k))
             sums.add("k", block, torch.bmm(off.mT, block.q))
             sums.add("v", block, torch.bmm(off_p.mT, g))

@@ -118,6 +118,7 @@ def collect_with_options(
         "ws": (w * block.product * slope).sum(-1, keepdim=True),
         "low": -found.most,
         "high": found.most,
+        "largest": (top.clamp(min=1e-300).log() + lse.clamp(min=-1e300)).abs(),
         "count": count.clamp(min=1.0),
         "seen": block.visible.any(-1, keepdim=True).double(),
         "top": top,

@@ -15,6 +15,7 @@ partial sums, and that luck does not average out. So the partial sums from the f
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -75,7 +76,8 @@ def known_errors(
     if numerics.normalise != "before":
         orders += [o for o in ORDERS if o[0] is None or o[0] < k.shape[2]]
     orders += [kind for kind, arrangements in _OTHER_ORDERS if numerics.normalise in arrangements]
-    for order in orders:
+    # Dropout's factor may be multiplied before P is rounded, or after.
+    for order, before in itertools.product(orders, (False, True) if options.keep is not None else (False,)):
         error = torch.zeros((*q.shape[:3], v.shape[3]), dtype=torch.float64, device=q.device)
         variance = torch.zeros_like(error)
         for block in score_blocks(q, k, v, options, most_scores=_SCORES):
@@ -84,12 +86,14 @@ def known_errors(
                 p = w if order == "normalised" else s.exp()
             else:
                 p = (s - _maximum(s, *order)).exp_()
+            if before:
+                p = block.weighted(p)
             # Weights that overflow are another matter, and not explained by rounding.
             p = torch.where(p < math.inf, p, 0.0)
             rounded = numerics.format("p").round(p)
             rounded = torch.where(rounded < math.inf, rounded, p)
             spacing = numerics.format("p").ulp(p).masked_fill_(p == rounded, 0.0)
-            share = block.weighted(torch.where(p > 0.0, w / p, 0.0))
+            share = torch.where(p > 0.0, block.weighted(w) / p, 0.0)
             block.write(error, torch.bmm((rounded - p) * share, block.v))
             block.write(variance, torch.bmm((spacing * share).square_().div_(12.0), block.v.square()))
         columns = v.shape[3]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from effattn.errors import RequestError
 
 if TYPE_CHECKING:
+    import torch
+
     from effattn.case import Case
     from effattn.tolerances.numerics import Numerics
 
@@ -25,6 +27,7 @@ class Declaration:
     numerics: Numerics | str | Callable[[Case], Numerics] | None = None
     causal_alignment: str | None = None
     supports: Callable[[Case], bool | str] | None = None
+    dropout_mask: Callable[..., torch.Tensor] | None = None
 
 
 def method(
@@ -33,6 +36,7 @@ def method(
     numerics: Numerics | str | Callable[[Case], Numerics] | None = None,
     causal_alignment: str | None = None,
     supports: Callable[[Case], bool | str] | None = None,
+    dropout_mask: Callable[..., torch.Tensor] | None = None,
 ) -> Callable[[_F], _F]:
     """Declare how a function is to be judged. It stays the function that it was.
 
@@ -47,6 +51,8 @@ def method(
         last key; the default) or "top-left" (query i sees the keys up to i). Not for functions that have a
         keyword `causal_alignment`: they are told.
     supports: takes the `Case`, returns True, or False or a reason why the function does not offer it.
+    dropout_mask: for functions with `dropout_p`: fn(batch, heads, q_len, kv_len, p, seed, offset, device) returns the
+        weights that dropout keeps, a bool tensor (batch, heads, q_len, kv_len). The reference applies it.
 
     Raises `RequestError` for anything else.
     """
@@ -62,6 +68,11 @@ def method(
         raise RequestError(
             f"@effattn.method: supports is {supports!r}; expected a function that takes the case"
         )
+    if dropout_mask is not None and not callable(dropout_mask):
+        raise RequestError(
+            f"@effattn.method: dropout_mask is {dropout_mask!r}; expected a function"
+            " fn(batch, heads, q_len, kv_len, p, seed, offset, device)"
+        )
     if numerics is not None and not callable(numerics):
         from effattn.tolerances.numerics import PRESETS, Numerics, for_dtype
 
@@ -72,7 +83,13 @@ def method(
                 f"@effattn.method: numerics is {numerics!r}; expected a Numerics, a function that takes the"
                 f" case, or one of {', '.join(map(repr, PRESETS))}"
             )
-    declared = Declaration(name=name, numerics=numerics, causal_alignment=causal_alignment, supports=supports)
+    declared = Declaration(
+        name=name,
+        numerics=numerics,
+        causal_alignment=causal_alignment,
+        supports=supports,
+        dropout_mask=dropout_mask,
+    )
 
     def declare(function: _F) -> _F:
         try:

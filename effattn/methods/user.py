@@ -1,10 +1,13 @@
 """A user's function as a method, by its signature.
 
-    fn(q, k, v, *, causal=False, scale=None, causal_alignment="bottom-right") -> out | (out, lse)
+    fn(q, k, v, *, causal=False, scale=None, causal_alignment="bottom-right", window=None, softcap=None,
+       alibi_slopes=None, bias=None, mask=None, sinks=None, q_lengths=None, kv_lengths=None,
+       dropout_p=0.0, dropout_seed=0, dropout_offset=0, return_lse=False) -> out | (out, lse)
 
 q (batch, heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim), v (batch, kv_heads, kv_len, v_dim);
 out (batch, heads, q_len, v_dim) in the inputs' dtype, lse (batch, heads, q_len) in natural logarithm. The
-function gets the keywords that its signature has; a case that needs another is not supported by it.
+function gets the keywords that its signature has; a case that needs another is not supported by it. Options that a case
+does not have are left to their defaults. Gradients are those of torch's autograd.
 """
 
 from __future__ import annotations
@@ -16,11 +19,14 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from effattn.errors import RequestError
-from effattn.methods.base import Method, Output, as_output, kind, triton_on
+from effattn.methods import backward
+from effattn.methods.base import Method, Output, kind, triton_on
 from effattn.methods.declare import declaration
 from effattn.methods.load import load_function
 
 if TYPE_CHECKING:
+    import torch
+
     from effattn.case import Case, Inputs
     from effattn.tolerances.numerics import Numerics
 
@@ -29,7 +35,33 @@ KEYWORDS: dict[str, str] = {
     "causal": "bool: whether a query sees only the keys up to its own position",
     "scale": "float: what scores are multiplied by; left out where the case names none and the default is None",
     "causal_alignment": "'bottom-right' or 'top-left': where the diagonal of a causal mask ends or starts",
+    "window": "(left, right): how many keys before and after its own position a query sees, -1 for all",
+    "softcap": "float: scores become softcap * tanh(score / softcap), after the scale",
+    "alibi_slopes": "fp32 tensor (heads,) or (batch, heads): scores get - slope * |i + shift - j|",
+    "bias": "tensor with four axes that broadcast to (batch, heads, q_len, kv_len), added to the scores",
+    "mask": "bool tensor, likewise; True where the key may be seen",
+    "sinks": "fp32 tensor (heads,): one more logit of each head, without a value",
+    "q_lengths": "int32 tensor (batch,): queries from there on are padding",
+    "kv_lengths": "int32 tensor (batch,): keys from there on are padding",
+    "dropout_p": "float: the probability with which a weight is dropped; needs a declared dropout_mask",
+    "dropout_seed": "int: what the dropout is drawn from",
+    "dropout_offset": "int: likewise",
+    "return_lse": "bool: True, so that the log-sum-exp is judged as well",
 }
+#: options: given to functions that name them, and only where the case has them
+OPTIONS = (
+    "window",
+    "softcap",
+    "alibi_slopes",
+    "bias",
+    "mask",
+    "sinks",
+    "q_lengths",
+    "kv_lengths",
+    "dropout_p",
+)
+#: given to functions that name them only: a function that takes any keyword may not know what they mean
+_NAMED = frozenset(KEYWORDS) - {"causal", "scale", "causal_alignment"}
 #: what `causal=True` means to a function that says nothing about it: FlashAttention's convention since 2.1
 DEFAULT_ALIGNMENT = "bottom-right"
 
@@ -83,7 +115,7 @@ class UserFunction(Method):
             if (
                 "causal_alignment" not in self.keywords
                 and case.causal != alignment
-                and case.q_len != case.kv_len
+                and (case.q_len != case.kv_len or case.lengths != "none")
             ):
                 return (
                     f"causal means {alignment} to the function, which has no keyword `causal_alignment`, and"
@@ -91,6 +123,11 @@ class UserFunction(Method):
                 )
         if case.scale is not None and "scale" not in self.keywords:
             return "the function has no keyword `scale`"
+        missing = [name for name in _needed(case) if name not in self.keywords]
+        if missing:
+            return f"the function has no keyword {' and '.join(f'`{name}`' for name in missing)}"
+        if case.dropout and self._declared.dropout_mask is None:
+            return "the function declares no dropout_mask, without which nobody knows what it should have dropped"
         return self._declared_unsupported(case)
 
     def _declared_unsupported(self, case: Case) -> str | None:
@@ -107,17 +144,52 @@ class UserFunction(Method):
             f"{self.spec!r}: its `supports` returned {kind(answer)}; expected True, False or a reason"
         )
 
+    def dropout_mask(self, case: Case, device: torch.device) -> torch.Tensor:
+        assert self._declared.dropout_mask is not None
+        sizes = (case.batch, case.heads, case.q_len, case.kv_len)
+        return self._declared.dropout_mask(*sizes, case.dropout, dropout_seed(case), 0, device)
+
     def __call__(self, case: Case, inputs: Inputs) -> Output:
         offered: dict[str, Any] = {
             "causal": case.causal != "none",
             "scale": case.softmax_scale,
             "causal_alignment": case.causal if case.causal != "none" else DEFAULT_ALIGNMENT,
+            "return_lse": True,
         }
-        keywords = {name: value for name, value in offered.items() if name in self.keywords}
         if case.scale is None and self._own_scale:
-            del keywords["scale"]
+            del offered["scale"]
+        if case.dropout:
+            offered |= {"dropout_p": case.dropout, "dropout_seed": dropout_seed(case), "dropout_offset": 0}
+        offered |= {name: getattr(case, name) for name in ("window", "softcap") if name in _needed(case)}
+
+        def call(inputs: Inputs) -> Any:
+            tensors = {name: x for name, x in inputs.extras.present().items() if name in OPTIONS}
+            keywords = {name: x for name, x in (offered | tensors).items() if name in self.keywords}
+            return self.function(inputs.q, inputs.k, inputs.v, **keywords)
+
         with triton_on(inputs.q.device):
-            return as_output(self.function(inputs.q, inputs.k, inputs.v, **keywords))
+            return backward.run(call, case, inputs)
+
+
+def dropout_seed(case: Case) -> int:
+    """The seed of a case's dropout: that of the case, in 31 bits."""
+    return case.seed % 2**31
+
+
+def _needed(case: Case) -> list[str]:
+    """The keywords of `OPTIONS` that a case needs."""
+    has = {
+        "window": case.window is not None,
+        "softcap": case.softcap is not None,
+        "alibi_slopes": case.alibi != "none",
+        "bias": case.bias != "none",
+        "mask": case.mask != "none",
+        "sinks": case.sinks,
+        "q_lengths": case.lengths == "both",
+        "kv_lengths": case.lengths != "none",
+        "dropout_p": case.dropout > 0.0,
+    }
+    return [name for name in OPTIONS if has[name]]
 
 
 def load(spec: str) -> UserFunction:
@@ -161,7 +233,10 @@ def _keywords(function: Callable[..., Any], spec: str) -> frozenset[str]:
             f" wrap the function{_close(needed)}"
         )
     if any(p.kind == p.VAR_KEYWORD for p in parameters):
-        return frozenset(KEYWORDS) - {p.name for p in tensors if p.kind == p.POSITIONAL_OR_KEYWORD}
+        anything = frozenset(KEYWORDS) - _NAMED
+        return (anything | frozenset(KEYWORDS) & taken) - {
+            p.name for p in tensors if p.kind == p.POSITIONAL_OR_KEYWORD
+        }
     return frozenset(KEYWORDS) & taken
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,20 +38,14 @@ class Specimen:
     shows: Callable[[Case], bool]
 
     @property
+    def offers_options(self) -> bool:
+        """Whether it knows every option, and gradients."""
+        return hasattr(self.kernel, "attention")
+
+    @property
     def function(self) -> Callable[..., Any]:
         """The kernel with the signature of a user's function."""
-
-        def attention(
-            q: Any,
-            k: Any,
-            v: Any,
-            *,
-            causal: bool = False,
-            scale: float | None = None,
-            causal_alignment: str = "bottom-right",
-        ) -> Any:
-            return self.kernel(q, k, v, causal=causal_alignment if causal else "none", scale=scale)
-
+        attention = _with_options(self.kernel) if self.offers_options else _plain(self.kernel)
         attention.__name__ = attention.__qualname__ = self.name.replace("-", "_")
         attention.__module__ = "effattn.zoo"
         attention.__doc__ = self.what
@@ -61,6 +56,33 @@ class Specimen:
         from effattn.methods.user import UserFunction
 
         return UserFunction(self.function, spec=f"effattn.zoo:{self.name.replace('-', '_')}")
+
+
+def _with_options(kernel: Any) -> Callable[..., Any]:
+    from effattn.methods.declare import method
+    from effattn.zoo.matrices import dropout_mask
+
+    @method(dropout_mask=dropout_mask)
+    @functools.wraps(kernel.attention)
+    def attention(*args: Any, **keywords: Any) -> Any:
+        return kernel.attention(*args, **keywords)
+
+    return attention
+
+
+def _plain(kernel: Kernel) -> Callable[..., Any]:
+    def attention(
+        q: Any,
+        k: Any,
+        v: Any,
+        *,
+        causal: bool = False,
+        scale: float | None = None,
+        causal_alignment: str = "bottom-right",
+    ) -> Any:
+        return kernel(q, k, v, causal=causal_alignment if causal else "none", scale=scale)
+
+    return attention
 
 
 _REGISTER: dict[str, Specimen] = {}
@@ -107,5 +129,5 @@ def get(name: str) -> Specimen:
 
 def _load() -> None:
     # Not `from effattn.zoo import ...`: that asks the package's own __getattr__, which ends up here.
-    for name in ("right_kernels", "wrong_kernels", "subtle_kernels"):
+    for name in ("right_kernels", "wrong_kernels", "subtle_kernels", "right_gradients", "wrong_gradients"):
         importlib.import_module(f"effattn.zoo.{name}")
