@@ -17,6 +17,8 @@ _PUBLIC: dict[str, str] = {
     "RequestError": "effattn.errors",
     "NotSupported": "effattn.errors",
     "method": "effattn.methods.declare",
+    "check": "effattn.laws",
+    "parametrize_with_laws": "effattn.laws",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]  # pyright: ignore[reportUnsupportedDunderAll] one list, not two

@@ -186,6 +186,14 @@ def cli(context: click.Context) -> None:
     help="Value distributions in place of the profile's own, see `effattn values`; repeat it or list them "
     "with commas. real:smollm2 takes Q, K and V of a real model.",
 )
+@click.option(
+    "--laws",
+    "law_names",
+    multiple=True,
+    metavar="NAME",
+    help="Laws to try, see `effattn laws`: names or families; repeat it or list them with commas; none for none. "
+    "All of them if not given, none where --values is.",
+)
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu or cuda.")
 @click.option(
     "--out",
@@ -204,6 +212,7 @@ def gate(
     dtypes: tuple[str, ...],
     profile: str,
     value_names: tuple[str, ...],
+    law_names: tuple[str, ...],
     device: str,
     out: Path | None,
     overwrite: bool,
@@ -223,6 +232,8 @@ def gate(
 
     wanted = _dtypes(dtypes)
     profiles.get(profile)
+    chosen_values = tuple(dict.fromkeys(_split(value_names)))
+    chosen_laws = _laws(law_names, with_values=bool(chosen_values))
     started = provenance.now()
     if overwrite and out is None:
         raise RequestError("--overwrite replaces the run that --out names; give --out too")
@@ -243,10 +254,11 @@ def gate(
             judge=judge,
             dtypes=wanted,
             profile=profile,
-            values=tuple(dict.fromkeys(_split(value_names))),
+            values=chosen_values,
+            laws=chosen_laws,
         )
         _announce_capture(request.values)
-        cases = gates.collect(request)
+        questions = gates.collect(request)
         facts = judge.call("effattn.run.provenance:torch_facts", device)
         origin = {
             "command": provenance.command_line(click.get_current_context().obj),
@@ -254,8 +266,8 @@ def gate(
             **provenance.collect(device=device, facts=facts),
         }
         with store.RunWriter(folder, overwrite=overwrite, spec=judge.spec, device=device) as writer:
-            with _progress(len(cases)) as progress:
-                result = gates.run_gate(request, cases, record=writer.add, progress=progress)
+            with _progress(len(questions)) as progress:
+                result = gates.run_gate(request, questions, record=writer.add, progress=progress)
             for failure in result.failures:
                 for failed in failure.verdicts:
                     writer.add_case(failed.case)
@@ -269,8 +281,9 @@ def gate(
                 "values": list(request.values),
                 "device": device,
                 "checks": list(checks),
-                "cases": len(cases),
                 "dot_model": multiplied,
+                "laws": list(request.laws),
+                "cases": len(questions),
                 "isolation": isolation,
                 "exit_code": result.exit_code,
             }
@@ -302,10 +315,14 @@ def gate(
 )
 @_check_option
 @_dot_model_option
+@click.option(
+    "--law", metavar="NAME", help="Try this law on the case instead of comparing with exact attention."
+)
 @_isolation_options
 def replay(
     case: str,
     method: str,
+    law: str | None,
     device: str,
     run_folder: Path | None,
     check_names: tuple[str, ...],
@@ -322,6 +339,10 @@ def replay(
 
     found = _case(case, run_folder)
     checks = _checks(check_names, device)
+    if law is not None:
+        from effattn.properties.law import get
+
+        get(law)
     with (
         _multiplying(dot_model, device),
         _judge(
@@ -333,7 +354,7 @@ def replay(
             checks=checks,
         ) as judge,
     ):
-        verdict = judge.judge(found)
+        verdict = judge.judge(found, law)
     terminal.print_details(terminal.console(), verdict)
     if summary.failed(verdict.outcome):
         return FAILED
@@ -347,6 +368,25 @@ def list_methods() -> int:
 
     _print_pairs([(name, methods.describe(name)) for name in methods.names()])
     click.echo("\nA function of yours: path/to/file.py:function or package.module:function")
+    return PASSED
+
+
+@cli.command("laws")
+@click.argument("name", required=False)
+def list_laws(name: str | None) -> int:
+    """List the laws that methods are held to; with a NAME, what that one states."""
+    from effattn.properties.catalogue import all_laws
+    from effattn.properties.law import FAMILIES, get, grouped
+
+    if name is not None:
+        law = get(name)
+        _print_pairs([(law.sentence, law.statement), ("family", law.family), ("compares", law.compares)])
+        return PASSED
+    for family, members in grouped(list(all_laws().values())):
+        click.echo(f"{family}: {FAMILIES[family]}")
+        for law in members:
+            click.echo(f"  {law.name}")
+    click.echo("\n`effattn laws NAME` shows what a law states, `effattn gate METHOD --laws NAME` tries it.")
     return PASSED
 
 
@@ -413,6 +453,18 @@ def doctor() -> int:
 
 cli.add_command(cli_runs.runs)
 cli.add_command(cli_sweep.sweep)
+
+
+def _laws(given: Sequence[str], *, with_values: bool) -> tuple[str, ...]:
+    """Names of the laws to try: all if none is named; `none` stands alone."""
+    from effattn import laws
+
+    names = _split(given)
+    if names == ["none"] or (with_values and not names):
+        return ()
+    if "none" in names:
+        raise RequestError(f"--laws {','.join(names)}: none stands alone; leave it out, or the others")
+    return tuple(law.name for law in laws.choose(names))
 
 
 def _announce_capture(value_names: Sequence[str]) -> None:

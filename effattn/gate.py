@@ -46,8 +46,8 @@ class Judge(Protocol):
         """Seconds for one case."""
         ...
 
-    def judge(self, case: Case) -> Verdict:
-        """Judge one case."""
+    def judge(self, case: Case, law: str | None = None) -> Verdict:
+        """Compare one case with exact attention, or try a law on it."""
         ...
 
 
@@ -60,14 +60,25 @@ class Request:
     profile: str
     #: Value distributions in place of the profile's own; empty for those.
     values: tuple[str, ...] = ()
+    #: Names of the laws to try; empty for none.
+    laws: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """One case, to be compared with exact attention or, where a law is named, tried by it."""
+
+    case: Case
+    law: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """All failed cases of one dtype that have the same outcome."""
+    """All failed cases of one dtype that have the same outcome, and the same law if they tried one."""
 
     dtype: str
     outcome: str
+    law: str | None
     verdicts: tuple[Verdict, ...]
     #: The worst of them.
     worst: Verdict
@@ -86,16 +97,26 @@ class Result:
     nothing_judged: tuple[str, ...]
 
     @property
+    def compared(self) -> list[Verdict]:
+        """The verdicts of comparisons with exact attention."""
+        return [v for v in self.verdicts if v.law is None]
+
+    @property
+    def laws(self) -> list[summary.LawRow]:
+        """What came of the laws, one row for each dtype."""
+        return summary.law_rows(self.verdicts)
+
+    @property
     def rows(self) -> list[summary.Row]:
         """One row for each dtype."""
-        return summary.rows(self.verdicts, by=lambda v: (v.case.dtype,))
+        return summary.rows(self.compared, by=lambda v: (v.case.dtype,))
 
     @property
     def rows_by_values(self) -> list[summary.Row]:
         """One row for each dtype and value distribution."""
         return summary.rows(
             sorted(
-                self.verdicts,
+                self.compared,
                 key=lambda v: (self.request.dtypes.index(v.case.dtype), *_natural(v.case.values)),
             ),
             by=lambda v: (v.case.dtype, v.case.values),
@@ -121,8 +142,8 @@ class Result:
         return f"{name} passed all {judged} judged cases."
 
 
-def collect(request: Request) -> list[Case]:
-    """The cases of a request, dtype by dtype.
+def collect(request: Request) -> list[Question]:
+    """The cases of a request, dtype by dtype: those that are compared first, then those of the laws.
 
     Raises:
         RequestError: unknown profile or distribution; the model of a `real:` distribution is not installed.
@@ -134,13 +155,18 @@ def collect(request: Request) -> list[Case]:
     real = [name for name in request.values if name.startswith("real:")]
     for name in generated:
         values.get(name)
-    collected: list[Case] = []
+    collected: list[Question] = []
     for dtype in request.dtypes:
         drawn = profiles.cases(request.profile, dtype=dtype)
-        if not request.values:
-            collected.extend(drawn)
-        collected.extend(profiles.with_values(drawn, generated))
-        collected.extend(_real_cases(real, dtype=dtype))
+        cases = [] if request.values else list(drawn)
+        cases += [*profiles.with_values(drawn, generated), *_real_cases(real, dtype=dtype)]
+        collected += [Question(case) for case in cases]
+    if request.laws:
+        from effattn import laws
+
+        for law in laws.choose(request.laws):
+            for dtype in request.dtypes:
+                collected += [Question(case, law.name) for case in laws.cases_of(law, request.profile, dtype)]
     return collected
 
 
@@ -154,7 +180,7 @@ def _real_cases(names: Sequence[str], *, dtype: str) -> list[Case]:
 
 def run_gate(
     request: Request,
-    cases: Sequence[Case],
+    questions: Sequence[Question],
     *,
     progress: Progress | None = None,
     record: Callable[[Verdict], None] | None = None,
@@ -163,23 +189,23 @@ def run_gate(
 
     Args:
         request: what to judge.
-        cases: the cases, from `collect`.
+        questions: the cases, from `collect`.
         progress: called after each verdict.
         record: called with each verdict, before `progress`, to store it.
 
     Raises:
         RequestError: the environment cannot run the method at all, for example for want of a C compiler.
     """
-    if not cases:
+    if not questions:
         raise RequestError("there is no case to judge; name at least one dtype")
     verdicts: list[Verdict] = []
-    for case in cases:
-        verdict = request.judge.judge(case)
+    for question in questions:
+        verdict = request.judge.judge(question.case, question.law)
         verdicts.append(verdict)
         if record is not None:
             record(verdict)
         if progress is not None:
-            progress(verdict, len(cases) - len(verdicts))
+            progress(verdict, len(questions) - len(verdicts))
     return Result(
         request=request,
         verdicts=tuple(verdicts),
@@ -191,19 +217,24 @@ def run_gate(
 def _failures(verdicts: Sequence[Verdict], request: Request) -> list[Failure]:
     from effattn.run.shrink import shrink
 
-    groups: dict[tuple[str, str], list[Verdict]] = {}
+    groups: dict[tuple[str, str, str | None], list[Verdict]] = {}
     for verdict in verdicts:
         if summary.failed(verdict.outcome):
-            groups.setdefault((verdict.case.dtype, str(verdict.outcome)), []).append(verdict)
+            key = (verdict.case.dtype, str(verdict.outcome), verdict.law)
+            groups.setdefault(key, []).append(verdict)
     failures = []
-    for (dtype, outcome), members in groups.items():
+    for (dtype, outcome, law), members in groups.items():
         # The worst case is the best start: it goes on failing for longest while it gets smaller.
         worst = max(members, key=severity)
         shrunk = shrink(
-            worst, request.judge.judge, most_judgements=_judgements(outcome, request.judge.time_limit)
+            worst,
+            lambda case, law=law: request.judge.judge(case, law),
+            most_judgements=_judgements(outcome, request.judge.time_limit),
         )
         failures.append(
-            Failure(dtype=dtype, outcome=outcome, verdicts=tuple(members), worst=worst, shrunk=shrunk)
+            Failure(
+                dtype=dtype, outcome=outcome, law=law, verdicts=tuple(members), worst=worst, shrunk=shrunk
+            )
         )
     return failures
 
@@ -235,7 +266,7 @@ def _natural(name: str) -> tuple[str, int]:
 
 
 def _nothing_judged(verdicts: Sequence[Verdict], request: Request) -> list[str]:
-    judged = [v.case for v in verdicts if str(v.outcome) not in summary.SET_ASIDE]
+    judged = [v.case for v in verdicts if v.law is None and str(v.outcome) not in summary.SET_ASIDE]
     missing = [dtype for dtype in request.dtypes if all(case.dtype != dtype for case in judged)]
     if len(missing) < len(request.dtypes):
         missing += [
@@ -243,4 +274,9 @@ def _nothing_judged(verdicts: Sequence[Verdict], request: Request) -> list[str]:
             for name in request.values
             if not any(case.values == name or case.values.startswith(name + "/") for case in judged)
         ]
-    return missing
+    # A law whose options the method lacks is not supported, and shown; one that met no case to show it is a hole.
+    by_law: dict[str, set[str]] = {}
+    for verdict in verdicts:
+        if verdict.law is not None:
+            by_law.setdefault(verdict.law, set()).add(str(verdict.outcome))
+    return [*missing, *(f"the law {law}" for law, outcomes in by_law.items() if outcomes == {"not judged"})]

@@ -78,7 +78,7 @@ def judge(case: Case, method: Method, *, device: str = "cpu", checks: Sequence[s
     except (Exception, SystemExit) as error:
         # What went wrong on the host may come from what a kernel did; the findings say it better.
         if report is None or not report.findings:
-            return _short(case, method, Outcome.CRASHED, _crash(error), seconds, checks)
+            return _short(case, method, Outcome.CRASHED, crash(error), seconds, checks)
     if report is not None and report.findings:
         return _short(case, method, Outcome.FAULTY, _found(report), seconds, checks)
     notes = _notes_of_kernels()
@@ -274,7 +274,7 @@ def _changed(inputs: Inputs, kept: Inputs) -> str | None:
     return None
 
 
-def _crash(error: BaseException) -> str:
+def crash(error: BaseException) -> str:
     """The exception and the last places it passed, in few lines."""
     text = "".join(traceback.format_exception_only(error)).strip()
     frames = traceback.extract_tb(error.__traceback__)
@@ -305,9 +305,13 @@ def _short(
     )
 
 
-def replay_line(case: Case, spec: str, device: str, checks: Sequence[str] = ()) -> str:
-    """The command line that judges the case again."""
+def replay_line(
+    case: Case, spec: str, device: str, checks: Sequence[str] = (), *, law: str | None = None
+) -> str:
+    """The command line that judges the case again, or tries the law on it."""
     line = f"effattn replay {shlex.quote(case.to_json())} {shlex.quote(spec)}"
+    if law is not None:
+        line += f" --law {law}"
     if checks:
         line += f" --check {','.join(checks)}"
     if device != "cpu":

@@ -27,6 +27,8 @@ class Outcome(StrEnum):
     NON_FINITE = "non-finite"
     #: no tensor, or one of the wrong shape, dtype or device
     WRONG_SHAPE = "wrong shape or dtype"
+    #: a property that every correct method has does not hold
+    LAW_BROKEN = "law broken"
     #: the method does not offer what the case asks for
     NOT_SUPPORTED = "not supported"
     #: rounding in this dtype may do anything, so there is nothing to hold the method to
@@ -79,6 +81,8 @@ class Verdict:
     quantities: tuple[Quantity, ...] = ()
     #: the statistical tests that failed
     findings: tuple[Finding, ...] = ()
+    #: the law that was tried; None where the output was compared with exact attention
+    law: str | None = None
     #: seconds by stage: inputs, method, exact, envelope, verdict
     seconds: dict[str, float] = field(default_factory=dict)
     #: the command line that judges the case again
@@ -89,6 +93,7 @@ class Verdict:
         return {
             "case": self.case.to_dict(),
             "method": self.method,
+            **({} if self.law is None else {"law": self.law}),
             "outcome": str(self.outcome),
             "message": self.message,
             "quantities": [_plain(q) for q in self.quantities],
@@ -105,7 +110,7 @@ class Verdict:
         if not isinstance(data, dict):
             raise RequestError(f"a verdict given as {type(data).__name__}: expected a JSON object.")
         expected = [f.name for f in fields(cls)]
-        if sorted(data) != sorted(expected):
+        if sorted({*data, "law"}) != sorted(expected):
             raise RequestError(
                 f"a verdict with the fields {', '.join(sorted(map(str, data)))}: expected {', '.join(expected)}."
                 " Was it written by another version of effattn?"
@@ -116,6 +121,7 @@ class Verdict:
                 method=_text(data["method"]),
                 outcome=Outcome(data["outcome"]),
                 message=_text(data["message"]),
+                law=None if data.get("law") is None else _text(data["law"]),
                 quantities=tuple(_rebuild(Quantity, q) for q in data["quantities"]),
                 findings=_findings(data["findings"]),
                 seconds={_text(name): float(s) for name, s in data["seconds"].items()},

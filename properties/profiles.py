@@ -98,7 +98,7 @@ def get(name: str) -> Profile:
 def cases(profile: str | Profile, *, dtype: str) -> list[Case]:
     """The cases of a profile in one dtype, always the same list. `RequestError` for an unknown profile."""
     profile = get(profile) if isinstance(profile, str) else profile
-    draw = _Draw(f"effattn profile {profile.name}")
+    draw = Draw(f"effattn profile {profile.name}")
     in_turn = [
         regime
         for _ in range(profile.repeats)
@@ -118,7 +118,7 @@ def with_values(drawn: Sequence[Case], value_names: Sequence[str]) -> list[Case]
     return list(seen.values())
 
 
-class _Draw:
+class Draw:
     """A seeded source of choices.
 
     It uses only `random.random()`, the one method whose values Python promises to keep for a given seed.
@@ -135,10 +135,10 @@ class _Draw:
 
 
 Fields = dict[str, Any]
-_Change = Callable[[_Draw, Profile, Fields], Fields]
+_Change = Callable[[Draw, Profile, Fields], Fields]
 
 
-def _draw_one(draw: _Draw, profile: Profile, regime: regimes.Regime, seed: int, dtype: str) -> Case:
+def _draw_one(draw: Draw, profile: Profile, regime: regimes.Regime, seed: int, dtype: str) -> Case:
     from effattn.case import Case
 
     fields = _anything(draw, profile, seed) | {"dtype": dtype}
@@ -151,7 +151,7 @@ def _draw_one(draw: _Draw, profile: Profile, regime: regimes.Regime, seed: int, 
     return case
 
 
-def _anything(draw: _Draw, profile: Profile, seed: int) -> Fields:
+def _anything(draw: Draw, profile: Profile, seed: int) -> Fields:
     kv_heads, group = draw.pick(profile.groups)
     head_dim, v_dim = draw.pick(profile.unequal_dims if draw.chance(0.1) else profile.dims)
     causal = draw.pick(("none", "none", "bottom-right", "bottom-right", "top-left"))
@@ -209,7 +209,7 @@ def _values(value_name: str) -> _Change:
     }
 
 
-def _several_tiles(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
+def _several_tiles(draw: Draw, profile: Profile, drawn: Fields) -> Fields:
     return {"kv_len": draw.pick(profile.long_lengths)}
 
 
@@ -222,7 +222,7 @@ def _unmasked_several_tiles(**fields: Any) -> _Change:
     }
 
 
-def _negative_logits(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
+def _negative_logits(draw: Draw, profile: Profile, drawn: Fields) -> Fields:
     return {
         "values": "negative-logits",
         "causal": draw.pick(("none", "none", "bottom-right")),
@@ -230,13 +230,13 @@ def _negative_logits(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
     }
 
 
-def _square(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
+def _square(draw: Draw, profile: Profile, drawn: Fields) -> Fields:
     n = draw.pick([n for n in profile.lengths if n > 16])
     return {"causal": draw.pick(("bottom-right", "top-left")), "q_len": n, "kv_len": n}
 
 
 def _causal(alignment: str, *, more_keys: bool) -> _Change:
-    def change(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
+    def change(draw: Draw, profile: Profile, drawn: Fields) -> Fields:
         short = draw.pick([n for n in profile.lengths if 2 < n < 128])
         long = draw.pick([n for n in (*profile.lengths, *profile.long_lengths) if n > short])
         q_len, kv_len = (short, long) if more_keys else (long, short)
@@ -246,7 +246,7 @@ def _causal(alignment: str, *, more_keys: bool) -> _Change:
 
 
 def _groups(*, kv_heads: Callable[[int], bool], group: Callable[[int], bool], **fields: Any) -> _Change:
-    def change(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
+    def change(draw: Draw, profile: Profile, drawn: Fields) -> Fields:
         heads_kv, size = draw.pick([(h, g) for h, g in profile.groups if kv_heads(h) and group(g)])
         # Heads that read the same keys hide a wrong head index.
         return {"kv_heads": heads_kv, "heads": heads_kv * size, "layout": menus.CONTIGUOUS, **fields}
@@ -255,19 +255,19 @@ def _groups(*, kv_heads: Callable[[int], bool], group: Callable[[int], bool], **
 
 
 def _dims(holds: Callable[[int], bool]) -> _Change:
-    def change(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
+    def change(draw: Draw, profile: Profile, drawn: Fields) -> Fields:
         head_dim, v_dim = draw.pick([(d, v) for d, v in profile.dims if holds(d)])
         return {"head_dim": head_dim, "v_dim": v_dim, "layout": menus.CONTIGUOUS}
 
     return change
 
 
-def _unequal_dims(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
+def _unequal_dims(draw: Draw, profile: Profile, drawn: Fields) -> Fields:
     head_dim, v_dim = draw.pick(profile.unequal_dims)
     return {"head_dim": head_dim, "v_dim": v_dim, "layout": menus.CONTIGUOUS}
 
 
-def _user_scale(draw: _Draw, profile: Profile, drawn: Fields) -> Fields:
+def _user_scale(draw: Draw, profile: Profile, drawn: Fields) -> Fields:
     # Wide enough that the scale decides which keys win, and none of the menu is the default.
     return {
         "scale": draw.pick(menus.SCALES),

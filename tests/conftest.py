@@ -1,7 +1,7 @@
 """Options, profiles and fixtures of all tests.
 
 A test with a parameter `dtype` (or `case`, with a `Case`) belongs to that dtype; the others belong to none.
-`--effattn-dtype` says which to run.
+`--effattn-dtype` says which to run (`effattn.pytest_plugin`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ import pytest
 import recording
 
 from effattn.case import DTYPES, Case
-
-#: What `--effattn-dtype` takes besides the dtypes: the tests that belong to none.
-NONE = "none"
+from effattn.pytest_plugin import NONE, dtype_of
 
 #: Test files that run kernels on the CPU backend: what each version of Triton is tested with.
 BACKEND = ("test_cpu_", "test_compat", "test_kernels", "test_triton_")
@@ -33,20 +31,10 @@ hypothesis.settings.register_profile("nightly", deadline=None, max_examples=2000
 hypothesis.settings.load_profile(os.environ.get("EFFATTN_HYPOTHESIS_PROFILE", "pull-request"))
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--effattn-dtype",
-        action="append",
-        choices=(*DTYPES, NONE),
-        metavar="DTYPE",
-        help=f"run the tests of this dtype only, with '{NONE}' those that belong to no dtype; repeatable",
-    )
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "backend: runs kernels on the CPU backend (set from the file's name)")
     for dtype in DTYPES:
         config.addinivalue_line("markers", f"{dtype}: belongs to this dtype (set from the parameter `dtype`)")
+    config.addinivalue_line("markers", "backend: runs kernels on the CPU backend (set from the file's name)")
     nightly = os.environ.get("EFFATTN_HYPOTHESIS_PROFILE") == "nightly"
     if nightly and getattr(config.option, "hypothesis_seed", None) is None:
         # Random, but repeatable: the header below shows the seed.
@@ -56,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     seed = getattr(config.option, "hypothesis_seed", None)
     profile = os.environ.get("EFFATTN_HYPOTHESIS_PROFILE", "pull-request")
-    dtypes = ", ".join(config.getoption("--effattn-dtype") or ["all"])
+    dtypes = ", ".join(config.getoption("--effattn-dtype", None) or ["all"])
     return f"effattn: dtypes {dtypes}; hypothesis profile {profile}, seed {seed or 'derandomised'}"
 
 
@@ -76,38 +64,25 @@ def pytest_sessionfinish(exitstatus: int) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    wanted = config.getoption("--effattn-dtype")
-    kept, dropped = [], []
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name.startswith(BACKEND):
             item.add_marker("backend")
-        dtype = dtype_of(item)
-        if dtype != NONE:
+        if (dtype := dtype_of(item)) != NONE:
             item.add_marker(dtype)
-        (kept if not wanted or dtype in wanted else dropped).append(item)
-    if dropped:
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = kept
-
-
-def dtype_of(item: pytest.Item) -> str:
-    """The dtype that a test belongs to, or `NONE`."""
-    callspec = getattr(item, "callspec", None)
-    params = {} if callspec is None else callspec.params
-    named = str(params.get("dtype")).removeprefix("torch.")
-    named = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}.get(named, named)
-    if isinstance(params.get("case"), Case):
-        named = params["case"].dtype
-    return named if named in DTYPES else NONE
 
 
 @pytest.fixture
 def effattn_command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the command line in this process: `code, stdout, stderr = effattn_command("gate", "flash")`."""
+    """Run the command line in this process: `code, stdout, stderr = effattn_command("gate", "flash")`.
+
+    A gate tries laws only where a test names some: they take longer than all that these tests are about.
+    """
     from effattn.cli import main
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
+        if arguments[:1] == ("gate",) and "--laws" not in arguments:
+            arguments = (*arguments, "--laws", "none")
         capfd.readouterr()
         code = main([str(argument) for argument in arguments])
         captured = capfd.readouterr()

@@ -62,7 +62,8 @@ def table(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
 
 
 def _failure(failure: Failure) -> list[str]:
-    lines = [f"## {failure.dtype}: {failure.outcome}, {len(failure.verdicts)} of the cases", ""]
+    law = "" if failure.law is None else f", {failure.law.replace('_', ' ')}"
+    lines = [f"## {failure.dtype}: {failure.outcome}{law}, {len(failure.verdicts)} of the cases", ""]
     lines += _verdict(failure.worst, title="Worst")
     if failure.shrunk.verdict.case != failure.worst.case:
         lines += ["", *_verdict(failure.shrunk.verdict, title="Smallest found")]

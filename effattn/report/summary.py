@@ -53,6 +53,53 @@ class Row:
     method_seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class LawRow:
+    """What came of the laws in one dtype."""
+
+    dtype: str
+    #: laws that were tried and judged something
+    judged: int
+    #: of these, laws that held in every case
+    held: int
+    #: names of those that did not
+    broken: tuple[str, ...]
+    #: laws whose options the method lacks
+    not_supported: int
+    #: laws of which no case showed anything
+    not_judged: int
+    #: cases that were judged
+    cases: int
+
+
+def law_rows(verdicts: Iterable[Verdict]) -> list[LawRow]:
+    """One row for each dtype, of the verdicts that tried a law."""
+    groups: dict[str, dict[str, list[str]]] = {}
+    for verdict in verdicts:
+        if verdict.law is not None:
+            outcomes = groups.setdefault(verdict.case.dtype, {}).setdefault(verdict.law, [])
+            outcomes.append(str(verdict.outcome))
+    rows = []
+    for dtype, laws in groups.items():
+        judged = {
+            law: said for law, found in laws.items() if (said := [o for o in found if o not in SET_ASIDE])
+        }
+        broken = tuple(law for law, said in judged.items() if any(failed(o) for o in said))
+        unsupported = sum(law not in judged and "not supported" in found for law, found in laws.items())
+        rows.append(
+            LawRow(
+                dtype=dtype,
+                judged=len(judged),
+                held=len(judged) - len(broken),
+                broken=broken,
+                not_supported=unsupported,
+                not_judged=len(laws) - len(judged) - unsupported,
+                cases=sum(len(said) for said in judged.values()),
+            )
+        )
+    return rows
+
+
 def failed(outcome: Outcome | str) -> bool:
     """True where the outcome is the method's failure."""
     return str(outcome) != PASS and str(outcome) not in SET_ASIDE

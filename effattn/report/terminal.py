@@ -20,7 +20,7 @@ from effattn.report import text
 if TYPE_CHECKING:
     from effattn.gate import Failure, Result
     from effattn.judge import Verdict
-    from effattn.report.summary import Row
+    from effattn.report.summary import LawRow, Row
     from effattn.run.catalog import Difference
 
 #: The width of output that is not a terminal: nothing is wrapped or cut, since programs read it too.
@@ -48,11 +48,25 @@ def print_result(out: Console, result: Result, *, by_values: bool = False) -> No
     print_rows(out, result.rows, ("dtype",))
     if by_values:
         print_rows(out, result.rows_by_values, ("dtype", "values"))
-    print_set_aside(out, result.verdicts)
+    print_set_aside(out, result.compared)
+    print_laws(out, result.laws)
     for failure in result.failures:
         print_failure(out, failure)
     style = {0: "bold green", 1: "bold red", 2: "bold yellow"}[result.exit_code]
     out.print(Text(text.one_line(result.sentence), style=style))
+
+
+def print_laws(out: Console, rows: Sequence[LawRow]) -> None:
+    """One line for each dtype."""
+    for row in rows:
+        line = Text.assemble(f"laws {row.dtype}: {row.held} of {row.judged} hold, on {row.cases} cases")
+        if row.not_supported:
+            line.append(f"; {row.not_supported} need options that the method lacks", "yellow")
+        if row.not_judged:
+            line.append(f"; {row.not_judged} met no case that shows them", "yellow")
+        out.print(line)
+    if rows:
+        out.print()
 
 
 def print_rows(out: Console, rows: Sequence[Row], labels: Sequence[str]) -> None:
@@ -160,7 +174,12 @@ def print_failure(out: Console, failure: Failure) -> None:
     """The worst and the smallest of the cases that failed in one way, with the lines that repeat them."""
     n = len(failure.verdicts)
     cases = "case" if n == 1 else "cases"
-    out.print(Text(f"{failure.dtype}: {failure.outcome} in {n} {cases}", style="bold red"))
+    what = (
+        str(failure.outcome)
+        if failure.law is None
+        else f"{failure.outcome}, {failure.law.replace('_', ' ')},"
+    )
+    out.print(Text(f"{failure.dtype}: {what} in {n} {cases}", style="bold red"))
     print_verdict(out, failure.worst, title="worst")
     if failure.shrunk.verdict.case != failure.worst.case:
         print_verdict(out, failure.shrunk.verdict, title="smallest found")

@@ -43,9 +43,15 @@ class Local:
         self._method = methods.get(spec)
         self.name, self.spec = self._method.name, self._method.spec
 
-    def judge(self, case: Case) -> Verdict:
-        """Judge one case."""
-        return judge(case, self._method, device=self.device, checks=self.checks)
+    def judge(self, case: Case, law: str | None = None) -> Verdict:
+        """Compare one case with exact attention, or try a law on it."""
+        if law is None:
+            return judge(case, self._method, device=self.device, checks=self.checks)
+        from effattn import laws
+        from effattn.properties.law import get
+
+        with _threads(case):
+            return laws.judge_law(get(law), case, self._method, device=self.device)
 
     def call(self, function: str, *arguments: Any) -> Any:
         """Call a function of effattn, `module:function`."""

@@ -369,19 +369,18 @@ class Isolated:
         self.name: str = described["name"]
         self.spec: str = described["spec"]
 
-    def judge(self, case: Case) -> Verdict:
-        """Judge one case. A worker that dies over it makes the verdict crashed or timed out."""
+    def judge(self, case: Case, law: str | None = None) -> Verdict:
+        """Compare one case with exact attention, or try a law on it.
+
+        A worker that dies over it makes the verdict crashed or timed out.
+        """
         from effattn.verdict import Outcome, Verdict
 
+        asked = (self._asked, self.device, case.to_dict(), self.time_limit)
+        function, last = ("judge_case", self.checks) if law is None else ("judge_law", law)
         try:
             found = self._worker.call(
-                "effattn.run.work:judge_case",
-                self._asked,
-                self.device,
-                case.to_dict(),
-                self.time_limit,
-                self.checks,
-                backstop=self.time_limit + GRACE,
+                f"effattn.run.work:{function}", *asked, last, backstop=self.time_limit + GRACE
             )
         except WorkerDied as died:
             return verdict_of_death(
@@ -392,6 +391,7 @@ class Isolated:
                 device=self.device,
                 time_limit=self.time_limit,
                 checks=self.checks,
+                law=law,
             )
         verdict = Verdict.from_dict(found)
         if verdict.outcome == Outcome.CRASHED and self.memory_limit and _out_of_memory(verdict.message):
@@ -427,6 +427,7 @@ def verdict_of_death(
     device: str,
     time_limit: float,
     checks: Sequence[str] = (),
+    law: str | None = None,
 ) -> Verdict:
     """The verdict on a case whose worker died."""
     from effattn.judge import replay_line
@@ -445,7 +446,8 @@ def verdict_of_death(
         method=name,
         outcome=outcome,
         message=message,
-        replay=replay_line(case, spec, device, checks),
+        law=law,
+        replay=replay_line(case, spec, device, checks, law=law),
     )
 
 

@@ -133,3 +133,14 @@ def judged(case: Case, spec: str, device: str, limit: float | None, checks: Sequ
     loaded = method(spec)
     with time_limit(limit):
         return executor.judge(case, loaded, device=device, checks=checks)
+
+
+def judge_law(spec: str, device: str, case: dict[str, Any], limit: float | None, law: str) -> dict[str, Any]:
+    """Try one law on one case, all as plain data."""
+    from effattn import laws
+    from effattn.case import Case
+    from effattn.properties.law import get
+
+    loaded = method(spec)
+    with time_limit(limit):
+        return laws.judge_law(get(law), Case.from_dict(case), loaded, device=device).to_dict()

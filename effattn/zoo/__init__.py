@@ -6,6 +6,7 @@ Each is a function that the command line takes as any user's: `effattn gate effa
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,10 @@ def __getattr__(name: str) -> Callable[..., Any]:
 
     if name.startswith("_"):
         raise AttributeError(name)
+    # Not `from effattn.zoo import lawless`, which asks this function.
+    lawless = importlib.import_module("effattn.zoo.lawless")
+    if (named := name.replace("_", "-")) in lawless.LAWLESS:
+        return lawless.function_of(lawless.LAWLESS[named], named)
     try:
         return get(name.replace("_", "-")).function
     except RequestError as error:

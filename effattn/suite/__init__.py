@@ -1,0 +1,1 @@
+"""The laws as a test suite without a test file: `pytest --pyargs effattn.suite --effattn-method METHOD`."""

@@ -1,0 +1,302 @@
+"""Laws: properties that every correct attention kernel has, whatever its accuracy. The machinery; the laws themselves
+are in the files `laws_*.py`, a family each, and `effattn.properties.catalogue` has them all.
+
+A law is a function of a `Trial`: it calls the method on related inputs and compares what comes back. Its name is its
+sentence, its docstring the statement. Two answers are compared in one of two ways:
+
+- bits: equal as numbers, NaN equal to NaN. What a law of this kind states holds in exact arithmetic and in any order of
+  rounding that does not depend on what the law changes.
+- rounding: equal within the sum of what the envelope allows each of them.
+
+A method that does not promise equal bits, since its sums depend on the shape of the whole call, declares
+`@effattn.method(same_bits=False)`: then laws of the first kind are held to rounding, and what is hidden must still not
+show.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from effattn.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+    from effattn.case import Case, Inputs
+    from effattn.methods.base import Method, Output
+
+FAMILIES: dict[str, str] = {
+    "values": "what the output is made of",
+    "masks": "what a query does not see",
+    "options": "options and their neutral values",
+    "structure": "batches, heads, rows, strides, splits",
+    "memory": "what is read, written and kept",
+    "numbers": "large, small, infinite and undefined numbers",
+    "gradients": "the backward pass",
+    "dropout": "the statistics of dropout",
+}
+
+
+class Broken(Exception):
+    """The law does not hold; the text says where, what came and what was expected."""
+
+
+class SetAside(Exception):
+    """The case cannot show the law; the text says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Law:
+    """One law of the catalogue."""
+
+    name: str
+    #: one of FAMILIES
+    family: str
+    #: the docstring: what is stated, and why it holds
+    statement: str
+    check: Callable[[Trial], None]
+    #: the case of number `index`, drawn from a seed
+    draw: Callable[[str, int, str], Case]
+    #: whether a case, perhaps a shrunk one, is one that the law speaks of
+    holds: Callable[[Case], bool]
+    #: whether gradients are asked for
+    gradients: bool = False
+    #: "bits" or "rounding"
+    compares: str = "rounding"
+
+    @property
+    def sentence(self) -> str:
+        """The name in words."""
+        return self.name.replace("_", " ")
+
+
+LAWS: dict[str, Law] = {}
+
+
+def law(
+    family: str,
+    *,
+    draw: Callable[[str, int, str, Callable[[Case], bool]], Case],
+    holds: Callable[[Case], bool] = lambda case: True,
+    gradients: bool = False,
+    bits: bool = False,
+) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
+    """Puts a function of a `Trial` into the catalogue; see `Law` for the arguments."""
+
+    def add(check: Callable[[Trial], None]) -> Callable[[Trial], None]:
+        name = check.__name__
+        assert family in FAMILIES
+        assert name not in LAWS
+        assert check.__doc__
+        LAWS[name] = Law(
+            name=name,
+            family=family,
+            statement=" ".join(check.__doc__.split()),
+            check=check,
+            draw=lambda name, index, dtype: draw(name, index, dtype, holds),
+            holds=holds,
+            gradients=gradients,
+            compares="bits" if bits else "rounding",
+        )
+        return check
+
+    return add
+
+
+@dataclass
+class Trial:
+    """One law, one case, one method: what a law asks and what it compares with."""
+
+    law: Law
+    case: Case
+    method: Method
+    device: str = "cpu"
+    #: comparisons made: a law that made none has judged nothing
+    compared: int = field(default=0, init=False)
+
+    def inputs(self) -> Inputs:
+        """The tensors of the case, fresh."""
+        return self.case.tensors(self.device)
+
+    def __call__(self, inputs: Inputs, case: Case | None = None) -> Output:
+        """The method on these tensors, which it does not get itself but equal ones in the same layout."""
+        case = self.case if case is None else case
+        reason = self.method.unsupported(case)
+        if reason is not None:
+            raise SetAside(f"not supported: {reason}")
+        output = self.method(case, twin(inputs))
+        wrong = _wrong_form(case, output)
+        if wrong is not None:
+            raise Broken(wrong)
+        return output
+
+    @property
+    def same_bits(self) -> bool:
+        """Whether the method promises that equal questions have equal bits."""
+        return getattr(self.method, "same_bits", True)
+
+    def bounds(self, inputs: Inputs, case: Case | None = None) -> dict[str, torch.Tensor]:
+        """What a correct kernel may be off by, per element: "out", "lse" and gradients by name, float64."""
+        from effattn.properties.allowance import bounds
+
+        case = self.case if case is None else case
+        keep = self.method.dropout_mask(case, inputs.q.device) if case.dropout else None
+        return bounds(case, inputs, self.method.numerics(case), keep=keep)
+
+    # -- comparisons ------------------------------------------------------------------------------------------------
+
+    def same(
+        self,
+        name: str,
+        got: torch.Tensor,
+        want: torch.Tensor,
+        why: str,
+        *,
+        slack: Callable[[], torch.Tensor] | None = None,
+    ) -> None:
+        """Bits. Where the method does not promise them, `slack()` is what rounding allows; None: bits all the same."""
+        import torch
+
+        if self.same_bits or slack is None:
+            got, want = _plain(got), _plain(want)
+            self._compare(name, got, want, torch.zeros_like(want), f"{why}, bit for bit", slack)
+        else:
+            self.close(name, got, want, slack(), why)
+
+    def close(
+        self, name: str, got: torch.Tensor, want: torch.Tensor, allowed: torch.Tensor, why: str
+    ) -> None:
+        """Within `allowed`, per element. NaN equals NaN; an infinity itself."""
+        self._compare(name, _plain(got), _plain(want), _plain(allowed), why, None)
+
+    def true(self, holds: bool, message: str) -> None:
+        """A condition that is not about elements."""
+        self.compared += 1
+        if not holds:
+            raise Broken(message)
+
+    def _compare(
+        self,
+        name: str,
+        got: torch.Tensor,
+        want: torch.Tensor,
+        allowed: torch.Tensor,
+        why: str,
+        slack: Callable[[], torch.Tensor] | None,
+    ) -> None:
+        import torch
+
+        if got.shape != want.shape:
+            raise Broken(f"{name} has the shape {tuple(got.shape)}; expected {tuple(want.shape)}: {why}")
+        if not want.numel():
+            return
+        self.compared += 1
+        difference = (got - want).abs()
+        right = (got == want) | (got.isnan() & want.isnan()) | (difference <= allowed)
+        if bool(right.all()):
+            return
+        worst = torch.where(
+            right, -1.0, torch.nan_to_num(difference / allowed.clamp(min=1e-300), nan=torch.inf)
+        )
+        index = tuple(int(i) for i in torch.unravel_index(worst.argmax(), worst.shape))
+        allowed_here = float(allowed.expand_as(want)[index])
+        text = (
+            f"{name}[{', '.join(map(str, index))}] is {float(got[index])!r}; expected {float(want[index])!r}"
+            + (f" within {allowed_here:.3g}" if allowed_here else "")
+            + f": {why}. {int((~right).sum())} of {right.numel()} elements are wrong"
+        )
+        if slack is not None:
+            small = difference <= _plain(slack())
+            if bool((small | right).all()):
+                text += (
+                    "; all of them are within rounding. If the kernel does not promise equal bits, declare"
+                    " @effattn.method(same_bits=False)"
+                )
+        raise Broken(text)
+
+
+def twin(inputs: Inputs) -> Inputs:
+    """Equal tensors in memory of their own, in the same layout, with the same surroundings.
+
+    Tensors that share memory do so in the copy.
+    """
+    copies: dict[int, Any] = {}
+
+    def copy(x: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in copies:
+            copies[storage.data_ptr()] = storage.clone()
+        fresh = torch.empty(0, dtype=x.dtype, device=x.device)
+        return fresh.set_(copies[storage.data_ptr()], x.storage_offset(), x.shape, x.stride())
+
+    extras = replace(inputs.extras, **{name: copy(x) for name, x in inputs.extras.present().items()})
+    return type(inputs)(*(copy(x) for x in inputs), extras=extras)
+
+
+def check(law: Law, case: Case, method: Method, *, device: str = "cpu") -> Trial:
+    """Tries the law on the case.
+
+    Raises `Broken`, `SetAside`, and whatever the method raises.
+    """
+    if not law.holds(case):
+        raise SetAside("the law does not speak of this case")
+    trial = Trial(law, case, method, device)
+    law.check(trial)
+    if not trial.compared:
+        raise SetAside("there was nothing to compare")
+    return trial
+
+
+def get(name: str) -> Law:
+    """The law of that name. Raises `RequestError` with the closest names for an unknown one."""
+    from difflib import get_close_matches
+
+    from effattn.properties import catalogue
+
+    laws = catalogue.all_laws()
+    if name in laws:
+        return laws[name]
+    close = get_close_matches(name, laws, n=3)
+    hint = f"; did you mean {', '.join(close)}?" if close else ""
+    raise RequestError(f"unknown law {name!r}: `effattn laws` lists them{hint}")
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return x.detach().to("cpu", torch.float64)
+
+
+def _wrong_form(case: Case, output: Output) -> str | None:
+    """What is wrong with the shape or dtype of an output; None if nothing."""
+    import torch
+
+    shape = (case.batch, case.heads, case.q_len, case.v_dim)
+    if tuple(output.out.shape) != shape:
+        return f"out has the shape {tuple(output.out.shape)}; expected {shape}"
+    if output.out.dtype != case.torch_dtype:
+        return f"out has the dtype {output.out.dtype}; expected {case.torch_dtype}"
+    if output.lse is not None:
+        if tuple(output.lse.shape) != shape[:3]:
+            return f"lse has the shape {tuple(output.lse.shape)}; expected {shape[:3]}"
+        if output.lse.dtype not in (torch.float32, torch.float64, case.torch_dtype):
+            return f"lse has the dtype {output.lse.dtype}; expected torch.float32"
+    return None
+
+
+def parts(output: Output) -> Iterator[tuple[str, torch.Tensor]]:
+    """out, and lse where there is one."""
+    yield "out", output.out
+    if output.lse is not None:
+        yield "lse", output.lse
+
+
+def grouped(laws: Sequence[Law]) -> Iterator[tuple[str, list[Law]]]:
+    """The laws, family by family, in the order of FAMILIES."""
+    for family, members in itertools.groupby(laws, key=lambda one: one.family):
+        yield family, list(members)

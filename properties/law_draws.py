@@ -1,0 +1,119 @@
+"""The cases on which laws are tried: small shapes around the edges of tiles, one option at a time or two.
+
+Each law names the options that it speaks of and what must be so; the rest is drawn. The draw is that of the profiles:
+the same on every machine, from the law's name, the dtype and the number of the case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from effattn.errors import RequestError
+from effattn.properties.profiles import Draw
+
+if TYPE_CHECKING:
+    from effattn.case import Case
+
+Fields = dict[str, Any]
+#: law's name, number of the case, dtype, what the case must be -> the case
+Drawing = Callable[[str, int, str, Callable[["Case"], bool]], "Case"]
+
+LENGTHS = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 97, 127, 128, 129)
+#: few, since kernels are compiled for each padded pair
+DIMS = ((64, 64), (40, 40), (64, 40), (32, 32), (40, 64), (17, 17), (128, 128), (33, 100), (1, 1))
+GROUPS = ((1, 1), (2, 1), (1, 2), (2, 2), (1, 7), (3, 1))
+LAYOUTS = ("bhsd", "bhsd", "bshd", "bhsd+pad", "bshd+pad+offset", "bhds", "bhsd+step", "sbhd+pad")
+
+#: option -> a value of it
+OPTIONS: dict[str, Callable[[Draw], Fields]] = {
+    "causal": lambda d: {"causal": d.pick(("bottom-right", "bottom-right", "top-left"))},
+    "window": lambda d: {
+        "window": d.pick(((3, 0), (16, -1), (5, 7), (-1, 2), (0, 0), (64, 3), (20, 20))),
+        "causal": d.pick(("none", "bottom-right")),
+    },
+    "softcap": lambda d: {"softcap": d.pick((0.5, 2.0, 30.0))},
+    "alibi": lambda d: {"alibi": d.pick(("geometric", "drawn"))},
+    "bias": lambda d: {"bias": d.pick(("bhqk", "qk", "bk", "hqk", "qk:fp32", "bhqk:fp32"))},
+    "mask": lambda d: {"mask": d.pick(("bhqk", "qk", "bk"))},
+    "sinks": lambda d: {"sinks": True},
+    "lengths": lambda d: {"lengths": d.pick(("kv", "both")), "batch": d.pick((2, 3))},
+    "scale": lambda d: {"scale": d.pick((0.25, 0.5, 0.0625))},
+}
+ALL_OPTIONS = tuple(OPTIONS)
+
+
+def cases(
+    *,
+    options: Sequence[str] = ALL_OPTIONS,
+    always: Sequence[str] = (),
+    change: Callable[[Draw, Fields], Fields] = lambda draw, fields: {},
+    lengths: Sequence[int] = LENGTHS,
+    dims: Sequence[tuple[int, int]] = DIMS,
+    layouts: Sequence[str] = LAYOUTS,
+    values: Sequence[str] = ("normal",),
+    backward: bool = False,
+) -> Drawing:
+    """A drawing of cases.
+
+    Args:
+        options: those that a case may have. Case 0 has none of them, the next ones one each in turn, then two.
+        always: options that every case has.
+        change: what must be so, given everything else.
+        lengths, dims, layouts, values: the menus.
+        backward: ask for gradients.
+    """
+
+    def draw(law: str, index: int, dtype: str, holds: Callable[[Case], bool]) -> Case:
+        from effattn.case import Case
+
+        source = Draw(f"effattn law {law} {index}")
+        free = [name for name in options if name not in always]
+        for attempt in range(400):
+            # The option whose turn it is may be one that the law does not speak of: then any two.
+            turn = index if attempt < 50 else 10_000 + attempt
+            fields = _shape(
+                source, lengths, dims[:3] if index < 4 else dims, layouts if index % 2 else ("bhsd",)
+            )
+            for name in always:
+                fields |= OPTIONS[name](source)
+            for name in _chosen(source, free, turn, start=len(law)):
+                fields |= OPTIONS[name](source)
+            fields |= {"values": source.pick(values), "seed": index, "dtype": dtype, "backward": backward}
+            fields |= change(source, fields)
+            try:
+                case = Case(**fields)
+            except RequestError:
+                continue  # options that exclude each other
+            if holds(case):
+                return case
+        raise AssertionError(f"no case for the law {law!r} in 400 draws")
+
+    return draw
+
+
+def _shape(
+    draw: Draw, lengths: Sequence[int], dims: Sequence[tuple[int, int]], layouts: Sequence[str]
+) -> Fields:
+    kv_heads, group = draw.pick(GROUPS)
+    head_dim, v_dim = draw.pick(dims)
+    return {
+        "batch": draw.pick((1, 2)),
+        "heads": kv_heads * group,
+        "kv_heads": kv_heads,
+        "q_len": draw.pick(lengths),
+        "kv_len": draw.pick(lengths),
+        "head_dim": head_dim,
+        "v_dim": v_dim,
+        "layout": draw.pick(layouts),
+    }
+
+
+def _chosen(draw: Draw, options: Sequence[str], index: int, *, start: int) -> list[str]:
+    """None, then each in turn, then two; laws begin at different ones, so that a few cases of each reach all."""
+    if not options or index == 0:
+        return []
+    if index <= len(options):
+        return [options[(index + start) % len(options)]]
+    first = draw.pick(options)
+    return [first, draw.pick(options)] if draw.chance(0.7) else [first]
