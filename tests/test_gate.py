@@ -57,7 +57,9 @@ def test_cases_of_each_dtype_are_those_of_the_profile() -> None:
 
 
 def test_named_values_replace_those_of_the_profile() -> None:
-    collected = [question.case for question in gate.collect(request("torch", values=("outliers", "constant")))]
+    collected = [
+        question.case for question in gate.collect(request("torch", values=("outliers", "constant")))
+    ]
     assert {case.values for case in collected} == {"outliers", "constant"}
     assert len({case.id for case in collected}) == len(collected)
 
