@@ -74,9 +74,9 @@ def _inverse(
 ) -> None:
     plan = plans.adapt(plans.profile(name, profile), **changes)
     inverse.check_target(target, plan.dtype)
-    if len(plan.n) > 1:
+    if len(plan.n) != 1:
         raise RequestError("--target-error answers for one length; name it with --n")
-    n = plan.n[0]
+    (n,) = plan.n
     if not changes.get("sizes"):
         plan = plans.adapt(plan, sizes=inverse.sizes_up_to(n))
     folder = folder if named else folder.with_name(f"{folder.name}-inverse")

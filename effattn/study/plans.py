@@ -52,7 +52,7 @@ PROFILES: dict[str, dict[str, Plan]] = {
             methods=tuple(performer.METHODS),
         ),
         "figure4": Plan(
-            study="performer", n=(4096,), head_dim=(16,), input_scale=(0.5, 1.0, 2.0),
+            study="performer", n=(4096,), head_dim=(16,), input_scale=(0.25, 0.5, 1.0, 2.0),
             sizes=(16, 32, 64, 128, 256), draws=15, methods=_FIGURE_4,
         ),
         "moments": Plan(
