@@ -174,8 +174,21 @@ def test_constants() -> None:
     assert splat_literal("dense<-7> : tensor<2x2xi32>", tile) == "-7"
     assert splat_literal("dense<[[1, 2], [3, 4]]> : tensor<2x2xi32>", tile) is None
     assert dense_literals("dense<[[1, -2], [3, 4]]> : tensor<2x2xi32>", tile) == ["1", "-2", "3", "4"]
-    with pytest.raises(Unsupported, match="hexadecimal form"):
-        dense_literals('dense<"0x00000000"> : tensor<4xi8>', parse_type("tensor<4xi8>"))
+    for text, type_, want in (
+        ("0x01FF7F80", "tensor<4xi8>", ["1", "-1", "127", "-128"]),
+        ("0x0100FEFF", "tensor<2xi16>", ["1", "-2"]),
+        ("0x0000C03F000080FF", "tensor<2xf32>", ["0x1.8000000000000p+0f", "-__builtin_inff()"]),
+        ("0x003E", "tensor<1xf16>", ["0x1.8000000000000p+0f"]),
+        ("0x3C81", "tensor<2xf8E4M3FN>", ["0x1.8000000000000p+0f", "-0x1.0000000000000p-9f"]),
+        ("0x7F08", "tensor<2xf8E4M3FN>", ['__builtin_nanf("")', "0x1.0000000000000p-6f"]),
+        ("0x3EFC", "tensor<2xf8E5M2>", ["0x1.8000000000000p+0f", "-__builtin_inff()"]),
+        ("0x4480", "tensor<2xf8E4M3FNUZ>", ["0x1.8000000000000p+0f", '__builtin_nanf("")']),
+        ("0x0D", "tensor<4xi1>", ["1", "0", "1", "1"]),
+        ("0x01000101", "tensor<4xi1>", ["1", "0", "1", "1"]),
+    ):
+        attr = f'dense<"{text}"> : {type_}'
+        assert splat_literal(attr, parse_type(type_)) is None
+        assert dense_literals(attr, parse_type(type_)) == want, type_
     with pytest.raises(Unsupported, match="the type f6E2M3FN"):
         literal("1.0", parse_type("f6E2M3FN"))
 

@@ -11,7 +11,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from effattn.cpu.atomics import rows
-from effattn.cpu.formats import value_type
+from effattn.cpu.formats import store_expr, value_type
 from effattn.cpu.ir import Op, Value
 from effattn.cpu.nest import Expr, Scope
 
@@ -56,7 +56,10 @@ def _format(value: Value, as_hex: bool, signed: bool) -> tuple[str, str]:
         return "%p", "(void *)"
     if type_.is_float:
         if as_hex:
-            return "0x%0*llx".replace("*", str(type_.bits // 4)), "(unsigned long long)bits_of((float)" + ""
+            bits = {"f32": "bits_of", "f64": "bits64_of"}.get(type_.elem) or store_expr(
+                type_.elem, ""
+            ).rstrip("()")
+            return f"0x%0{type_.bits // 4}llx", f"(unsigned long long){bits}("
         return "%f", "(double)"
     if as_hex:
         return (
@@ -80,7 +83,7 @@ def print_(emitter: FunctionEmitter, op: Op) -> None:
     for number, value in enumerate(op.operands):
         form, cast = _format(value, as_hex, bool(signs[number]))
         note = f"(operand {number}) " if len(op.operands) > 1 else ""
-        close = ")" if "bits_of(" in cast else ""
+        close = ")" if cast.endswith("(") else ""
         words = f"{_literal(prefix)[1:-1]}{note}{form}"
         if not value.type.is_tensor:
             emitter.line(

@@ -113,6 +113,14 @@ def c_int(value: int, c_type: str) -> str:
     return str(value)
 
 
+#: fraction bits, exponent bias, codes of NaN
+_EIGHT_BITS = {
+    "f8E4M3FN": (3, 7, (0x7F, 0xFF)),
+    "f8E4M3FNUZ": (3, 8, (0x80,)),
+    "f8E5M2FNUZ": (2, 16, (0x80,)),
+}
+
+
 def _float_from_bits(bits: int, elem: str) -> float:
     if elem == "f16":
         return struct.unpack("<e", struct.pack("<H", bits))[0]
@@ -122,6 +130,16 @@ def _float_from_bits(bits: int, elem: str) -> float:
         return struct.unpack("<f", struct.pack("<I", bits))[0]
     if elem == "f64":
         return struct.unpack("<d", struct.pack("<Q", bits))[0]
+    if elem == "f8E5M2":
+        return struct.unpack("<e", struct.pack("<H", bits << 8))[0]
+    if elem in _EIGHT_BITS:
+        fraction, bias, nan = _EIGHT_BITS[elem]
+        code = bits & 0x7F
+        if bits in nan:
+            return math.nan
+        e, m = code >> fraction, code & ((1 << fraction) - 1)
+        value = math.ldexp(m + (1 << fraction if e else 0), max(e, 1) - bias - fraction)
+        return -value if bits & 0x80 else value
     raise Unsupported(f"constants of the type {elem}")
 
 
@@ -152,7 +170,7 @@ def literal(text: str, type_: Type) -> str:
     raise Unsupported(f"constants of the type {elem}")
 
 
-_SPLAT = re.compile(r"dense<([^\[\]<>]*)> : ")
+_SPLAT = re.compile(r"dense<([^\[\]<>\"]*)> : ")
 
 
 def splat_literal(attr: str, type_: Type) -> str | None:
@@ -167,5 +185,19 @@ def dense_literals(attr: str, type_: Type) -> list[str]:
     """The literals of a dense constant, row-major."""
     body = attr[attr.index("dense<") + 6 : attr.rindex("> : ")]
     if body.startswith('"0x'):
-        raise Unsupported("dense constants in hexadecimal form")
+        return _from_bytes(bytes.fromhex(body[3:-1]), type_)
     return [literal(x, Type(type_.elem)) for x in re.findall(r"[^\[\],\s]+", body)]
+
+
+def _from_bytes(data: bytes, type_: Type) -> list[str]:
+    """MLIR prints long constants as their bytes, little-endian; i1 as one bit or one byte an element."""
+    elem, count = Type(type_.elem), type_.numel
+    width = len(data) // count
+    if type_.elem == "i1" and width == 0:
+        numbers = [data[i // 8] >> i % 8 & 1 for i in range(count)]
+    else:
+        numbers = [int.from_bytes(data[i * width : (i + 1) * width], "little") for i in range(count)]
+    if type_.is_float:
+        return [literal(f"0x{n:X}", elem) for n in numbers]
+    sign = 1 << max(8 * width - 1, 0)
+    return [literal(str(n - 2 * sign if width and n & sign and elem.bits > 1 else n), elem) for n in numbers]
