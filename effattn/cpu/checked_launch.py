@@ -44,7 +44,9 @@ class _Site(ctypes.Structure):
 
 
 class _Region(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("lo", "hi", "shift", "writers", "readers", "atomics")]
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("lo", "hi", "shift", "kinds", "loads", "stores", "atomics")
+    ]
 
 
 class _Counts(ctypes.Structure):
@@ -163,6 +165,28 @@ def _memory(lo: int, hi: int) -> NDArray[np.uint8]:
     return np.ctypeslib.as_array((ctypes.c_uint8 * (hi - lo)).from_address(lo))
 
 
+#: Copies of memory, kept from launch to launch: fresh pages cost more than the copy. Larger ones are not kept.
+_copies: dict[int, NDArray[np.uint8]] = {}
+_MOST_KEPT = 1 << 26
+
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+
+
+def _kept(number: int, lo: int, hi: int) -> NDArray[np.uint8]:
+    """A copy of memory; `number` tells those of one launch apart."""
+    import numpy as np
+
+    size = hi - lo
+    buffer = _copies.get(number)
+    if buffer is None or buffer.size < size:
+        buffer = np.empty(size, dtype=np.uint8)
+        if size <= _MOST_KEPT:
+            _copies[number] = buffer
+    ctypes.memmove(buffer.ctypes.data, lo, size)
+    return buffer[:size]
+
+
 def run(launcher: Launcher, function: int, grid: tuple[int, int, int], args: Sequence[Any]) -> None:
     """Launch an instrumented kernel. Raises Fault where something was found and the checks raise.
 
@@ -219,7 +243,7 @@ class _Launch:
         count = self.grid[0] * self.grid[1] * self.grid[2]
         orders = "order" in self.asked and count > 1
         spans = _merged((slot.lo, slot.hi) for slot in self.written)
-        before = [_memory(*span).copy() for span in spans] if poisons or orders else []
+        before = [_kept(k, *span) for k, span in enumerate(spans)] if poisons or orders else []
         state = self._state()
         if "races" in self.asked:
             state.flags |= _RACES
@@ -232,7 +256,7 @@ class _Launch:
                 checks.allocations.stored(slot.lo, slot.hi, self.kernel, slot.name)
         if not (poisons or orders) or any(f.instrument == "bounds" for f in found):
             return found
-        after = [_memory(*span).copy() for span in spans]
+        after = [_kept(k + len(spans), *span) for k, span in enumerate(spans)]
         if poisons:
             for fill in (_LARGE, *([_SMALL] if self.takes_minima else [])):
                 found += self._again(before, after, spans, fill, None, "")
@@ -240,8 +264,9 @@ class _Launch:
             fill = _NAN if "poison" in self.asked else _ZERO
             for words, order in self._orders(count):
                 found += self._again(before, after, spans, fill, order, words)
-        for span, kept in zip(spans, after, strict=True):
-            _memory(*span)[:] = kept
+        for (lo, hi), kept in zip(spans, after, strict=True):
+            if _memcmp(lo, kept.ctypes.data, hi - lo):
+                ctypes.memmove(lo, kept.ctypes.data, hi - lo)
         return _distinct(found)
 
     def _orders(self, count: int) -> Iterator[tuple[str, NDArray[np.int64]]]:
@@ -261,15 +286,15 @@ class _Launch:
         words: str,
     ) -> list[Finding]:
         """One more run, from the memory of before; what it leaves otherwise than the first run did."""
-        for span, kept in zip(spans, before, strict=True):
-            _memory(*span)[:] = kept
+        for (lo, hi), kept in zip(spans, before, strict=True):
+            ctypes.memmove(lo, kept.ctypes.data, hi - lo)
         found = self._once(self._state(), fill, order)
         if found:
             how = f" (with the programs {words})" if words else f" (with {fill.words} in undefined elements)"
             return [_because(f, "order" if words else "poison", how) for f in found]
         for (lo, hi), kept in zip(spans, after, strict=True):
             now = _memory(lo, hi)
-            if (now == kept).all():
+            if _memcmp(lo, kept.ctypes.data, hi - lo) == 0:
                 continue
             for slot in self.written:
                 if lo <= slot.lo and slot.hi <= hi:
@@ -333,9 +358,9 @@ class _Launch:
         self.counts = (_Counts * max(1, len(self.sites)))(*((0, 0, -1) for _ in self.sites))
         findings = (_Found * _CAPACITY)()
         state.site_bits = len(self.sites).bit_length()
-        if state.flags & _RACES and (count + 1) << state.site_bits >= 1 << 32:
+        if state.flags & _RACES and (count + 2) << state.site_bits >= 1 << 32:
             raise RequestError(
-                f"races: kernel {self.kernel} is launched with {count} programs; at most {(1 << 32 >> state.site_bits) - 2} "
+                f"races: kernel {self.kernel} is launched with {count} programs; at most {(1 << 32 >> state.site_bits) - 3} "
                 "can be told apart in a kernel of its size: check it on a smaller grid"
             )
         state.slots, state.known_count = len(self.slots), len(known)
@@ -366,22 +391,27 @@ class _Launch:
         ctypes.c_int64.in_dll(self.library, "effattn_fill_int").value = fill.integer
 
     def _regions(self, wanted: int) -> tuple[Any, Any]:
-        """Memory in which races are looked for: the tensors, those that overlap as one; and the region of each slot."""
+        """Memory in which races are looked for, and the region of each slot (-1: none).
+
+        Tensors that overlap are one region; what no site stores to is none, since loads and atomics alone never race.
+        """
         slots = [s for s in self.slots if s.lo < s.hi] if wanted else []
-        spans = _merged((s.lo, s.hi) for s in slots)
-        smallest = min((s.size for s in self.sites if s.size and s.base < 0), default=1 << 10)
-        regions = (_Region * max(1, len(spans)))()
+        accesses = [s for s in self.sites if s.size]
+        anywhere = [s for s in accesses if s.base < 0 or self.slots[s.base].hi < self.slots[s.base].lo]
         region_of = (ctypes.c_int64 * max(1, len(self.slots)))(*(-1 for _ in self.slots))
-        for number, (lo, hi) in enumerate(spans):
+        found = []
+        for lo, hi in _merged((s.lo, s.hi) for s in slots):
             inside = [k for k, s in enumerate(self.slots) if s.lo < s.hi and lo <= s.lo < hi]
-            sizes = [self.slots[k].size for k in inside]
-            sizes += [s.size for s in self.sites if s.size and s.base in inside]
+            touching = [s for s in accesses if s.base in inside] + anywhere
+            kinds = {s.kind for s in touching}
+            if probes.STORE not in kinds:
+                continue
             for k in inside:
-                region_of[k] = number
-            regions[number] = (lo, hi, min([smallest, *sizes]).bit_length() - 1, 0, 0, 0)
-        if not spans:
-            regions = (_Region * 0)()
-        return regions, region_of
+                region_of[k] = len(found)
+            # Elements of the smallest size, so that every access is a whole number of cells.
+            size = min([self.slots[k].size for k in inside] + [s.size for s in touching])
+            found.append((lo, hi, size.bit_length() - 1, sum(1 << kind for kind in kinds), 0, 0, 0))
+        return (_Region * len(found))(*found), region_of
 
     def _count_traffic(self) -> None:
         if "traffic" not in self.asked:

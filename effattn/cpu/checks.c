@@ -16,7 +16,8 @@ enum { OUTSIDE = 1, WILD, WRAPPED, ZERO_DIVISOR, ENDLESS, WAITS, SIGNAL, RACE };
 
 typedef struct { int64_t lo, hi; } extent_t; /* addresses, hi exclusive; hi < lo: not known */
 typedef struct { int32_t kind, base, size, flags; } site_t;
-typedef struct { int64_t lo, hi, shift; uint32_t *writers, *readers, *atomics; } region_t;
+/* `kinds`: bits 1 << LOAD, 1 << STORE, 1 << ATOMIC of the sites that may touch it; only their cells exist. */
+typedef struct { int64_t lo, hi, shift, kinds; uint32_t *cells[3]; } region_t;
 typedef struct { int64_t bytes, sectors, last; } traffic_t;
 typedef struct {
     int32_t kind, site, other_site, slot;
@@ -70,7 +71,14 @@ static void end_program(void) { siglongjmp(leave, 1); }
 
 /* Programs run whole, one after the other, so a cell needs no more than the last who wrote and the first who read:
    whoever comes later meets one of them. An atomic update is ordered by itself. What a program did before it released an
-   address (any atomic that is not relaxed) happens before what another does after acquiring it. */
+   address (any atomic that is not relaxed) happens before what another does after acquiring it.
+
+   Cells are kept from launch to launch and never cleared: a cell holds `base` + (program << site_bits) + site, and each
+   launch takes its base beyond all that was stored before, so what is below it is empty. */
+
+static uint32_t *pool, base, beyond = 1;
+static size_t pool_cells;
+enum { POOL_KEPT = 64 << 20 }; /* cells that are kept between launches */
 
 static release_t *releases;
 static int64_t release_count, release_room;
@@ -166,48 +174,47 @@ static int ordered(int64_t other) {
 }
 
 static void race(region_t *r, int32_t site, int32_t slot, int64_t cell, uint32_t other) {
-    int64_t program = (int64_t)(other >> checks->site_bits) - 1;
-    int32_t other_site = (int32_t)(other & ((1u << checks->site_bits) - 1));
+    int64_t program = (int64_t)((other - base) >> checks->site_bits);
+    int32_t other_site = (int32_t)((other - base) & ((1u << checks->site_bits) - 1));
     finding_t *f = note(RACE, site, other_site, slot);
     if (!f) return;
     f->other_program = program;
     f->address = r->lo + (cell << r->shift);
 }
 
+/* Whether some cell was last used by another program. */
+static uint32_t foreign(const uint32_t *cells, int64_t n, uint32_t me, int bits) {
+    uint32_t bad = 0;
+    const uint32_t from = base;
+    for (int64_t i = 0; i < n; i++) bad |= (cells[i] >= from) & ((cells[i] - from) >> bits != me);
+    return bad;
+}
+
 static void touch(region_t *r, int32_t site, int kind, int32_t slot, int64_t first, int64_t n) {
     const int bits = (int)checks->site_bits;
-    const uint32_t me = (uint32_t)((running + 1) << bits) | (uint32_t)site;
-    uint32_t *w = r->writers + first, *rd = r->readers + first, *at = r->atomics + first, bad = 0;
-    if (kind == LOAD) {
-        for (int64_t i = 0; i < n; i++) {
-            bad |= w[i] ? (w[i] ^ me) >> bits : 0;
-            rd[i] = rd[i] ? rd[i] : me;
-        }
-    } else if (kind == STORE) {
-        for (int64_t i = 0; i < n; i++) {
-            bad |= w[i] ? (w[i] ^ me) >> bits : 0;
-            bad |= rd[i] ? (rd[i] ^ me) >> bits : 0;
-            bad |= at[i] ? (at[i] ^ me) >> bits : 0;
-        }
-    } else {
-        for (int64_t i = 0; i < n; i++) bad |= w[i] ? (w[i] ^ me) >> bits : 0;
+    const uint32_t me = (uint32_t)running, mine = base + (me << bits) + (uint32_t)site, from = base;
+    uint32_t *cells[3], bad = 0;
+    for (int k = LOAD; k <= ATOMIC; k++) {
+        cells[k] = r->kinds & 1 << k ? r->cells[k] + first : NULL;
+        /* Against stores of others always; against their loads and atomics where this is a store. */
+        if (cells[k] && (k == STORE || kind == STORE)) bad |= foreign(cells[k], n, me, bits);
     }
     if (__builtin_expect(bad != 0, 0)) {
-        for (int64_t i = 0; i < n; i++) {
-            const uint32_t others[3] = {w[i], kind == STORE ? rd[i] : 0, kind == STORE ? at[i] : 0};
-            int found = 0;
-            for (int k = 0; k < 3 && !found; k++)
-                if (others[k] && (others[k] ^ me) >> bits && !ordered((int64_t)(others[k] >> bits) - 1)) {
-                    race(r, site, slot, first + i, others[k]);
-                    found = 1;
-                }
-            if (found) break;
-        }
+        static const int order[3] = {STORE, LOAD, ATOMIC};
+        int found = 0;
+        for (int64_t i = 0; i < n && !found; i++)
+            for (int k = 0; k < (kind == STORE ? 3 : 1) && !found; k++) {
+                const uint32_t *at = cells[order[k]];
+                if (!at || at[i] < from || (at[i] - from) >> bits == me || ordered((at[i] - from) >> bits)) continue;
+                race(r, site, slot, first + i, at[i]);
+                found = 1;
+            }
     }
-    if (kind == STORE)
-        for (int64_t i = 0; i < n; i++) w[i] = me;
-    else if (kind == ATOMIC)
-        for (int64_t i = 0; i < n; i++) at[i] = me;
+    uint32_t *own = cells[kind];
+    if (kind == LOAD)
+        for (int64_t i = 0; i < n; i++) own[i] = own[i] >= from ? own[i] : mine;
+    else
+        for (int64_t i = 0; i < n; i++) own[i] = mine;
 }
 
 static void touch_all(int32_t site, const site_t *s, int32_t slot, const char *first, int64_t step, int64_t count) {
@@ -345,11 +352,10 @@ static void forget(void) {
     releases = NULL, acquired = NULL, acquired_by = NULL, seen = NULL, table = NULL;
     release_count = release_room = acquired_count = acquired_room = table_room = table_count = 0;
     seen_for = seen_entries = 0;
-    for (int64_t i = 0; i < checks->region_count; i++) {
-        region_t *r = &checks->regions[i];
-        free(r->writers);
-        free(r->readers);
-        free(r->atomics);
+    if (pool_cells > POOL_KEPT) {
+        free(pool);
+        pool = NULL;
+        pool_cells = 0;
     }
 }
 
@@ -360,15 +366,32 @@ static int prepare(int64_t count) {
     seen = calloc((size_t)count, sizeof *seen);
     if (!acquired_by || !seen) return 0;
     for (int64_t i = 0; i < count; i++) acquired_by[i] = -1;
-    for (int64_t i = 0; i < checks->region_count; i++) {
-        region_t *r = &checks->regions[i];
-        size_t cells = (size_t)((r->hi - r->lo) >> r->shift) + 1;
-        /* Pages that no access touches stay the system's page of zeros. */
-        r->writers = calloc(cells, 4);
-        r->readers = calloc(cells, 4);
-        r->atomics = calloc(cells, 4);
-        if (!r->writers || !r->readers || !r->atomics) return 0;
+    size_t wanted = 0;
+    for (int pass = 0; pass < 2; pass++) {
+        size_t at = 0;
+        for (int64_t i = 0; i < checks->region_count; i++) {
+            region_t *r = &checks->regions[i];
+            for (int k = LOAD; k <= ATOMIC; k++) {
+                if (!(r->kinds & 1 << k)) continue;
+                if (pass) r->cells[k] = pool + at;
+                at += (size_t)((r->hi - r->lo) >> r->shift) + 16;
+            }
+        }
+        wanted = at;
+        if (!pass && wanted > pool_cells) {
+            free(pool);
+            pool = calloc(wanted, sizeof *pool);
+            pool_cells = pool ? wanted : 0;
+            if (!pool) return 0;
+        }
     }
+    uint64_t unit = (uint64_t)1 << checks->site_bits, start = (beyond + unit - 1) / unit * unit;
+    if (start + ((uint64_t)count << checks->site_bits) > UINT32_MAX) {
+        memset(pool, 0, pool_cells * sizeof *pool);
+        start = unit;
+    }
+    base = (uint32_t)start;
+    beyond = (uint32_t)(start + ((uint64_t)count << checks->site_bits));
     return 1;
 }
 
