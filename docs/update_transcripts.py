@@ -1,6 +1,6 @@
 """Writes the transcripts and the listings in the README and in docs/ anew.
 
-    python docs/update_transcripts.py
+    python docs/update_transcripts.py [DOCUMENT ...]
 
 Between `<!-- run: COMMAND -->` and `<!-- end -->` goes the command and what it prints; between
 `<!-- file: PATH -->` and `<!-- end -->` the file. The tests run the commands again and compare
@@ -20,12 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/gate.md")
+DOCUMENTS = ("README.md", "docs/gate.md", "docs/sanitizer.md")
 BLOCK = re.compile(r"<!-- (run|file): (.+?) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def output_of(command: str, folder: Path) -> str:
-    """What `effattn ...` prints in a folder that has the examples, as in a clone."""
+    """What `effattn ...` prints in a folder that has the examples, as in a clone.
+
+    Of `effattn cpu` also the standard error, which is where findings go.
+    """
     program, *arguments = shlex.split(command)
     if program != "effattn":
         raise SystemExit(f"{command!r}: only effattn commands can be run here")
@@ -35,7 +38,8 @@ def output_of(command: str, folder: Path) -> str:
     }
     done = subprocess.run(
         [sys.executable, "-c", "import sys; from effattn.cli import main; sys.exit(main())", *arguments],
-        cwd=folder, capture_output=True, text=True, check=False, env=environment,
+        cwd=folder, text=True, check=False, env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if arguments[0] == "cpu" else subprocess.PIPE,
     )  # fmt: skip
     if done.returncode not in (0, 1):
         raise SystemExit(f"{command!r} exited with {done.returncode}:\n{done.stderr}")
@@ -58,7 +62,7 @@ def rewritten(text: str, output: Callable[[str], str]) -> str:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        for name in DOCUMENTS:
+        for name in sys.argv[1:] or DOCUMENTS:
             path = ROOT / name
             path.write_text(
                 rewritten(path.read_text(encoding="utf-8"), lambda command: output_of(command, Path(folder))),

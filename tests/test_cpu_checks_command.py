@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +94,32 @@ def test_the_option_of_pytest(n: int, code: int, words: str, tmp_path: Path):
     assert done.returncode == code, done.stdout
     assert f"checked bounds, races in 2 launches: {words}" in done.stdout
     assert "2 passed" in done.stdout
+
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "sanitizer.md").read_text(encoding="utf-8")
+SHOWN = re.findall(r"<!-- run: (.+?) -->\n```console\n\$ .+?\n(.*?)\n```\n<!-- end -->", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize(("command", "shown"), SHOWN)
+def test_the_page_shows_what_is_printed(command: str, shown: str, tmp_path: Path):
+    spec = importlib.util.spec_from_file_location(
+        "update_transcripts", ROOT / "docs" / "update_transcripts.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    transcripts = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(transcripts)
+
+    def words(text: str) -> list[str]:
+        """The lines without figures that another processor may round otherwise, and without times."""
+        lines = [line.rstrip() for line in text.splitlines() if not line.startswith("time ")]
+        return [re.sub(r"-?\d+\.\d+(e[+-]\d+)?", "#", line) for line in lines]
+
+    assert words(transcripts.output_of(command, tmp_path).rstrip()) == words(shown)
+
+
+def test_the_page_has_a_program_and_a_verdict():
+    assert [command.split()[1] for command, _ in SHOWN] == ["cpu", "replay"]
+    for instrument in ("bounds", "races", "poison", "order"):
+        assert f"\n{instrument}: kernel " in SHOWN[0][1]

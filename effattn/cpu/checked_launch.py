@@ -313,7 +313,9 @@ class _Launch:
             "offset_bytes": at * slot.size,
         }
         if words:
-            file, line = self.float_atomics[0] if self.float_atomics else ("", 0)
+            writers = [s for s in self.sites if s.size and s.kind != probes.LOAD]
+            here = [s for s in writers if s.base >= 0 and self.slots[s.base] is slot] or writers
+            file, line = (here[0].file, here[0].line) if here else ("", 0)
             why = (
                 "; the kernel adds floating-point numbers atomically, and the rounding of their sum depends on the order"
                 if self.float_atomics

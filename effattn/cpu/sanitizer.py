@@ -66,9 +66,9 @@ class Finding:
     @property
     def place(self) -> str:
         """Kernel, line and program."""
-        where = f"{Path(self.file).name}:{self.line}" if self.file else "unknown source line"
+        where = f", {Path(self.file).name}:{self.line}" if self.file else ""
         program = f", program {self.program}" if self.program is not None else ""
-        return f"kernel {self.kernel}, {where}{program}"
+        return f"kernel {self.kernel}{where}{program}"
 
     def __str__(self) -> str:
         again = f" ({self.times} times)" if self.times > 1 else ""
