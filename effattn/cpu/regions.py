@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 OWNERS = ("tt.reduce", "tt.scan", "tt.map_elementwise")
 RETURNS = frozenset({f"{name}.return" for name in OWNERS})
 
+#: the flag that ends a launch, by its name in a kernel
+_STOP = "stop"
+
 #: beyond the elementwise operations
 _SCALAR = frozenset(
     {
@@ -66,7 +69,9 @@ def function_of(emitter: FunctionEmitter, op: Op) -> str:
         inner.names[arg] = inner.unique(arg.name)
         c_type = inner.types[inner.names[arg]] = value_type(arg.type.elem)
         parameters.append(f"{c_type} {inner.names[arg]}")
-    parameters += [f"int32_t {x}" for x in outline.PROGRAM]
+    # What every kernel is handed, and what its loops look at to end early.
+    emitter.types[_STOP] = "const int *"
+    parameters += [*(f"int32_t {x}" for x in outline.PROGRAM), f"const int *{_STOP}"]
     for result in _returned(op):
         inner.returned.append(inner.unique("result"))
         parameters.append(f"{value_type(result.type.elem)} *{inner.returned[-1]}")
@@ -91,8 +96,9 @@ def _returned(op: Op) -> list[Value]:
 
 def call(emitter: FunctionEmitter, op: Op, arguments: list[str], targets: list[str]) -> str:
     """A statement that puts elements through the region and assigns what comes out."""
-    parts = [*arguments, *outline.PROGRAM, *(f"&{t}" for t in targets)]
-    return f"{function_of(emitter, op)}({', '.join(parts)});"
+    name = function_of(emitter, op)
+    parts = [*arguments, *outline.PROGRAM, _STOP, *(f"&{t}" for t in targets)]
+    return f"{name}({', '.join(parts)});"
 
 
 def leave(emitter: FunctionEmitter, op: Op) -> None:
