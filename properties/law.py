@@ -10,12 +10,13 @@ sentence, its docstring the statement. Two answers are compared in one of two wa
 
 A method that does not promise equal bits, since its sums depend on the shape of the whole call, declares
 `@effattn.method(same_bits=False)`: then laws of the first kind are held to rounding, and what is hidden must still not
-show.
+show. One that multiplies hidden values by a weight of 0 declares `nan_safe=False`.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -136,7 +137,16 @@ class Trial:
     @property
     def same_bits(self) -> bool:
         """Whether the method promises that equal questions have equal bits."""
-        return getattr(self.method, "same_bits", True)
+        return self.method.same_bits
+
+    @property
+    def nan_safe(self) -> bool:
+        """Whether the method promises that NaN and infinity in what a row does not see leave the row alone."""
+        return self.method.nan_safe
+
+    def garbage(self) -> float:
+        """What a law puts where nobody looks: NaN or an infinity, or a large number if these may show."""
+        return (math.nan, math.inf, -math.inf)[self.case.seed % 3] if self.nan_safe else 1000.0
 
     def bounds(self, inputs: Inputs, case: Case | None = None) -> dict[str, torch.Tensor]:
         """What a correct kernel may be off by, per element: "out", "lse" and gradients by name, float64."""

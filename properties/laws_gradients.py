@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -312,14 +311,14 @@ def future_keys_do_not_reach_dq(it: Trial) -> None:
     sees = (visible(it.case, inputs) & keys).any(-1)
     if bool(sees.all()):
         return
-    k, v = (x.masked_fill(keys[None, None, :, None], math.nan) for x in (inputs.k, inputs.v))
+    k, v = (x.masked_fill(keys[None, None, :, None], it.garbage()) for x in (inputs.k, inputs.v))
     one, other = _grads(it(inputs))["dq"], _grads(it(_with(inputs, k=k, v=v)))["dq"]
     got, want = (torch.where(sees.unsqueeze(-1), 0.0, x.double()) for x in (other, one))
     it.same(
         "dq",
         got,
         want,
-        "future K and V became NaN and the row does not see them",
+        f"future K and V became {it.garbage()} and the row does not see them",
         slack=_slack(it, inputs, "dq"),
     )
 
@@ -339,13 +338,19 @@ def padding_does_not_reach_the_gradients(it: Trial) -> None:
     extras = inputs.extras
     assert extras.kv_lengths is not None
     keys = (torch.arange(it.case.kv_len, device=it.device) >= extras.kv_lengths[:, None])[:, None, :, None]
-    dirty = {name: getattr(inputs, name).masked_fill(keys, math.nan) for name in "kv"}
+    dirty = {name: getattr(inputs, name).masked_fill(keys, it.garbage()) for name in "kv"}
     if extras.q_lengths is not None:
         rows = (torch.arange(it.case.q_len, device=it.device) >= extras.q_lengths[:, None])[:, None, :, None]
-        dirty["q"] = inputs.q.masked_fill(rows, math.nan)
+        dirty["q"] = inputs.q.masked_fill(rows, it.garbage())
     one, other = _grads(it(inputs)), _grads(it(_with(inputs, **dirty)))
     for name in _QKV:
-        it.same(name, other[name], one[name], "only padding became NaN", slack=_slack(it, inputs, name))
+        it.same(
+            name,
+            other[name],
+            one[name],
+            f"only padding became {it.garbage()}",
+            slack=_slack(it, inputs, name),
+        )
 
 
 @law(

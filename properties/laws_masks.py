@@ -39,9 +39,7 @@ def _at_keys(x: torch.Tensor, keys: torch.Tensor, value: float) -> torch.Tensor:
     return x.masked_fill(keys[:, None, :, None], value)
 
 
-def _unchanged(
-    it: Trial, keys: torch.Tensor, why: str, *, value: float = math.nan, names: str = "kv"
-) -> None:
+def _unchanged(it: Trial, keys: torch.Tensor, why: str, *, value: float, names: str = "kv") -> None:
     """Rows that see none of the marked keys, (batch, kv_len) bool, keep their bits when these hold `value`."""
     import torch
 
@@ -70,10 +68,6 @@ def _from(it: Trial, fraction: float) -> torch.Tensor:
     return (torch.arange(it.case.kv_len, device=it.device) >= start).expand(it.case.batch, -1)
 
 
-def _value(it: Trial) -> float:
-    return (math.nan, math.inf, -math.inf)[it.case.seed % 3]
-
-
 @law(
     "masks",
     draw=cases(
@@ -85,7 +79,7 @@ def _value(it: Trial) -> float:
 def future_keys_have_no_influence(it: Trial) -> None:
     """Under a causal mask, K and V at later positions never change a row, whatever they hold."""
     for fraction in (0.4, 0.8):
-        _unchanged(it, _from(it, fraction), "future keys", value=_value(it))
+        _unchanged(it, _from(it, fraction), "future keys", value=it.garbage())
 
 
 @law(
@@ -96,8 +90,8 @@ def future_keys_have_no_influence(it: Trial) -> None:
 )
 def keys_outside_the_window_have_no_influence(it: Trial) -> None:
     """K and V outside of a row's window never change it, whatever they hold."""
-    _unchanged(it, _from(it, 0.5), "keys outside the window", value=_value(it))
-    _unchanged(it, ~_from(it, 0.5), "keys outside the window", value=_value(it))
+    _unchanged(it, _from(it, 0.5), "keys outside the window", value=it.garbage())
+    _unchanged(it, ~_from(it, 0.5), "keys outside the window", value=it.garbage())
 
 
 @law(
@@ -112,8 +106,8 @@ def masked_keys_have_no_influence(it: Trial) -> None:
     seen = visible(it.case, inputs)
     # Keys that the first row of the middle does not see, and keys that nobody sees.
     row = it.case.q_len // 2
-    _unchanged(it, ~seen[:, 0, row], "masked keys", value=_value(it))
-    _unchanged(it, ~seen.flatten(1, 2).any(1), "keys that nobody sees", value=_value(it))
+    _unchanged(it, ~seen[:, 0, row], "masked keys", value=it.garbage())
+    _unchanged(it, ~seen.flatten(1, 2).any(1), "keys that nobody sees", value=it.garbage())
 
 
 @law(
@@ -131,7 +125,7 @@ def keys_beyond_the_length_have_no_influence(it: Trial) -> None:
     lengths = it.inputs().extras.kv_lengths
     assert lengths is not None
     keys = torch.arange(it.case.kv_len, device=it.device) >= lengths[:, None]
-    _unchanged(it, keys, "keys beyond the length", value=_value(it))
+    _unchanged(it, keys, "keys beyond the length", value=it.garbage())
 
 
 @law(
@@ -148,7 +142,7 @@ def padding_rows_of_q_have_no_influence(it: Trial) -> None:
     lengths = inputs.extras.q_lengths
     assert lengths is not None
     padding = torch.arange(it.case.q_len, device=it.device) >= lengths[:, None]
-    poisoned = _with(inputs, q=inputs.q.masked_fill(padding[:, None, :, None], _value(it)))
+    poisoned = _with(inputs, q=inputs.q.masked_fill(padding[:, None, :, None], it.garbage()))
     one, other = it(inputs), it(poisoned)
     it.same(
         "out",
@@ -179,12 +173,14 @@ def a_bias_at_hidden_keys_has_no_influence(it: Trial) -> None:
     for axis, size in enumerate(bias.shape):
         if size == 1:
             hidden = hidden.all(axis, keepdim=True)
-    changed = type(inputs)(*inputs, extras=replace(inputs.extras, bias=bias.masked_fill(hidden, _value(it))))
+    changed = type(inputs)(
+        *inputs, extras=replace(inputs.extras, bias=bias.masked_fill(hidden, it.garbage()))
+    )
     if not bool(hidden.any()):
         return
     one, other = it(inputs), it(changed)
     it.same(
-        "out", other.out, one.out, f"the bias became {_value(it)} where the key is hidden",
+        "out", other.out, one.out, f"the bias became {it.garbage()} where the key is hidden",
         slack=lambda: 2.0 * it.bounds(inputs)["out"],
     )  # fmt: skip
 
@@ -247,7 +243,7 @@ def appended_hidden_keys_change_nothing(it: Trial) -> None:
     case, inputs = it.case, it.inputs()
     more = 1 + it.case.seed % 70
     longer = replace(case, kv_len=case.kv_len + more, lengths="kv")
-    k, v = (torch.nn.functional.pad(x, (0, 0, 0, more), value=math.nan) for x in (inputs.k, inputs.v))
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, more), value=it.garbage()) for x in (inputs.k, inputs.v))
     lengths = torch.full((case.batch,), case.kv_len, dtype=torch.int32, device=inputs.q.device)
     padded = type(inputs)(inputs.q, k, v, extras=replace(inputs.extras, kv_lengths=lengths))
     one, other = it(inputs), it(padded, longer)

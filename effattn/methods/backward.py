@@ -40,7 +40,7 @@ def run(function: Callable[[Inputs], Any], case: Case, inputs: Inputs) -> Output
             raise NotSupported("its output has no gradient")
         assert extras.d_out is not None
         outputs, upstream = [output.out], [extras.d_out]
-        through_lse = output.lse is not None and output.lse.requires_grad
+        through_lse = output.lse is not None and output.lse.requires_grad and extras.d_lse is not None
         if through_lse:
             assert output.lse is not None
             assert extras.d_lse is not None

@@ -41,6 +41,10 @@ class Method(ABC):
     name: str
     #: how the command line names this method again
     spec: str
+    #: whether equal questions have equal bits, whatever else is in the batch; laws compare within rounding where not
+    same_bits: bool = True
+    #: whether NaN and infinity in what a row does not see leave the row alone; laws hide finite numbers only where not
+    nan_safe: bool = True
 
     @abstractmethod
     def numerics(self, case: Case) -> Numerics:

@@ -27,6 +27,8 @@ class Declaration:
     numerics: Numerics | str | Callable[[Case], Numerics] | None = None
     causal_alignment: str | None = None
     supports: Callable[[Case], bool | str] | None = None
+    same_bits: bool = True
+    nan_safe: bool = True
     dropout_mask: Callable[..., torch.Tensor] | None = None
 
 
@@ -37,6 +39,8 @@ def method(
     causal_alignment: str | None = None,
     supports: Callable[[Case], bool | str] | None = None,
     dropout_mask: Callable[..., torch.Tensor] | None = None,
+    same_bits: bool = True,
+    nan_safe: bool = True,
 ) -> Callable[[_F], _F]:
     """Declare how a function is to be judged. It stays the function that it was.
 
@@ -54,8 +58,17 @@ def method(
     dropout_mask: for functions with `dropout_p`: fn(batch, heads, q_len, kv_len, p, seed, offset, device) returns the
         weights that dropout keeps, a bool tensor (batch, heads, q_len, kv_len). The reference applies it.
 
+    same_bits: whether equal questions have equal bits, whatever else is in the batch. A function whose sums depend on
+        the shape of the whole call, as those of matrix products of a library do, says False: the laws then compare
+        within rounding.
+    nan_safe: whether NaN and infinity in what a row does not see leave the row alone. A function that multiplies hidden
+        values by a weight of 0 says False: the laws then hide finite numbers only.
+
     Raises `RequestError` for anything else.
     """
+    for what, flag in (("same_bits", same_bits), ("nan_safe", nan_safe)):
+        if not isinstance(flag, bool):
+            raise RequestError(f"@effattn.method: {what} is {flag!r}; expected True or False")
     for what, value, types in (("name", name, str), ("causal_alignment", causal_alignment, str)):
         if value is not None and not (isinstance(value, types) and value):
             raise RequestError(f"@effattn.method: {what} is {value!r}; expected a string")
@@ -89,6 +102,8 @@ def method(
         causal_alignment=causal_alignment,
         supports=supports,
         dropout_mask=dropout_mask,
+        same_bits=same_bits,
+        nan_safe=nan_safe,
     )
 
     def declare(function: _F) -> _F:

@@ -20,6 +20,9 @@ class TorchSDPA(Method):
 
     name = "torch"
     spec = "torch"
+    same_bits = False
+    #: with a mask, torch multiplies hidden values by 0 (pytorch #101967)
+    nan_safe = False
 
     def numerics(self, case: Case) -> Numerics:
         from effattn.tolerances.numerics import for_dtype

@@ -1,0 +1,198 @@
+"""A failure as a script that stands alone: torch and the user's function are all that it needs.
+
+The script holds the tensors of the calls themselves, so it repeats what happened whatever version of effattn, or none,
+is installed. At most 40 lines; the tensors are long ones.
+"""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effattn.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from effattn.case import Case
+    from effattn.methods.user import UserFunction
+    from effattn.verdict import Verdict
+
+#: characters of tensors that a script may hold; a bug report has room for so many
+MOST_TEXT = 400_000
+
+_HEAD = '''"""{title}
+
+{message}
+"""
+
+import base64, importlib.util, sys, zlib
+
+import torch
+
+
+def tensor(dtype, shape, stride, offset, text):
+    memory = bytearray(zlib.decompress(base64.b85decode(text)))
+    return torch.frombuffer(memory, dtype=getattr(torch, dtype)).as_strided(shape, stride, offset)
+
+
+'''
+
+
+@dataclass
+class _Recorder:
+    """Keeps what a function is called with."""
+
+    function: Callable[..., Any]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        copied = tuple(_copy(x) for x in arguments), {name: _copy(x) for name, x in keywords.items()}
+        self.calls.append(copied)
+        return self.function(*arguments, **keywords)
+
+
+def _copy(x: Any) -> Any:
+    """A tensor with the memory that it lies in, as it is now; anything else as it is."""
+    import torch
+
+    if not isinstance(x, torch.Tensor):
+        return x
+    twin = torch.empty(0, dtype=x.dtype).set_(
+        x.detach().untyped_storage().cpu().clone(), x.storage_offset(), x.shape, x.stride()
+    )
+    return twin.requires_grad_(x.requires_grad)
+
+
+def script(case: Case, method: UserFunction, *, law: str | None = None, device: str = "cpu") -> str:
+    """The script for a case that fails.
+
+    Raises:
+        RequestError: the case does not fail; the function cannot be found by a script; the tensors are too large for a
+            bug report.
+    """
+    from effattn import laws
+    from effattn.properties.law import get
+    from effattn.report import summary
+    from effattn.run import executor
+
+    recorder = _Recorder(method.function)
+    kept, method.function = method.function, recorder
+    try:
+        if law is None:
+            verdict = executor.judge(case, method, device=device)
+        else:
+            verdict = laws.judge_law(get(law), case, method, device=device)
+    finally:
+        method.function = kept
+    if not summary.failed(verdict.outcome):
+        raise RequestError(
+            f"--export: the case does not fail ({verdict.outcome}), so there is nothing to report"
+        )
+    return _text(verdict, recorder.calls, case, _load_lines(method))
+
+
+def _load_lines(method: UserFunction) -> list[str]:
+    """How a script gets at the function."""
+    where, _, name = method.spec.rpartition(":")
+    if where.endswith(".py"):
+        path = str(Path(where).resolve())
+        return [
+            f"spec = importlib.util.spec_from_file_location('kernel', {path!r})  # the file under test",
+            "module = importlib.util.module_from_spec(spec)",
+            "spec.loader.exec_module(module)",
+            f"function = module.{name}",
+        ]
+    try:
+        inspect.signature(method.function)
+    except (TypeError, ValueError):
+        raise RequestError(f"--export: a script cannot import {method.spec!r}") from None
+    return [f"from {where} import {name} as function  # under test"]
+
+
+def _text(
+    verdict: Verdict, calls: list[tuple[tuple[Any, ...], dict[str, Any]]], case: Case, load: list[str]
+) -> str:
+    import torch
+
+    import effattn
+
+    names: dict[str, str] = {}
+    lines: list[str] = []
+
+    def named(x: Any) -> str:
+        if not isinstance(x, torch.Tensor):
+            return repr(x)
+        text = _literal(x)
+        if text not in names:
+            names[text] = f"t{len(names)}"
+            lines.append(f"{names[text]} = {text}")
+        return names[text]
+
+    invoked = []
+    for arguments, keywords in calls:
+        given = [named(x) for x in arguments]
+        given += [f"{name}={named(x)}" for name, x in keywords.items()]
+        invoked.append(f"    lambda: function({', '.join(given)}),")
+    if sum(map(len, lines)) > MOST_TEXT:
+        raise RequestError(
+            f"--export: the tensors take {sum(map(len, lines)) // 1000} kB, more than {MOST_TEXT // 1000} kB; export the"
+            " smallest case that was found"
+        )
+    title = f"{verdict.method}: {verdict.outcome}" + (
+        f", {verdict.law.replace('_', ' ')}" if verdict.law else ""
+    )
+    message = (
+        "\n".join(line for line in verdict.message.splitlines()[:4]).replace("\\", "/").replace('"""', "'''")
+    )
+    head = _HEAD.format(
+        title=title.replace('"""', "'''"),
+        message=f"{message}\n\n{case.describe()}. effattn {effattn.__version__}",
+    )
+    return "\n".join(
+        [head + "\n".join([*load, *lines, "calls = [", *invoked, "]"]), *_ending(verdict, case), ""]
+    )
+
+
+def _literal(x: torch.Tensor) -> str:
+    """The call of `tensor` that makes it again."""
+    import torch
+
+    data = bytes(torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage()).numpy().tobytes()) or b"\0" * 8
+    text = base64.b85encode(zlib.compress(data, 9)).decode()
+    dtype = str(x.dtype).removeprefix("torch.")
+    made = f"tensor({dtype!r}, {tuple(x.shape)}, {tuple(x.stride())}, {x.storage_offset()}, {text!r})"
+    return f"{made}.requires_grad_()" if x.requires_grad else made
+
+
+def _ending(verdict: Verdict, case: Case) -> list[str]:
+    """Runs the calls, and shows what is wrong; exits with 1 where it still is."""
+    lines = [
+        "results = [call() for call in calls]",
+        "outs = [r if isinstance(r, torch.Tensor) else r[0] for r in results]",
+    ]
+    worst = max(
+        (q for q in verdict.quantities if q.worst is not None and q.name in ("out", "lse")),
+        key=lambda q: q.fraction or 0.0,
+        default=None,
+    )
+    if verdict.law is None and worst is not None:
+        value = "outs[0]" if worst.name == "out" else "results[0][1]"
+        return [
+            *lines,
+            f"got, exact, allowed = {value}[{', '.join(map(str, worst.worst or ()))}].item(), {worst.exact!r}, {worst.allowed!r}",
+            f'print(f"{worst.name}{list(worst.worst or ())} is {{got}}; exact is {{exact}}, allowed {{allowed}}")',
+            "sys.exit(not abs(got - exact) <= allowed)",
+        ]
+    return [
+        *lines,
+        "for number, out in enumerate(outs):",
+        '    print(f"call {number}: shape {tuple(out.shape)}, first elements {out.flatten()[:4].tolist()}")',
+        "torch.save([out.detach() for out in outs], 'outs.pt')  # for a closer look",
+    ]
