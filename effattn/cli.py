@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from effattn import cli_runs, cli_sweep
+from effattn import cli_lists, cli_runs, cli_sweep
 from effattn.errors import RequestError
 from effattn.study.cli import study
 
@@ -318,11 +318,18 @@ def gate(
 @click.option(
     "--law", metavar="NAME", help="Try this law on the case instead of comparing with exact attention."
 )
+@click.option(
+    "--export",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the failure as a script that needs only torch and the function, for a bug report.",
+)
 @_isolation_options
 def replay(
     case: str,
     method: str,
     law: str | None,
+    export: Path | None,
     device: str,
     run_folder: Path | None,
     check_names: tuple[str, ...],
@@ -355,49 +362,14 @@ def replay(
         ) as judge,
     ):
         verdict = judge.judge(found, law)
-    terminal.print_details(terminal.console(), verdict)
+        terminal.print_details(terminal.console(), verdict)
+        if export is not None:
+            text = judge.call("effattn.report.export:for_command", found.to_dict(), judge.spec, law, device)
+            export.write_text(text, encoding="utf-8")
+            click.echo(f"Written to {export}")
     if summary.failed(verdict.outcome):
         return FAILED
     return PASSED if str(verdict.outcome) == summary.PASS else WRONG_REQUEST
-
-
-@cli.command("methods")
-def list_methods() -> int:
-    """List the methods that come with effattn."""
-    from effattn import methods
-
-    _print_pairs([(name, methods.describe(name)) for name in methods.names()])
-    click.echo("\nA function of yours: path/to/file.py:function or package.module:function")
-    return PASSED
-
-
-@cli.command("laws")
-@click.argument("name", required=False)
-def list_laws(name: str | None) -> int:
-    """List the laws that methods are held to; with a NAME, what that one states."""
-    from effattn.properties.catalogue import all_laws
-    from effattn.properties.law import FAMILIES, get, grouped
-
-    if name is not None:
-        law = get(name)
-        _print_pairs([(law.sentence, law.statement), ("family", law.family), ("compares", law.compares)])
-        return PASSED
-    for family, members in grouped(list(all_laws().values())):
-        click.echo(f"{family}: {FAMILIES[family]}")
-        for law in members:
-            click.echo(f"  {law.name}")
-    click.echo("\n`effattn laws NAME` shows what a law states, `effattn gate METHOD --laws NAME` tries it.")
-    return PASSED
-
-
-@cli.command("values")
-def list_values() -> int:
-    """List the value distributions, each with what it is there for."""
-    from effattn import values
-
-    _print_pairs([(name, values.get(name).summary) for name in values.names()])
-    click.echo("\nQ, K and V of a real model: real:smollm2 (all layers) or real:smollm2/LAYER")
-    return PASSED
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -451,6 +423,8 @@ def doctor() -> int:
     return PASSED if all(check.ok for check in checks if check.needed) else WRONG_REQUEST
 
 
+for listing in cli_lists.COMMANDS:
+    cli.add_command(listing)
 cli.add_command(cli_runs.runs)
 cli.add_command(cli_sweep.sweep)
 
@@ -604,18 +578,3 @@ def _progress(total: int) -> Iterator[Progress | None]:
             )
 
         yield advance
-
-
-def _print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    """Names in one column, what they are in another that is wrapped."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from effattn.report import terminal
-
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column()
-    for name, words in pairs:
-        table.add_row(Text(name, style="bold"), Text(words))
-    terminal.console().print(table)

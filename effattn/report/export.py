@@ -98,6 +98,18 @@ def script(case: Case, method: UserFunction, *, law: str | None = None, device: 
     return _text(verdict, recorder.calls, case, _load_lines(method))
 
 
+def for_command(case: dict[str, Any], spec: str, law: str | None, device: str) -> str:
+    """`script` from plain data; RequestError for a method that is no function of a user's."""
+    from effattn.case import Case
+    from effattn.methods.user import UserFunction
+    from effattn.run import work
+
+    method = work.method(spec)
+    if not isinstance(method, UserFunction):
+        raise RequestError(f"--export: {spec!r} comes with effattn; a script is made for functions of yours")
+    return script(Case.from_dict(case), method, law=law, device=device)
+
+
 def _load_lines(method: UserFunction) -> list[str]:
     """How a script gets at the function."""
     where, _, name = method.spec.rpartition(":")
