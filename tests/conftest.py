@@ -53,14 +53,19 @@ def pytest_sessionstart() -> None:
         recording.watch_compilations()
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    recording.begin(item.path.name)
+def pytest_runtest_setup() -> None:
+    recording.begin()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    outcome = yield
+    if call.when == "call" and outcome.get_result().passed:
+        recording.passed(item.path.name)
 
 
 def pytest_sessionfinish(exitstatus: int) -> None:
-    # What a failed run compared is no evidence.
-    if exitstatus == 0:
-        recording.write()
+    recording.write(all_passed=exitstatus == 0)
 
 
 @pytest.hookimpl(tryfirst=True)

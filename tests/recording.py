@@ -3,13 +3,15 @@
     EFFATTN_RECORD_EXACTNESS=FILE pytest ...    operations compared with a reference: how many values, largest error
     EFFATTN_RECORD_COVERAGE=FILE pytest ...     which of Triton's IR operations each test file compiled
 
-Tests call `compared` after their assertion. conftest.py writes the files, and only where every test passed.
+Tests call `compared` after their assertion, and conftest.py writes the first file only where every test passed. In the
+second file is what tests that passed compiled.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ _compared: dict[tuple[str, str, str], dict[str, Any]] = {}
 _compiled: dict[str, set[str]] = {}
 #: (what a kernel was refused for, test file)
 _refused: set[tuple[str, str]] = set()
-_current = ""
+#: what the running test compiled and saw refused
+_now: dict[str, set[str]] = {"compiled": set(), "refused": set()}
 
 
 def compared(
@@ -39,40 +42,63 @@ def many() -> bool:
     return EXACTNESS in os.environ
 
 
-def begin(test_file: str) -> None:
-    global _current
-    _current = test_file
+def begin() -> None:
+    """A test begins."""
+    for names in _now.values():
+        names.clear()
+
+
+def passed(test_file: str) -> None:
+    """The running test passed: what it compiled was right, what it saw refused was to be refused."""
+    for name in _now["compiled"]:
+        _compiled.setdefault(name, set()).add(test_file)
+    _refused.update((reason, test_file) for reason in _now["refused"])
 
 
 def watch_compilations() -> None:
-    """Note the operations of each kernel's IR, with the test that compiled it; and each refusal."""
-    from effattn.cpu import ir, lower, support
+    """Note the operations of each kernel that is compiled, with the test file, before and after Triton's passes; and each
+    refusal. Every kernel is compiled anew: what comes from Triton's cache is not seen."""
+    import triton.knobs
 
-    to_c, refusal = lower.to_c, support.refusal
+    from effattn.cpu import compiler, support
 
-    def noted(mod: Any, metadata: dict[str, Any]) -> Any:
+    triton.knobs.cache.dir = tempfile.mkdtemp(prefix="effattn-coverage-")
+    make_ttir, make_c, refuse = compiler.make_ttir, compiler.make_c, support.UnsupportedKernel.__init__
+    pending: set[str] = set()
+
+    def names_of(mod: Any) -> set[str]:
         names: set[str] = set()
         mod.walk(lambda op: names.add(op.get_name()))
-        text = to_c(mod, metadata)
-        for name in names:
-            _compiled.setdefault(name, set()).add(_current)
+        return names
+
+    def noted_ttir(mod: Any, *rest: Any, **options: Any) -> Any:
+        pending.clear()
+        pending.update(names_of(mod))
+        return make_ttir(mod, *rest, **options)
+
+    def noted_c(mod: Any, *rest: Any, **options: Any) -> Any:
+        names = names_of(mod) | pending
+        text = make_c(mod, *rest, **options)
+        _now["compiled"].update(names)
         return text
 
-    def noted_refusal(function: Any, op: ir.Op, error: Any) -> Any:
-        _refused.add((str(error), _current))
-        return refusal(function, op, error)
+    def noted_refusal(self: Any, *message: Any) -> None:
+        reason = str(message[0]).removesuffix(" is not supported by the CPU backend")
+        _now["refused"].add(reason.rpartition(": ")[2])
+        refuse(self, *message)
 
-    lower.to_c = noted
-    support.refusal = noted_refusal
+    compiler.make_ttir, compiler.make_c = noted_ttir, noted_c
+    support.UnsupportedKernel.__init__ = noted_refusal
 
 
-def write() -> None:
+def write(all_passed: bool) -> None:
     """Write what the environment asks for."""
     import torch
     import triton
 
     versions = {"triton": triton.__version__, "torch": torch.__version__.partition("+")[0]}
-    if path := os.environ.get(EXACTNESS):
+    path = os.environ.get(EXACTNESS)
+    if path and all_passed:  # what a failed run compared is no evidence
         rows = [
             {"operation": o, "types": t, "reference": r, **entry}
             for (o, t, r), entry in sorted(_compared.items())

@@ -28,7 +28,7 @@ FLOAT = {"fp32": torch.float32, "fp64": torch.float64}
 FORMAT = {"fp32": (24, -149, 128), "fp64": (53, -1074, 1024)}
 BLOCK = 256
 #: values of each function and type
-COUNT = 20_480 if recording.many() else 1024
+COUNT = 8_192 if recording.many() else 1024
 
 Interval = tuple[float, float]
 

@@ -252,7 +252,7 @@ def data_of(seed: int, whole: bool) -> list[np.ndarray]:
 
 # Not shrunk: each attempt compiles, and the program is printed.
 drawn = settings(
-    max_examples=200 if recording.many() else 10,
+    max_examples=25 if recording.many() else 10,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -133,7 +133,7 @@ def declared(method: Attention, dtype: str) -> numerics.Numerics:
         if dtype == "fp32":
             return given.replace(operand="tf32", p="tf32")
         # Accumulator, running maximum and log-sum-exp are kept in the dtype of the inputs.
-        return given.replace(acc=dtype, score=dtype, p=dtype, lse=dtype)
+        return given.replace(acc=dtype, score=dtype, p=dtype, lse=dtype, dp=dtype)
     return given
 
 
