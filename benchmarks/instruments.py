@@ -3,7 +3,7 @@
     python benchmarks/instruments.py [--repeats 7]
 
 Each multiple is taken within one round: the kernel without instruments and with each, one after the other, on one thread;
-the median of the rounds is shown. What is timed is a whole launch through Triton's JIT. `poison` and `order` run a launch
+the median of the rounds is shown. What is timed, in processor time, is a whole launch through Triton's JIT. `poison` and `order` run a launch
 several times: `poison` twice where a masked load has no `other`, `order` three times.
 """
 
@@ -51,13 +51,13 @@ KERNELS = {"copy": plain_copy, "flash forward": flash_forward}
 
 def _seconds(call: Callable[[], object], instrument: str | None) -> float:
     if instrument is None:
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        return time.perf_counter() - start
+        return time.process_time() - start
     with cpu.checks(instrument):
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
 
 def measure(repeats: int) -> dict[str, tuple[float, dict[str, float]]]:

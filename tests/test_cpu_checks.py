@@ -528,6 +528,29 @@ def test_undefined_integers_are_found():
 
 
 @triton.jit
+def marks(x_ptr, y_ptr, n, BLOCK: tl.constexpr, WAY: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < n)
+    if WAY == "mask":
+        tl.store(y_ptr + at, 1, mask=x > 0)
+    else:
+        if tl.max(x) > 1000:
+            tl.store(y_ptr, 1)
+
+
+@pytest.mark.parametrize("way", ["mask", "branch"])
+def test_undefined_elements_that_decide_whether_something_is_stored_are_found(way: str):
+    # The first run stores what the second one does not: a run over the memory of the first would not show it.
+    x, y = torch.zeros(50, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    with cpu.checks("poison", raise_=False) as report:
+        marks[(1,)](x, y, 50, BLOCK=64, WAY=way)
+    assert only(report).argument == "y_ptr"
+    with cpu.checks("poison") as report:
+        marks[(1,)](torch.zeros(64, dtype=torch.int32), y, 64, BLOCK=64, WAY=way)
+    assert report.findings == []
+
+
+@triton.jit
 def fill(y_ptr, n, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y_ptr + at, (at * 2).to(y_ptr.dtype.element_ty), mask=at < n)

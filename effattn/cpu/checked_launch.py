@@ -11,7 +11,7 @@ import ctypes
 import gc
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,10 @@ _INTERRUPTED = 2  # of runtime.c
 _CAPACITY = 64  # different findings of one launch
 
 _lock = threading.Lock()
+
+if TYPE_CHECKING:
+    #: a further run: (what undefined elements hold, the order of programs, that order in words) -> findings
+    _Again = Callable[["_Fill", NDArray[np.int64] | None, str], list[Finding]]
 
 
 class _Extent(ctypes.Structure):
@@ -220,6 +224,7 @@ class _Launch:
         self.undefined: list[tuple[str, int]] = [tuple(place) for place in table["undefined"]]
         self.float_atomics: list[tuple[str, int]] = [tuple(place) for place in table["float_atomics"]]
         self.takes_minima = bool(table["takes_minima"])
+        self.steered = bool(table["steered"])
         names = table["arguments"]
         self.slots = [_slot(name, x) for name, x in zip(names, objects(*args), strict=True)]
         accesses = [s for s in self.sites if s.kind in (probes.LOAD, probes.STORE, probes.ATOMIC)]
@@ -242,32 +247,43 @@ class _Launch:
         poisons = "poison" in self.asked and bool(self.undefined)
         count = self.grid[0] * self.grid[1] * self.grid[2]
         orders = "order" in self.asked and count > 1
-        spans = _merged((slot.lo, slot.hi) for slot in self.written)
-        before = [_kept(k, *span) for k, span in enumerate(spans)] if poisons or orders else []
+        self.spans = _merged((slot.lo, slot.hi) for slot in self.written)
+        # Nothing that is written is read: each run begins alike by itself, and a digest says whether it ends alike.
+        fresh = not self._reads_what_it_writes() and not (poisons and self.steered)
+        before = (
+            [_kept(k, *span) for k, span in enumerate(self.spans)]
+            if (poisons or orders) and not fresh
+            else None
+        )
         state = self._state()
         if "races" in self.asked:
             state.flags |= _RACES
         if "traffic" in self.asked:
             state.flags |= _TRAFFIC
-        found = self._once(state, _NAN if "poison" in self.asked else _ZERO, None)
+        first = _NAN if "poison" in self.asked else _ZERO
+        found = self._once(state, first, None)
         self._count_traffic()
         if checks.allocations is not None:
             for slot in self.written:
                 checks.allocations.stored(slot.lo, slot.hi, self.kernel, slot.name)
         if not (poisons or orders) or any(f.instrument == "bounds" for f in found):
             return found
-        after = [_kept(k + len(spans), *span) for k, span in enumerate(spans)]
+        # Each further run leaves memory as the first one did.
+        again = self._afresh(first) if before is None else self._restored(before)
         if poisons:
             for fill in (_LARGE, *([_SMALL] if self.takes_minima else [])):
-                found += self._again(before, after, spans, fill, None, "")
+                found += again(fill, None, "")
         if orders:
-            fill = _NAN if "poison" in self.asked else _ZERO
             for words, order in self._orders(count):
-                found += self._again(before, after, spans, fill, order, words)
-        for (lo, hi), kept in zip(spans, after, strict=True):
-            if _memcmp(lo, kept.ctypes.data, hi - lo):
-                ctypes.memmove(lo, kept.ctypes.data, hi - lo)
+                found += again(first, order, words)
         return _distinct(found)
+
+    def _reads_what_it_writes(self) -> bool:
+        """Whether a kernel may read memory that it may also write to."""
+        if self.loose:
+            return True
+        read = [self.slots[s.base] for s in self.sites if s.kind in (probes.LOAD, probes.ATOMIC)]
+        return any(slot.lo < hi and lo < slot.hi for slot in read for lo, hi in self.spans)
 
     def _orders(self, count: int) -> Iterator[tuple[str, NDArray[np.int64]]]:
         import numpy as np
@@ -276,33 +292,60 @@ class _Launch:
         shuffled = np.random.default_rng(self.checks.seed).permutation(count).astype(np.int64)
         yield f"shuffled (seed {self.checks.seed})", shuffled
 
-    def _again(
-        self,
-        before: list[NDArray[np.uint8]],
-        after: list[NDArray[np.uint8]],
-        spans: list[tuple[int, int]],
-        fill: _Fill,
-        order: NDArray[np.int64] | None,
-        words: str,
-    ) -> list[Finding]:
-        """One more run, from the memory of before; what it leaves otherwise than the first run did."""
-        for (lo, hi), kept in zip(spans, before, strict=True):
-            ctypes.memmove(lo, kept.ctypes.data, hi - lo)
+    def _restored(self, before: list[NDArray[np.uint8]]) -> _Again:
+        """One more run from the memory of before, compared with copies of what the first run has left."""
+        after = [_kept(k + len(self.spans), *span) for k, span in enumerate(self.spans)]
+
+        def again(fill: _Fill, order: NDArray[np.int64] | None, words: str) -> list[Finding]:
+            for (lo, hi), kept in zip(self.spans, before, strict=True):
+                ctypes.memmove(lo, kept.ctypes.data, hi - lo)
+            found = self._stopped(fill, order, words)
+            if not found:
+                for (lo, hi), kept in zip(self.spans, after, strict=True):
+                    if not found and _memcmp(lo, kept.ctypes.data, hi - lo):
+                        found = self._compared(lo, hi, kept, _memory(lo, hi), fill, words)
+            for (lo, hi), kept in zip(self.spans, after, strict=True):
+                ctypes.memmove(lo, kept.ctypes.data, hi - lo)
+            return found
+
+        return again
+
+    def _afresh(self, first: _Fill) -> _Again:
+        """One more run over the memory as it is; only where the digests differ is anything copied and compared."""
+        digests = [self.library.effattn_digest(lo, hi - lo) for lo, hi in self.spans]
+
+        def again(fill: _Fill, order: NDArray[np.int64] | None, words: str) -> list[Finding]:
+            found = self._stopped(fill, order, words)
+            now = [self.library.effattn_digest(lo, hi - lo) for lo, hi in self.spans]
+            if now == digests:
+                return found
+            others = [_kept(k, *span) for k, span in enumerate(self.spans)]
+            self._once(self._state(), first, None)
+            for (lo, hi), other in zip(self.spans, others, strict=True):
+                if not found and _memcmp(lo, other.ctypes.data, hi - lo):
+                    found = self._compared(lo, hi, _memory(lo, hi), other, fill, words)
+            return found
+
+        return again
+
+    def _stopped(self, fill: _Fill, order: NDArray[np.int64] | None, words: str) -> list[Finding]:
+        """Run once more; the findings of a program that was stopped in this run and in no other."""
+        how = f" (with the programs {words})" if words else f" (with {fill.words} in undefined elements)"
         found = self._once(self._state(), fill, order)
-        if found:
-            how = f" (with the programs {words})" if words else f" (with {fill.words} in undefined elements)"
-            return [_because(f, "order" if words else "poison", how) for f in found]
-        for (lo, hi), kept in zip(spans, after, strict=True):
-            now = _memory(lo, hi)
-            if _memcmp(lo, kept.ctypes.data, hi - lo) == 0:
-                continue
-            for slot in self.written:
-                if lo <= slot.lo and slot.hi <= hi:
-                    there = slice(slot.lo - lo, slot.hi - lo)
-                    difference = _difference(slot, kept[there], now[there])
-                    if difference is not None:
-                        return [self._differs(slot, *difference, fill, words)]
-        return []
+        return [_because(f, "order" if words else "poison", how) for f in found]
+
+    def _compared(
+        self, lo: int, hi: int, first: NDArray[np.uint8], second: NDArray[np.uint8], fill: _Fill, words: str
+    ) -> list[Finding]:
+        """The first element of each tensor in a span of memory that two runs have left different."""
+        found = []
+        for slot in self.written:
+            if lo <= slot.lo and slot.hi <= hi:
+                there = slice(slot.lo - lo, slot.hi - lo)
+                difference = _difference(slot, first[there], second[there])
+                if difference is not None:
+                    found.append(self._differs(slot, *difference, fill, words))
+        return found[:1]
 
     def _differs(self, slot: _Slot, at: int, first: str, second: str, fill: _Fill, words: str) -> Finding:
         index = _index(slot, at)

@@ -359,6 +359,22 @@ static void forget(void) {
     }
 }
 
+/* A number that tells the contents of memory apart, where chance alone is to be feared. */
+EXPORT uint64_t effattn_digest(const unsigned char *at, int64_t size) {
+    uint64_t h[8] = {1, 2, 3, 4, 5, 6, 7, 8}, sum = (uint64_t)size;
+    int64_t i = 0;
+    for (; i + 64 <= size; i += 64)
+        for (int k = 0; k < 8; k++) {
+            uint64_t word;
+            memcpy(&word, at + i + 8 * k, 8);
+            h[k] = (h[k] ^ word) * 0x9e3779b97f4a7c15u;
+            h[k] ^= h[k] >> 29;
+        }
+    for (; i < size; i++) h[0] = (h[0] ^ at[i]) * 0x9e3779b97f4a7c15u, h[0] ^= h[0] >> 29;
+    for (int k = 0; k < 8; k++) sum = (sum ^ h[k]) * 0xbf58476d1ce4e5b9u, sum ^= sum >> 31;
+    return sum;
+}
+
 static int prepare(int64_t count) {
     if (!(checks->flags & RACES)) return 1;
     program_count = count;

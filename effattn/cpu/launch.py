@@ -78,6 +78,8 @@ def _runtime() -> ctypes.CDLL:
     library = ctypes.CDLL(toolchain.runtime_library(), mode=ctypes.RTLD_GLOBAL)
     library.effattn_launch.restype = ctypes.c_int
     library.effattn_launch.argtypes = [ctypes.c_char_p]
+    library.effattn_digest.restype = ctypes.c_uint64
+    library.effattn_digest.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.effattn_launch_checked.restype = ctypes.c_int
     library.effattn_launch_checked.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     return library

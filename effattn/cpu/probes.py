@@ -220,6 +220,7 @@ class Probes:
             "sites": [site.row() for site in self.sites],
             "undefined": [[op.loc.file, op.loc.line] for op in undefined],
             "arguments": [arg.name for arg in self.function.regions[0].blocks[0].args],
+            "steered": self._steered(undefined),
             "takes_minima": any("min" in op.name for op in walk(self.function)),
             "float_atomics": [
                 [op.loc.file, op.loc.line]
@@ -227,6 +228,34 @@ class Probes:
                 if op.name == "tt.atomic_rmw" and op.operands[1].type.is_float
             ],
         }
+
+    def _steered(self, undefined: list[Op]) -> bool:
+        """Whether undefined elements may decide where something is stored, and not only what."""
+        todo = [result for op in undefined for result in op.results]
+        seen: set[Value] = set()
+        while todo:
+            value = todo.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            for user, position in value.uses:
+                if user.name == "tt.store":
+                    if position != 1:
+                        return True
+                elif user.name == "scf.yield":
+                    parent = user.block.region.parent
+                    if parent is None or parent.name not in ("scf.for", "scf.if"):
+                        return True
+                    todo.append(parent.results[position])
+                    if parent.name == "scf.for":
+                        todo.append(parent.body.args[1 + position])
+                elif user.name == "scf.for" and position >= 3:
+                    todo += [user.results[position - 3], user.body.args[position - 2]]
+                elif user.name.startswith(("scf.", "cf.", "tt.atomic")) or user.successors:
+                    return True
+                else:
+                    todo += user.results
+        return False
 
     # -- C
 
