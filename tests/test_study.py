@@ -383,12 +383,61 @@ def test_every_profile_is_a_plan_that_can_run() -> None:
 def test_costs_are_measured_in_a_process_of_their_own() -> None:
     from effattn.study import probe
 
-    small, large = (probe.measure(method="standard", n=n, head_dim=16, size=1) for n in (256, 1024))
+    small, large = probe.measure(method="standard", n=(256, 1024), head_dim=16, size=1)
     assert large["seconds"] > small["seconds"]
     # Scores and weights: two matrices of float32, at least one more than before.
     assert 4 * 1024**2 < large["bytes"] < 5 * 4 * 1024**2
     with pytest.raises(EffattnError, match=r"measuring .* failed: .*k must be at most 16"):
-        probe.measure(method="linformer", n=16, head_dim=16, size=17)
+        probe.measure(method="linformer", n=(16,), head_dim=16, size=17)
+
+
+# -- traffic and models ------------------------------------------------------------------------------------
+
+
+def test_counted_traffic_is_that_of_the_formula(tmp_path: Path) -> None:
+    """To the element, for both kernels; and no other block's formula fits."""
+    from effattn.study import traffic
+
+    jobs = traffic.jobs("smoke")
+    rows = Store(tmp_path, {}, traffic.COLUMNS).run(jobs, traffic.measure)
+    for row in rows:
+        assert row.measures["elements"] == row.measures["formula"], row.job
+        assert traffic.formula("flash", row.job.point.n, 64, 16) != row.measures["elements"]
+    found = traffic.exponents(rows)
+    assert 1.5 < found.length < 2
+    assert -1 < found.block < -0.5
+    assert "1.0000" in traffic.table(rows)[-1]
+
+
+def test_standard_attention_is_attention() -> None:
+    from effattn.errors import ArgumentError
+    from effattn.kernels.standard_attention import standard_attention
+
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 128, 32, generator=g) for _ in range(3))
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(standard_attention(q, k, v), exact, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ArgumentError, match="a multiple of 64"):
+        standard_attention(*(x[:, :, :100] for x in (q, k, v)))
+
+
+def test_a_models_attention_is_replaced_where_it_is_asked_for() -> None:
+    """A sentence model: exact attention and Linformer at k = n change nothing, uniform attention and few features do."""
+    from effattn.study import model
+
+    tokens = 24
+    point = Point(part="minilm", n=tokens, head_dim=32, values=model.ALL, method="exact")
+
+    def change(method: str, size: int, values: str = model.ALL) -> float:
+        changed = Point(**{**vars(point), "method": method, "size": size, "values": values})
+        return model.measure(Job(point=changed, draw=0))["similarity_change"]
+
+    assert change("exact", 0) == 0.0
+    assert change("linformer, mean pooling", tokens) < 1e-5
+    one, every = change("performer, positive", 64, "layer 2"), change("performer, positive", 64)
+    assert 1e-4 < one < every
+    assert change("performer, positive", 4) > every
+    assert change("uniform", 0) > 0.01
 
 
 def test_curves_keep_the_order_of_measurement() -> None:

@@ -52,7 +52,8 @@ def study(
 ) -> int:
     """Measure approximations of attention, and what attention costs.
 
-    NAME is performer or linformer (error against size, with intervals, theory, baselines and controls), or complexity.
+    NAME is performer or linformer (error against size, with intervals, theory, baselines and controls), complexity
+    (time and memory against length), traffic (elements moved), or model (what it does to real models).
     """
     from effattn.study import command
 

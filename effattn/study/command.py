@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -15,14 +15,16 @@ from effattn.errors import RequestError
 from effattn.report import text
 from effattn.run import provenance
 from effattn.run import store as runs
-from effattn.study import complexity, inverse, linformer, performer, plans, probe, results
-from effattn.study.engine import Job, Row, Store
+from effattn.study import complexity, inverse, linformer, model, performer, plans, probe, results, traffic
+from effattn.study.engine import Job, Measure, Row, Store
 
 #: name -> one line
 STUDIES = {
     "performer": "the error of random features against their number m",
     "linformer": "the error of projected keys and values against their number k",
     "complexity": "CPU time and peak memory against the sequence length",
+    "traffic": "elements moved between memory and chip, against the formula",
+    "model": "what approximations do to SmolLM2-135M and all-MiniLM-L6-v2",
 }
 _MEASURES = {"performer": performer.measure, "linformer": linformer.measure}
 #: an option that may be repeated, and was not given
@@ -38,13 +40,11 @@ def run(name: str, *, out: Path | None, profile: str, target_error: float | None
     if out is None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         runs.ignore_in_git(runs.DEFAULT_FOLDER)
-    if name == "complexity":
+    if name in _FIXED:
         given = [option for option, value in changes.items() if value is not None and value != _NOTHING]
         if given or target_error is not None:
-            raise RequestError(
-                "study complexity takes no options but --profile and --out; leave the others out"
-            )
-        _complexity(folder, profile)
+            raise RequestError(f"study {name} takes no options but --profile and --out; leave the others out")
+        _fixed(name, folder, profile)
         return
     if target_error is not None:
         _inverse(name, folder, out is not None, profile, target_error, changes)
@@ -97,14 +97,14 @@ def _inverse(
             size = int(got.smallest.median)
             cost = probe.measure(
                 method=name if name == "linformer" or not where.causal else "performer, causal",
-                n=n, head_dim=where.head_dim, size=size,
-            )  # fmt: skip
+                n=(n,), head_dim=where.head_dim, size=size,
+            )[0]  # fmt: skip
             low, high = (_whole(x, got.limit) for x in (got.smallest.low, got.smallest.high))
             spread = f" ({low} to {high})" if low != high else ""
             lines.append(
                 f"| {curve.method} | {size}{spread} | {text.seconds(cost['seconds'])} | {_bytes(cost['bytes'])} |"
             )
-        exact = probe.measure(method="standard", n=n, head_dim=where.head_dim, size=1)
+        exact = probe.measure(method="standard", n=(n,), head_dim=where.head_dim, size=1)[0]
         lines.append(f"| exact | - | {text.seconds(exact['seconds'])} | {_bytes(exact['bytes'])} |")
         _print_table(lines)
         click.echo()
@@ -120,16 +120,45 @@ def _bytes(count: float) -> str:
     return f"{count / 2**20:.1f} MB" if count < 2**30 else f"{count / 2**30:.2f} GB"
 
 
-def _complexity(folder: Path, profile: str) -> None:
-    jobs = complexity.jobs(profile)
-    kept = Store(folder, {"study": "complexity", "profile": profile}, (*plans.COST_COLUMNS, "error"))
+class _Fixed(NamedTuple):
+    """A study whose grid is its profile's."""
+
+    jobs: Callable[[str], list[Job]]
+    measure: Callable[[str], Measure]  #: for a profile
+    columns: tuple[str, ...]
+    write: Callable[[Sequence[Row], Path], list[Path]]
+    tables: Callable[[Sequence[Row]], list[list[str]]]
+
+
+_FIXED = {
+    "complexity": _Fixed(
+        complexity.jobs,
+        lambda profile: partial(complexity.measure, profile=profile),
+        (*plans.COST_COLUMNS, "error"),
+        lambda rows, folder: complexity.write(complexity.lines(rows), folder),
+        lambda rows: [complexity.table(complexity.lines(rows))],
+    ),
+    "traffic": _Fixed(
+        traffic.jobs, lambda profile: traffic.measure, traffic.COLUMNS, traffic.write, lambda rows: [traffic.table(rows)]
+    ),
+    "model": _Fixed(
+        model.jobs, lambda profile: model.measure, model.COLUMNS, model.write,
+        lambda rows: [model.table(rows), model.layers(rows)],
+    ),
+}  # fmt: skip
+
+
+def _fixed(name: str, folder: Path, profile: str) -> None:
+    chosen = _FIXED[name]
+    jobs = chosen.jobs(profile)
+    kept = Store(folder, {"study": name, "profile": profile}, chosen.columns)
     with _bar(len(jobs)) as progress:
-        rows = kept.run(jobs, complexity.measure, progress)
+        rows = kept.run(jobs, chosen.measure(profile), progress)
     _write_provenance(folder)
-    found = complexity.lines(rows)
-    charts = complexity.write(found, folder)
-    _print_table(complexity.table(found))
-    click.echo()
+    charts = chosen.write(rows, folder)
+    for table in chosen.tables(rows):
+        _print_table(table)
+        click.echo()
     _say_where(folder, charts)
 
 

@@ -1,7 +1,7 @@
 """Time and memory of one attention, in a process of its own: `python -m effattn.study.probe JSON`.
 
-The JSON names method, n, head_dim, size, causal; the answer is JSON with `seconds` (of CPU time, one thread: other
-processes on the machine change it little) and `bytes` (the most memory beyond what was there with the inputs).
+The JSON names method, head_dim, size and lengths n; the answer has for each length `seconds` (of CPU time, one thread:
+other processes on the machine change it little) and `bytes` (the most memory beyond what was there with the inputs).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 METHODS = ("standard", "flash", "linformer", "performer", "performer, causal")
 
 
-def measure(**request: Any) -> Mapping[str, float]:
-    """Run the probe in a process of its own. EffattnError with its last words if it fails."""
+def measure(*, method: str, n: Sequence[int], head_dim: int, size: int) -> list[Mapping[str, float]]:
+    """Run the probe in a process of its own; one answer for each length. EffattnError with its last words if it fails."""
+    request: dict[str, Any] = {"method": method, "n": list(n), "head_dim": head_dim, "size": size}
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
@@ -120,4 +121,5 @@ def _forget_peak() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_probe(**json.loads(sys.argv[1]))))
+    asked = json.loads(sys.argv[1])
+    print(json.dumps([_probe(**{**asked, "n": n}) for n in asked["n"]]))
