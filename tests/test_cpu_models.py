@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -413,36 +412,3 @@ def test_the_command_cpu_hands_the_model_on() -> None:
     done = _command("cpu", "--dot-model", "hoper", *program)
     assert (done.returncode, done.stdout) == (2, "")
     assert "did you mean 'hopper'" in done.stderr
-
-
-# ---------------------------------------------------------------------------------------------------- cost
-
-
-@triton.jit
-def _many(a, b, o, turns, N: tl.constexpr):
-    i = tl.arange(0, N)
-    at = i[:, None] * N + i[None, :]
-    x, y = tl.load(a + at), tl.load(b + at)
-    z = tl.zeros([N, N], tl.float32)
-    for _ in range(turns):
-        z = tl.dot(x, y, z)
-    tl.store(o + at, z)
-
-
-def cost(model: str, turns: int) -> float:
-    """Seconds of a 64 x 64 x 64 product of fp16 under a model, the quickest of several."""
-    a, b, o = torch.randn(64, 64).half(), torch.randn(64, 64).half(), torch.empty(64, 64)
-    with effattn.cpu.active(dot_model=model):
-        _many[(1,)](a, b, o, turns, 64)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            _many[(1,)](a, b, o, turns, 64)
-            times.append((time.perf_counter() - start) / turns)
-    return min(times)
-
-
-if __name__ == "__main__":
-    base = cost("ieee", 2000)
-    for name in models.MODELS:
-        print(f"{name:22} {cost(name, 100) * 1e6:8.1f} us, {cost(name, 100) / base:5.1f} x ieee")

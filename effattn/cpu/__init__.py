@@ -17,8 +17,9 @@ What is exact and what is declared:
     bitcast): that keeps every bit. `tl.maximum` and `tl.minimum` return the number where one side is NaN, and either
     of two zeros; with `propagate_nan` the NaN, and -0 is less than +0.
   - `tl.dot` is one chain per element in the order of k, c = fma(a, b, c), starting from the accumulator; accumulators
-    of 16 bits are summed in fp32 and rounded at the end. For fp32 operands Triton's own default where
-    `input_precision` is not given is tf32, and it is tf32 here too: the operands are rounded to 11 significant bits,
+    of 16 bits are summed in fp32 and rounded at the end. Other dot models, those of tensor cores, are in models.py. For
+    fp32 operands Triton's own default where `input_precision` is not given is tf32, and it is tf32 here too: the
+    operands are rounded to 11 significant bits,
     ties away from zero.
   - a sum of fp32 or fp64 along the last axis (of more than one element) uses min(n, 16) lanes, lane l taking the
     elements l, l + 16, ..., and then adds halves; any other reduction, and every scan, goes through the axis in order.
