@@ -3,8 +3,8 @@
     python benchmarks/instruments.py [--repeats 7]
 
 Each multiple is taken within one round: the kernel without instruments and with each, one after the other, on one thread;
-the median of the rounds is shown. What is timed, in processor time, is a whole launch through Triton's JIT. `poison` and `order` run a launch
-several times: `poison` twice where a masked load has no `other`, `order` three times.
+the median of the rounds is shown. What is timed, in processor time, is a whole launch through Triton's JIT. `poison` and
+`order` run a launch several times: `poison` twice where a masked load has no `other`, `order` three times.
 """
 
 from __future__ import annotations

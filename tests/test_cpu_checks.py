@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
+import mmap
 import re
 
 import pytest
@@ -11,8 +13,11 @@ import triton
 import triton.language as tl
 
 from effattn import cpu
+from effattn.case import Case
 from effattn.cpu.sanitizer import Finding, Report
 from effattn.errors import RequestError
+from effattn.run.executor import Local
+from effattn.verdict import Outcome
 
 
 @triton.jit
@@ -278,6 +283,19 @@ def divided(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
 def divided_by_elements(x_ptr, y_ptr, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     tl.store(y_ptr + at, 100 % tl.load(x_ptr + at))
+
+
+def test_a_tensor_on_memory_that_cannot_be_accessed_does_not_end_the_process():
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    closed = libc.mmap(None, 4096, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    x = torch.frombuffer((ctypes.c_float * 1024).from_address(closed), dtype=torch.float32)
+    with cpu.checks("bounds", raise_=False) as report:
+        copy[(1,)](x, torch.zeros(1024), 1024, BLOCK=1024, SHIFT=0)
+    found = only(report)
+    assert f"SIGSEGV at address {closed:#x}" in found.done
+    assert (found.argument, found.line) == ("x_ptr", line_of(copy, "tl.load"))
 
 
 def test_integer_division_by_zero_is_found():
@@ -587,6 +605,14 @@ def test_reading_memory_without_contents_gives_nan():
     assert "_made" not in str(torch.empty), "the functions of torch are themselves again"
 
 
+def test_memory_without_contents_of_an_emulated_gpu():
+    with cpu.as_cuda(), cpu.checks("poison", raise_=False) as report:
+        y = torch.empty(50, device="cuda")
+        assert all(x.isnan().all() for x in (y, torch.empty_like(y), y.new_empty(3)))
+        fill[(3,)](y, 50, BLOCK=16)
+    assert "element (48,) of y_ptr" in only(report).done
+
+
 # --------------------------------------------------------------------------------------------------- order
 
 
@@ -644,6 +670,18 @@ def test_traffic_counts_bytes_and_sectors_of_each_argument():
     table = report.traffic_lines()
     assert table[0].split() == ["kernel", "argument", "loaded", "in", "sectors", "stored", "in", "sectors"]
     assert any(line.split()[:4] == ["rows", "total", "160", "B"] for line in table)
+
+
+# ---------------------------------------------------------------------------------- the project's kernels
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("causal", ["none", "bottom-right"])
+def test_the_flash_kernel_passes_every_check(dtype: str, causal: str):
+    case = Case(dtype=dtype, heads=2, q_len=37, kv_len=70, head_dim=24, causal=causal, layout="bshd")
+    with_checks = Local("flash", checks=("bounds", "races", "poison", "order")).judge(case)
+    assert with_checks.outcome == Outcome.PASS, with_checks.message
+    assert "nothing was checked" not in with_checks.message
 
 
 # ----------------------------------------------------------------------------------------------- when off

@@ -534,7 +534,10 @@ class _Launch:
             )
         if f.kind == _SIGNAL:
             name = signal.Signals(f.value).name
-            return f"the program was stopped by {name} at address {f.address:#x}", "no fault"
+            return (
+                f"the program was stopped by {name} at address {f.address:#x}, in or after this access",
+                "memory that can be accessed: the tensor says more than it has",
+            )
         other = self.sites[f.other_site]
         return (
             f"{verb} {element}, which program {self._program(f.other_program)} "

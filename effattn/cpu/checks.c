@@ -45,7 +45,7 @@ enum { TURNS = 4096 }; /* of loops, between two looks at the clock */
 static checks_t *checks;
 static int64_t running, turns, started, spins;
 static const char *spin_at;
-static int32_t spin_site;
+static int32_t spin_site, last_site; /* the last access that was looked at, which comes next */
 static sigjmp_buf leave;
 static __thread int inside; /* this thread runs a program of an instrumented kernel */
 
@@ -263,6 +263,7 @@ static void outside(int32_t site, int32_t slot, int64_t at, int64_t step, int64_
 EXPORT void effattn_access(int32_t site, const char *first, int64_t step, int64_t count) {
     const site_t *s = &checks->sites[site];
     if (count <= 0) return;
+    last_site = site;
     int64_t lo = (int64_t)(intptr_t)first, end = lo + step * (count - 1);
     int64_t hi = (end > lo ? end : lo) + s->size;
     int32_t slot = s->base;
@@ -333,7 +334,7 @@ static const int faults[3] = {SIGSEGV, SIGBUS, SIGFPE};
 static void on_fault(int number, siginfo_t *info, void *context) {
     (void)context;
     if (inside) {
-        finding_t *f = note(SIGNAL, -1, -1, -1);
+        finding_t *f = note(SIGNAL, last_site, -1, last_site < 0 ? -1 : checks->sites[last_site].base);
         if (f) f->value = number, f->address = (int64_t)(intptr_t)info->si_addr;
         checks->stopped = 1;
         end_program();
@@ -434,6 +435,7 @@ EXPORT int effattn_launch_checked(const launch_t *l, checks_t *given) {
         turns = 0;
         spins = 0;
         spin_at = NULL;
+        last_site = -1;
         effattn_ticks = TURNS;
         started = now();
         inside = 1;
