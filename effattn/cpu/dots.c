@@ -1,6 +1,9 @@
 /* Tile products of the CPU backend, compiled once into the runtime library. */
 
 #include "prelude.h"
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #if defined(__clang__)
 INLINE vf fma_vf(vf a, vf b, vf c) { return __builtin_elementwise_fma(a, b, c); }
@@ -85,3 +88,25 @@ DEFINE_DOT(effattn_dot_f32, float, vf, fma_vf, float, __builtin_fmaf, DOT_COLUMN
 DEFINE_DOT(effattn_dot_f64, double, vd, fma_vd, double, __builtin_fma, )
 DEFINE_DOT(effattn_dot_i32, int32_t, vi, fma_vi, int32_t, MULADD, )
 
+/* A tile that is stored transposed is loaded row by row, 16 rows at a time, and turned here: stores of single elements
+   far apart take several times as long. */
+EXPORT void effattn_turn_f32(float *to, const long stride, const float *from, const long n) {
+#if defined(__AVX__)
+    for (long j = 0; j < n; j += 4)
+        for (long r = 0; r < 16; r += 8) {
+            const float *f = from + r * n + j;
+            __m256 a[4];
+            for (int i = 0; i < 4; i++)
+                a[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(f + i * n)), _mm_loadu_ps(f + (i + 4) * n), 1);
+            __m256 low = _mm256_unpacklo_ps(a[0], a[1]), high = _mm256_unpackhi_ps(a[0], a[1]);
+            __m256 low2 = _mm256_unpacklo_ps(a[2], a[3]), high2 = _mm256_unpackhi_ps(a[2], a[3]);
+            float *t = to + j * stride + r;
+            _mm256_storeu_ps(t, _mm256_shuffle_ps(low, low2, 0x44));
+            _mm256_storeu_ps(t + stride, _mm256_shuffle_ps(low, low2, 0xee));
+            _mm256_storeu_ps(t + 2 * stride, _mm256_shuffle_ps(high, high2, 0x44));
+            _mm256_storeu_ps(t + 3 * stride, _mm256_shuffle_ps(high, high2, 0xee));
+        }
+#else
+    for (long j = 0; j < n; j++) for (long r = 0; r < 16; r++) to[j * stride + r] = from[r * n + j];
+#endif
+}

@@ -9,11 +9,13 @@ address is computed by itself. Masked-off elements are never touched.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from effattn.cpu.formats import load_expr, memory_size, memory_type, store_expr, value_type
 from effattn.cpu.ir import Op, Value
-from effattn.cpu.nest import Nest, Scope, Steps, linear
+from effattn.cpu.nest import Expr, Index, Nest, Scope, Steps, linear
+from effattn.cpu.plan import Buffer
 
 if TYPE_CHECKING:
     from effattn.cpu.lower import FunctionEmitter
@@ -36,7 +38,11 @@ def load(emitter: FunctionEmitter, op: Op) -> None:
     buffer = emitter.plan.buffers[result]
     array, strides = emitter.array(buffer), buffer.strides()
     access = _Access(emitter, op, pointer, mask, buffer.order)
-    place = linear(access.index, strides).text
+    strip = access.strip(buffer)
+    place, start = linear(access.index, strides).text, linear(tuple(access.nest.index), strides).text
+    if strip is not None:
+        array, strides = strip.name, strip.strides
+        place, start = strip.place(access.index), strip.place(tuple(access.nest.index))
     fallback_scope = Scope()
     fallback = access.nest.eval(other, access.index, fallback_scope).text if other is not None else undefined
 
@@ -50,9 +56,11 @@ def load(emitter: FunctionEmitter, op: Op) -> None:
     slow = load_expr(elem, f"*(const {stored} *)({access.slow})")
     row = ""
     if elem == "f16" and access.step == memory_size(elem) and strides[access.axis] == 1:
-        start = linear(tuple(access.nest.index), strides).text
         row = f"load_row_f16({array} + {start}, (const {stored} *){access.base}, {{}});"
     emitter.open("")
+    if strip is not None:
+        emitter.line(strip.declaration)
+        access.after = strip.turn
     access.emit(
         row=row,
         fast=[f"{array}[{place}] = {fast};"],
@@ -105,6 +113,31 @@ def _parts(op: Op) -> tuple[Value, Value | None, Value | None]:
     return pointer, mask, other
 
 
+#: rows that are turned together
+_STRIP = 16
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Rows in memory order on their way into a tile that is stored transposed."""
+
+    name: str
+    declaration: str
+    strides: dict[int, int]
+    turn: list[str]  #: behind each row: moves the rows into the tile when they are all there
+    across: int  #: the axis of the rows
+
+    def place(self, index: Index) -> str:
+        """Offset of an element of the tile in the strip."""
+        row = index[self.across]
+        inside = (
+            *index[: self.across],
+            Expr(f"({row.text} & {_STRIP - 1})", row.level),
+            *index[self.across + 1 :],
+        )
+        return linear(inside, self.strides).text
+
+
 class _Access:
     """The rows of one tile access: where each begins, how it goes on, and which of its elements are masked off."""
 
@@ -132,6 +165,8 @@ class _Access:
         self.steps, self.step = chosen
         self.nest = self.steps.nest
         self.index = self.nest.inner_index(self.axis)
+        #: lines behind those of each row
+        self.after: list[str] = []
         self.slow_scope = Scope()
         self.slow = self.nest.eval(pointer, self.index, self.slow_scope).text
         i = f"i{self.axis}"
@@ -152,6 +187,32 @@ class _Access:
                 start = self.nest.eval(value, at).text
                 checks.append(f"fits_i{value.type.bits}((int64_t){start} + (int64_t)({by}) * {n - 1})")
             self.ok = " && ".join(dict.fromkeys(checks))
+
+    def strip(self, buffer: Buffer) -> Strip | None:
+        """Rows on their way into a tile that is stored transposed, where a whole number of strips of 16 fills it."""
+        strides, shape, axis = buffer.strides(), self.nest.shape, self.axis
+        if (
+            not self.nest.outer
+            or buffer.c_type != "float"
+            or self.step != memory_size(self.pointer.type.pointee)
+        ):
+            return None
+        across = self.nest.outer[-1]
+        if strides[across] != 1 or shape[across] % _STRIP or shape[axis] % _STRIP:
+            return None
+        name, n = self.nest.name("strip"), shape[axis]
+        at = linear(tuple(self.nest.index), strides).text
+        row = f"i{across}"
+        return Strip(
+            name,
+            f"float {name}[{_STRIP * n}] __attribute__((aligned(64)));",
+            {across: n, axis: 1},
+            [
+                f"if (({row} & {_STRIP - 1}) == {_STRIP - 1})",
+                f"effattn_turn_f32({self.emitter.array(buffer)} + {at} - {_STRIP - 1}, {strides[axis]}, {name}, {n});",
+            ],
+            across,
+        )
 
     def emit(
         self,
@@ -176,7 +237,7 @@ class _Access:
         plain = self.step is not None
         if self.mask is None:
             slow_loop = nest.loop(axis, self.slow_scope, slow)
-            nest.emit(self._either(fast_loop if plain else slow_loop, slow_loop))
+            self._emit(self._either(fast_loop if plain else slow_loop, slow_loop))
             return
         mask_scope = Scope()
         bit = nest.eval(self.mask, self.index, mask_scope)
@@ -186,7 +247,7 @@ class _Access:
             body = [f"if ({bit.text}) {{", *self._either(fast_loop if plain else slow_loop, slow_loop), "}"]
             if fill is not None:
                 body += ["else {", *fill(), "}"]
-            nest.emit(body)
+            self._emit(body)
             return
         # Element by element: count, then see whether the true ones come first.
         on = nest.name("on")
@@ -226,7 +287,10 @@ class _Access:
             ]
         else:
             body += guarded
-        nest.emit(body)
+        self._emit(body)
+
+    def _emit(self, body: list[str]) -> None:
+        self.nest.emit([*body, *self.after])
 
     def _probe_element(self) -> list[str]:
         """Before an element whose address is computed by itself; goes behind the lines of `slow_scope`."""

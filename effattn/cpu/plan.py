@@ -416,10 +416,17 @@ class _Planner:
             self._temporary(dot, index, Buffer(value.name, Type(elem, value.type.shape), natural(value.type)))
 
     def place(self) -> None:
-        """First fit, by start of life."""
+        """First fit, by start of life; a tile that is computed from one that dies there takes its place."""
         live: list[Buffer] = []
+        heirs = self.heirs()
         for buffer in sorted(self.plan.all_buffers(), key=lambda b: (b.first, b.last)):
             live = [b for b in live if b.last >= buffer.first]
+            heir_of = next((b for b in heirs.get(id(buffer), []) if b in live), None)
+            if heir_of is not None:
+                buffer.offset = heir_of.offset
+                live.remove(heir_of)
+                live.append(buffer)
+                continue
             offset = 0
             for other in sorted(live, key=lambda b: b.offset):
                 if offset + buffer.bytes <= other.offset:
@@ -428,6 +435,35 @@ class _Planner:
             buffer.offset = offset
             live.append(buffer)
             self.plan.arena = max(self.plan.arena, offset + buffer.bytes)
+
+    def heirs(self) -> dict[int, list[Buffer]]:
+        """For the buffers of elementwise results: those whose elements are last read there, each where it is written."""
+        values: dict[int, list[Value]] = {}
+        for value, buffer in self.plan.buffers.items():
+            values.setdefault(id(buffer), []).append(value)
+        readings: dict[Op, dict[Value, bool]] = {}
+        for leaf, reads in self.reads.items():
+            for _, op, same in reads:
+                found = readings.setdefault(op, {})
+                found[leaf] = found.get(leaf, True) and same
+        out: dict[int, list[Buffer]] = {}
+        for buffer in self.plan.all_buffers():
+            (value, *others) = values.get(id(buffer), [None])
+            op = value.op if value is not None else None
+            if others or op is None or not _is_elementwise(op) or self.plan.position[op] != buffer.first:
+                continue
+            # A buffer that holds several values is left alone: another of them may still be needed.
+            out[id(buffer)] = [
+                self.plan.buffers[leaf]
+                for leaf, same in readings.get(op, {}).items()
+                if same
+                and len(values[id(self.plan.buffers[leaf])]) == 1
+                and self.plan.buffers[leaf].last == buffer.first
+                and self.plan.buffers[leaf].order == buffer.order
+                and size_of(self.plan.buffers[leaf].c_type) == size_of(buffer.c_type)
+                and self.plan.buffers[leaf].type.shape == buffer.type.shape
+            ]
+        return out
 
 
 def operand_in_place(value: Value, plan: Plan) -> Buffer | None:

@@ -158,19 +158,22 @@ DEFINE_MINMAX(double, f64_of, bits64_of)
 #define FMA(a, b, c) ((a) * (b) + (c))
 #endif
 
-/* p * 2^k for k in [-300, 300], in two steps so that gradual underflow and overflow come out right. */
-INLINE float scale_f32(float p, int32_t k) {
-    int32_t h = k >> 1;
-    return p * f32_of((uint32_t)(h + 127) << 23) * f32_of((uint32_t)(k - h + 127) << 23);
+/* To an integer: t = x + INTEGER has k + 254 in its low bits, where k is x rounded to nearest even. 254 is twice the bias
+   of exponents, so that half of it each goes into two powers of two without further additions. */
+#define INTEGER 12583166.0f /* 1.5 * 2^23 + 254 */
+
+/* p * 2^k for k in [-254, 254], in two steps so that gradual underflow and overflow come out right. */
+INLINE float scale_f32(float p, float t) {
+    uint32_t b = bits_of(t), h = b >> 1;
+    return p * f32_of(h << 23) * f32_of((b - h) << 23);
 }
 
 /* 2^x: x = k + r, |r| <= 1/2, polynomial of degree 6 with relative error 3e-9; below 1 ulp in all. Outside the range
    of results k and r mean nothing, and the last two lines answer. Written without clamps: the compiler would split
    the loop at them. */
 INLINE float exp2_f32(float x) {
-    float t = x + 12582912.0f; /* 1.5 * 2^23: rounds to an integer */
-    int32_t k = (int32_t)(bits_of(t) - 0x4b400000u);
-    float r = x - (t - 12582912.0f);
+    float t = x + INTEGER;
+    float r = x - (t - INTEGER);
     float p = 0x1.417a9cp-13f;
     p = FMA(p, r, 0x1.5f0948p-10f);
     p = FMA(p, r, 0x1.3b2dd2p-7f);
@@ -178,16 +181,15 @@ INLINE float exp2_f32(float x) {
     p = FMA(p, r, 0x1.ebfbdcp-3f);
     p = FMA(p, r, 0x1.62e430p-1f);
     p = FMA(p, r, 1.0f);
-    float y = scale_f32(p, k);
+    float y = scale_f32(p, t);
     y = x < -151.0f ? 0.0f : y;
     return x >= 128.0f ? __builtin_inff() : y;
 }
 
 /* e^x: x = k ln 2 + r with ln 2 in two parts, polynomial of degree 6 with relative error 3e-9. */
 INLINE float exp_f32(float x) {
-    float t = FMA(x, 0x1.715476p+0f, 12582912.0f);
-    int32_t k = (int32_t)(bits_of(t) - 0x4b400000u);
-    float n = t - 12582912.0f;
+    float t = FMA(x, 0x1.715476p+0f, INTEGER);
+    float n = t - INTEGER;
     float r = FMA(n, -0x1.62p-1f, x);
     r = FMA(n, -0x1.c85fep-10f, r);
     float p = 0x1.6a4f72p-10f;
@@ -197,7 +199,7 @@ INLINE float exp_f32(float x) {
     p = FMA(p, r, 0x1.fffffcp-2f);
     p = FMA(p, r, 1.0f);
     p = FMA(p, r, 1.0f);
-    float y = scale_f32(p, k);
+    float y = scale_f32(p, t);
     y = x < -104.5f ? 0.0f : y;
     return x > 90.0f ? __builtin_inff() : y;
 }
@@ -227,6 +229,9 @@ typedef int32_t vi __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 void effattn_dot_f32(const float *A, const float *B, float *C, long M, long N, long K, int zero);
 void effattn_dot_f64(const double *A, const double *B, double *C, long M, long N, long K, int zero);
 void effattn_dot_i32(const int32_t *A, const int32_t *B, int32_t *C, long M, long N, long K, int zero);
+
+/* to[j * stride + r] = from[r * n + j] for 16 rows r and n columns j, a multiple of 16. */
+void effattn_turn_f32(float *to, long stride, const float *from, long n);
 
 /* -------------------------------------------------------------------------------------------- fp16 rows */
 

@@ -117,8 +117,10 @@ def _probe(cc: str | None, path: str | None) -> Compiler:
 
 
 def _flags() -> tuple[str, ...]:
-    # Some tunings prefer vectors of 128 bits even where 256 are no slower; the products here are laid out for 256.
-    return (*FLAGS, "-mprefer-vector-width=256") if platform.machine() in ("x86_64", "AMD64") else FLAGS
+    # Some tunings prefer vectors of 128 or 256 bits; the products here are laid out for the widest there are.
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return FLAGS
+    return (*FLAGS, f"-mprefer-vector-width={512 if 'avx512f' in _cpu_features() else 256}")
 
 
 _SEAL = b"effattn-sealed:"
