@@ -1,9 +1,8 @@
-"""Speed of the CPU backend and of a verdict, as ratios measured in one run.
+"""Speed of a verdict and of whole commands; benchmarks/cpu_backend.py has that of kernels.
 
-    python benchmarks/speed.py [--only attention,interpreter,judge,launch,commands] [--out FILE]
+    python benchmarks/speed.py [--only judge,commands] [--out FILE]
 
-Two things are timed in turn, A B A B ..., and the ratio is taken pair by pair, so a machine whose speed drifts
-does not decide. Medians are printed; nothing is asserted. `--out` writes the figures as JSON with versions and machine.
+Medians are printed; nothing is asserted. `--out` writes the figures as JSON with versions and machine.
 """
 
 from __future__ import annotations
@@ -21,118 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-DTYPES = ("fp16", "bf16", "fp32")
-
-
-def seconds(fn: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    fn()
-    return time.perf_counter() - start
-
-
-def paired(a: Callable[[], Any], b: Callable[[], Any], *, rounds: int) -> dict[str, float]:
-    """Medians of a and b in milliseconds and the median of a/b over pairs, after one warm-up of each."""
-    a()
-    b()
-    pairs = [(seconds(a), seconds(b)) for _ in range(rounds)]
-    ratios = sorted(x / y for x, y in pairs)
-    return {
-        "ours_ms": statistics.median(x for x, _ in pairs) * 1e3,
-        "other_ms": statistics.median(y for _, y in pairs) * 1e3,
-        "ratio": statistics.median(ratios),
-        "ratio_low": ratios[len(ratios) // 10],
-        "ratio_high": ratios[-1 - len(ratios) // 10],
-    }
-
-
-def torch_dtype(name: str) -> Any:
-    import torch
-
-    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
-
-
-def inputs(
-    dtype: str, head_dim: int, *, batch: int = 2, heads: int = 4, length: int = 1024
-) -> tuple[Any, Any, Any]:
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(batch, heads, length, head_dim, generator=generator) for _ in range(3))
-    return tuple(x.to(torch_dtype(dtype)) for x in (q, k, v))  # type: ignore[return-value]
-
-
-def attention(rounds: int) -> list[dict[str, Any]]:
-    """FlashAttention forward on the CPU backend against torch's own CPU attention, same number of threads."""
-    import torch
-
-    import effattn.cpu
-    from effattn.kernels.flash_forward import flash_attention_forward
-
-    torch.set_num_threads(effattn.cpu.get_num_threads())
-    print(
-        f"FlashAttention forward, batch 2, 4 heads, 1,024 x 1,024, {effattn.cpu.get_num_threads()} threads; torch = its CPU SDPA"
-    )
-    rows = []
-    for head_dim in (64, 128):
-        for dtype in DTYPES:
-            for causal in (False, True):
-                q, k, v = inputs(dtype, head_dim)
-                row = paired(
-                    lambda q=q, k=k, v=v, c=causal: flash_attention_forward(q, k, v, causal=c),
-                    lambda q=q, k=k, v=v, c=causal: torch.nn.functional.scaled_dot_product_attention(
-                        q, k, v, is_causal=c
-                    ),
-                    rounds=rounds,
-                )
-                rows.append({"head_dim": head_dim, "dtype": dtype, "causal": causal, **row})
-                print(
-                    f"  d={head_dim:<4}{dtype:5}{'causal' if causal else 'full':7} ours {row['ours_ms']:7.1f} ms   "
-                    f"torch {row['other_ms']:7.1f} ms   ratio {row['ratio']:.2f} "
-                    f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f})",
-                    flush=True,
-                )
-    return rows
-
-
-_INTERPRET = """
-import sys, time
-sys.path.insert(0, {folder!r})
-from speed import inputs
-from effattn.kernels.flash_forward import flash_attention_forward
-q, k, v = inputs({dtype!r}, 64)
-start = time.perf_counter()
-flash_attention_forward(q, k, v)
-print(time.perf_counter() - start)
-"""
-
-
-def interpreter(rounds: int) -> list[dict[str, Any]]:
-    """The same launch under TRITON_INTERPRET=1 (one run), where that is right: fp16 and fp32."""
-    from effattn.kernels.flash_forward import flash_attention_forward
-
-    print("FlashAttention forward, batch 2, 4 heads, 1,024 x 1,024, d = 64, against Triton's interpreter")
-    rows = []
-    for dtype in ("fp16", "fp32"):
-        q, k, v = inputs(dtype, 64)
-        flash_attention_forward(q, k, v)
-        ours = statistics.median(
-            seconds(lambda q=q, k=k, v=v: flash_attention_forward(q, k, v)) for _ in range(rounds)
-        )
-        code = _INTERPRET.format(folder=str(Path(__file__).parent), dtype=dtype)
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        other = float(done.stdout.split()[-1])
-        rows.append({"dtype": dtype, "ours_ms": ours * 1e3, "other_ms": other * 1e3, "speedup": other / ours})
-        print(
-            f"  {dtype:5} ours {ours * 1e3:7.1f} ms   interpreter {other * 1e3:9.1f} ms   {other / ours:.0f} times faster",
-            flush=True,
-        )
-    return rows
+from timing import DTYPES
 
 
 def judge(rounds: int) -> list[dict[str, Any]]:
@@ -162,23 +50,6 @@ def judge(rounds: int) -> list[dict[str, Any]]:
             flush=True,
         )
     return rows
-
-
-def launch(rounds: int) -> list[dict[str, Any]]:
-    """What a launch of the flash kernel costs beyond its work: a problem of one query and one key."""
-    import torch
-
-    from effattn.kernels.flash_forward import flash_attention_forward
-
-    x = torch.ones(1, 1, 1, 16)
-    flash_attention_forward(x, x, x)
-    many = 200
-    times = [
-        seconds(lambda: [flash_attention_forward(x, x, x) for _ in range(many)]) / many for _ in range(rounds)
-    ]
-    row = {"us": statistics.median(times) * 1e6}
-    print(f"One call of flash_attention_forward with one query and one key: {row['us']:.0f} us")
-    return [row]
 
 
 def commands(rounds: int) -> list[dict[str, Any]]:
@@ -211,10 +82,7 @@ def commands(rounds: int) -> list[dict[str, Any]]:
 
 
 SECTIONS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
-    "attention": attention,
-    "interpreter": interpreter,
     "judge": judge,
-    "launch": launch,
     "commands": commands,
 }
 
