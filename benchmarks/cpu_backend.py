@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from timing import DTYPES, inputs, paired, seconds, torch_dtype
+from timing import DTYPES, cpu_seconds, inputs, paired, torch_dtype
 
 HERE = Path(__file__).resolve().parent
 RECORD = HERE.parent / "docs" / "measurements" / "cpu-backend.json"
@@ -35,22 +35,23 @@ def forms() -> list[tuple[int, str, bool]]:
     return [(d, dtype, causal) for d in (64, 128) for dtype in DTYPES for causal in (False, True)]
 
 
-def same_threads() -> None:
-    """torch gets as many threads as the backend."""
+def one_thread() -> None:
+    """For both: CPU time then is the time on an idle machine, and no thread's waiting is counted."""
     import torch
 
     import effattn.cpu
 
-    torch.set_num_threads(effattn.cpu.get_num_threads())
+    torch.set_num_threads(1)
+    effattn.cpu.set_num_threads(1)
 
 
 def forward(rounds: int) -> Rows:
-    """FlashAttention forward, 2 x 4 heads, 1,024 x 1,024, against torch's scaled_dot_product_attention."""
+    """FlashAttention forward, 2 x 4 heads, 1,024 x 1,024, against torch's scaled_dot_product_attention; CPU time."""
     import torch
 
     from effattn.kernels.flash_forward import flash_attention_forward as flash
 
-    same_threads()
+    one_thread()
     sdpa = torch.nn.functional.scaled_dot_product_attention
     rows = []
     for head_dim, dtype, causal in forms():
@@ -59,6 +60,7 @@ def forward(rounds: int) -> Rows:
             lambda q=q, k=k, v=v, c=causal: flash(q, k, v, causal=c),
             lambda q=q, k=k, v=v, c=causal: sdpa(q, k, v, is_causal=c),
             rounds=rounds,
+            clock=cpu_seconds,
         )
         rows.append({"head_dim": head_dim, "dtype": dtype, "causal": causal, **row})
         show(rows[-1])
@@ -73,7 +75,7 @@ def backward(rounds: int) -> Rows:
         print("  effattn.kernels.flash_attention is not there: no gradients to measure")
         return []
     module = importlib.import_module("effattn.kernels.flash_attention")
-    same_threads()
+    one_thread()
     sdpa = torch.nn.functional.scaled_dot_product_attention
     rows = []
     for head_dim, dtype, causal in forms():
@@ -85,7 +87,12 @@ def backward(rounds: int) -> Rows:
             for out in outs
         )
         rows.append(
-            {"head_dim": head_dim, "dtype": dtype, "causal": causal, **paired(ours, other, rounds=rounds)}
+            {
+                "head_dim": head_dim,
+                "dtype": dtype,
+                "causal": causal,
+                **paired(ours, other, rounds=rounds, clock=cpu_seconds),
+            }
         )
         show(rows[-1])
     return rows
@@ -97,9 +104,9 @@ sys.path.insert(0, {folder!r})
 from timing import inputs
 from effattn.kernels.flash_forward import flash_attention_forward
 q, k, v = inputs({dtype!r}, 64)
-start = time.perf_counter()
+start = time.process_time()
 flash_attention_forward(q, k, v)
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 """
 
 
@@ -107,12 +114,13 @@ def interpreter(rounds: int) -> Rows:
     """The same launch under TRITON_INTERPRET=1 (one run), d = 64; it multiplies bf16 wrongly, so that is left out."""
     from effattn.kernels.flash_forward import flash_attention_forward
 
+    one_thread()
     rows = []
     for dtype in ("fp16", "fp32"):
         q, k, v = inputs(dtype, 64)
         flash_attention_forward(q, k, v)
         ours = statistics.median(
-            seconds(lambda q=q, k=k, v=v: flash_attention_forward(q, k, v)) for _ in range(rounds)
+            cpu_seconds(lambda q=q, k=k, v=v: flash_attention_forward(q, k, v)) for _ in range(rounds)
         )
         other = float(python(_INTERPRET.format(folder=str(HERE), dtype=dtype), TRITON_INTERPRET="1"))
         rows.append({"dtype": dtype, "ours_ms": ours * 1e3, "other_ms": other * 1e3, "speedup": other / ours})

@@ -76,7 +76,7 @@ def memory(rows: list[Row]) -> str:
 PARTS: dict[str, tuple[str, str, Callable[[list[Row]], str]]] = {
     "forward": (
         "FlashAttention forward against PyTorch",
-        "2 x 4 heads, 1,024 x 1,024; PyTorch is its `scaled_dot_product_attention` on the CPU with as many threads.",
+        "2 x 4 heads, 1,024 x 1,024; PyTorch is its `scaled_dot_product_attention` on the CPU; one thread each, CPU time.",
         attention,
     ),
     "backward": (
@@ -86,7 +86,8 @@ PARTS: dict[str, tuple[str, str, Callable[[list[Row]], str]]] = {
     ),
     "interpreter": (
         "Against Triton's interpreter",
-        "The same launch with `TRITON_INTERPRET=1`, head_dim 64. It multiplies bf16 wrongly, so that is left out.",
+        "The same launch with `TRITON_INTERPRET=1`, head_dim 64; one thread, CPU time. It multiplies bf16 wrongly, so that is "
+        "left out.",
         interpreter,
     ),
     "scaling": ("More threads", "FlashAttention forward, head_dim 64, on one thread and on all.", scaling),
