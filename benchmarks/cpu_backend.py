@@ -297,7 +297,6 @@ def main() -> None:
         record = json.loads(options.out.read_text(encoding="utf-8"))
     for name in names:
         print(f"{name}: {(PARTS[name].__doc__ or '').strip()}", flush=True)
-        load = os.getloadavg()[0]
         rows = PARTS[name](options.rounds)
         if rows:
             facts = provenance.collect(device="cpu")

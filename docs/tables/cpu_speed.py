@@ -114,8 +114,7 @@ def origin(part: dict[str, Any]) -> str:
     machine, packages = part["machine"], part["packages"]
     commit = part["effattn"]["commit"]
     return (
-        f"{part['date'][:10]}, commit {commit[:10] if commit else 'unknown'}, {machine['cpu']}, {machine['cores']} cores "
-        f"with {part['load']:.1f} processes running besides, "
+        f"{part['date'][:10]}, commit {commit[:10] if commit else 'unknown'}, {machine['cpu']}, {machine['cores']} cores, "
         f"Python {part['python']}, torch {packages['torch']}, triton {packages['triton']}"
     )
 
