@@ -696,7 +696,9 @@ def test_without_checks_a_kernel_has_the_c_that_it_has_without_the_feature():
     with cpu.checks("bounds"):
         checked = c_code()
     assert "effattn_access" in checked
-    assert "effattn_" not in plain.replace("effattn_kernel", "").replace("effattn_dot", "")
+    assert "effattn_" not in plain.replace("effattn_kernel", "").replace("effattn_dot", "").replace(
+        "effattn_turn", ""
+    )
     assert plain == c_code()
     # What is added are whole lines.
     rest = iter(checked.splitlines())
