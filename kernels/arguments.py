@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -112,16 +112,21 @@ def problem_of(
     scale: float,
     softcap: float,
     input_precision: str,
+    lengths: tuple[int, int] | None = None,
     **rest: Any,
 ) -> Problem:
-    """The `Problem` of checked tensors and numbers; left and right -1 where there is no limit."""
-    far = max(q.shape[2], k.shape[2])
+    """The `Problem` of checked tensors and numbers; left and right -1 where there is no limit.
+
+    lengths: those of the longest members, where the axes of q and k are packed.
+    """
+    q_len, kv_len = (q.shape[2], k.shape[2]) if lengths is None else lengths
+    far = max(q_len, kv_len)
     return Problem(
         batch=q.shape[0],
         heads=q.shape[1],
         kv_heads=k.shape[1],
-        q_len=q.shape[2],
-        kv_len=k.shape[2],
+        q_len=q_len,
+        kv_len=kv_len,
         head_dim=q.shape[3],
         v_dim=v.shape[3],
         bottom_right=bottom_right,
@@ -135,9 +140,8 @@ def problem_of(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Numbers:
-    """The options of a call that are not tensors, checked."""
+class Numbers(NamedTuple):
+    """The options of a call that are not tensors, checked, in the order in which the operators take them."""
 
     bottom_right: bool
     left: int  #: -1 = no limit
@@ -303,6 +307,36 @@ def check_lengths(name: str, lengths: torch.Tensor | None, most: int) -> None:
             raise ArgumentError(f"{name} must be 0 to {most}, got {value} for member {b}")
 
 
+def check_packed(q: torch.Tensor, cu_seqlens_q: Any, cu_seqlens_k: Any) -> int:
+    """The batch size of packed sequences; looks at shapes, dtypes and devices."""
+    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_extra(name, x, (torch.int32,), q)
+        if x.dim() != 1 or x.shape[0] < 1:
+            raise ArgumentError(f"{name} must have the shape (batch + 1,), got {_shape(x)}")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ArgumentError(
+            "cu_seqlens_q and cu_seqlens_k must have one length, batch + 1, got"
+            f" {cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}"
+        )
+    return cu_seqlens_q.shape[0] - 1
+
+
+def check_cumulative(name: str, lengths: torch.Tensor, total: int, longest: int) -> None:
+    """Cumulative lengths rise from 0 to the total. Reads them: on a GPU this waits for it."""
+    values = lengths.tolist()
+    if values[0] != 0 or values[-1] != total:
+        raise ArgumentError(
+            f"{name} must begin with 0 and end with the total length {total}, got {values[0]} and {values[-1]}"
+        )
+    for b, (start, end) in enumerate(zip(values, values[1:], strict=False)):
+        if end < start:
+            raise ArgumentError(f"{name} must not fall, got {start} and then {end} for member {b}")
+        if end - start > longest:
+            raise ArgumentError(
+                f"{name}: member {b} has {end - start} rows, more than the longest length given, {longest}"
+            )
+
+
 def _expanded(name: str, x: torch.Tensor, full: tuple[int, ...]) -> torch.Tensor:
     sizes = (1,) * (4 - x.dim()) + tuple(x.shape)
     if x.dim() > 4 or any(size not in (1, wanted) for size, wanted in zip(sizes, full, strict=False)):
@@ -329,6 +363,7 @@ def check_dense(name: str, x: Any) -> None:
 
 
 BATCHED = ("batch", "heads", "length", "head_dim")
+PACKED = ("total length", "heads", "head_dim")
 
 
 def check_tensors(axes: tuple[str, ...] = BATCHED, /, **tensors: Any) -> None:

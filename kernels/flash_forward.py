@@ -147,7 +147,7 @@ def flash_attention_forward(
     check_lengths("kv_lengths", extras.kv_lengths, k.shape[2])
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    problem = problem_of(q, k, v, **vars(given))
+    problem = problem_of(q, k, v, **given._asdict())
     forward_launch(problem, q, k, v, extras, out, lse, block_m=block_m, block_n=block_n).run(q)
     return out, lse
 

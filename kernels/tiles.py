@@ -55,7 +55,7 @@ def tiles(
 
 
 def backward_tiles(
-    head_dim: int, v_dim: int, dtype: torch.dtype, device_type: str = "cuda"
+    head_dim: int, v_dim: int, dtype: torch.dtype, device_type: str = "cuda", *, rich: bool = False
 ) -> tuple[Tiles, Tiles]:
     """The blocks of the backward's (keys kernel, queries kernel)."""
     if device_type == "cpu":
@@ -63,18 +63,23 @@ def backward_tiles(
         return both, both
     width = max(padded(head_dim), padded(v_dim))
     if dtype == torch.float32:
-        if width <= 64:
-            small = _gpu_tiles(32, 32, num_warps=8, num_stages=1)
-        elif width <= 128:
-            small = _gpu_tiles(16, 16, num_warps=8, num_stages=1)
-        else:
-            small = _gpu_tiles(16, 16, num_warps=8, num_stages=1)
-        return small, small
+        block = 32 if width <= 64 and not rich else 16
+        both = _gpu_tiles(block, block, num_warps=8, num_stages=1)
+        return both, both
+    if rich or width > 128:
+        both = _gpu_tiles(32, 32, num_warps=8 if width > 128 else 4, num_stages=1)
+        return both, both
     if width <= 64:
         return _gpu_tiles(64, 128, num_warps=8, num_stages=2), _gpu_tiles(128, 64, num_warps=8, num_stages=2)
-    if width <= 128:
-        return _gpu_tiles(64, 64, num_warps=8, num_stages=2), _gpu_tiles(64, 64, num_warps=8, num_stages=2)
-    return _gpu_tiles(32, 32, num_warps=8, num_stages=1), _gpu_tiles(32, 32, num_warps=8, num_stages=1)
+    return _gpu_tiles(64, 64, num_warps=8, num_stages=2), _gpu_tiles(64, 64, num_warps=8, num_stages=2)
+
+
+def bias_tiles(head_dim: int, v_dim: int, dtype: torch.dtype, device_type: str = "cuda") -> Tiles:
+    """The blocks of the kernel of the bias' gradient."""
+    if device_type == "cpu":
+        return Tiles(block_m=64, block_n=64)
+    block = 16 if dtype == torch.float32 else 32
+    return _gpu_tiles(block, block, num_warps=4, num_stages=1)
 
 
 def padded(dim: int) -> int:

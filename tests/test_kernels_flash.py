@@ -416,7 +416,7 @@ def usage_of(
     v = q if v_dim is None else torch.empty(1, 2, 64, v_dim, dtype=dtype, device="meta")
     numbers = check_numbers(head_dim, **options)
     launch = forward_launch(
-        problem_of(q, q, v, **vars(numbers)),
+        problem_of(q, q, v, **numbers._asdict()),
         q,
         q,
         v,
