@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from effattn.kernels.attention import flash_attention, flash_attention_varlen
     from effattn.kernels.decode import flash_decode
     from effattn.kernels.dropout import dropout_mask
-    from effattn.kernels.transformers import register_with_transformers
+    from effattn.kernels.hugging_face import register_with_transformers
 
 __all__ = [
     "dropout_mask",
@@ -32,7 +32,7 @@ _MODULES = {
     "flash_attention": "attention",
     "flash_attention_varlen": "attention",
     "flash_decode": "decode",
-    "register_with_transformers": "transformers",
+    "register_with_transformers": "hugging_face",
 }
 
 
@@ -55,7 +55,12 @@ def _hand_over() -> None:
         if (Path(entry or ".").resolve() / "kernels") == here:
             continue
         spec = importlib.machinery.PathFinder.find_spec("kernels", [entry])
-        if spec is None or spec.loader is None or not spec.origin or Path(spec.origin).resolve().parent == here:
+        if (
+            spec is None
+            or spec.loader is None
+            or not spec.origin
+            or Path(spec.origin).resolve().parent == here
+        ):
             continue
         module = importlib.util.module_from_spec(spec)
         sys.modules["kernels"] = module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import numbers
 from collections.abc import Iterator
@@ -328,7 +329,7 @@ def check_cumulative(name: str, lengths: torch.Tensor, total: int, longest: int)
         raise ArgumentError(
             f"{name} must begin with 0 and end with the total length {total}, got {values[0]} and {values[-1]}"
         )
-    for b, (start, end) in enumerate(zip(values, values[1:], strict=False)):
+    for b, (start, end) in enumerate(itertools.pairwise(values)):
         if end < start:
             raise ArgumentError(f"{name} must not fall, got {start} and then {end} for member {b}")
         if end - start > longest:

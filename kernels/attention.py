@@ -7,7 +7,14 @@ from typing import Any
 import torch
 
 from effattn.errors import ArgumentError
-from effattn.kernels.arguments import PACKED, check_cumulative, check_numbers, check_packed, check_tensors
+from effattn.kernels.arguments import (
+    PACKED,
+    check_cumulative,
+    check_dense,
+    check_numbers,
+    check_packed,
+    check_tensors,
+)
 from effattn.kernels.operators import forward_op
 
 
@@ -87,6 +94,10 @@ def flash_attention(
         input_precision=input_precision,
     )
     check_tensors(q=q, k=k, v=v)
+    optional = {"bias": bias, "mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    for name, x in (optional | {"q_lengths": q_lengths, "kv_lengths": kv_lengths}).items():
+        if x is not None:
+            check_dense(name, x)
     out, lse = forward_op(q, k, v, bias, mask, alibi_slopes, sinks, q_lengths, kv_lengths, *given, 0, 0)
     return (out, lse) if return_lse else out
 

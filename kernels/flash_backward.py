@@ -286,7 +286,15 @@ def _keys_kernel(
     dk_block = dk + b * dk_stride_b + kv_h * dk_stride_h + at * dk_stride_n
     dv_block = dv + b * dv_stride_b + kv_h * dv_stride_h + at * dv_stride_n
     store_tile(
-        dk_block, dk_acc * scale, keys, tl.arange(0, BLOCK_D), dk_stride_n, dk_stride_d, inside, head_dim, WIDE
+        dk_block,
+        dk_acc * scale,
+        keys,
+        tl.arange(0, BLOCK_D),
+        dk_stride_n,
+        dk_stride_d,
+        inside,
+        head_dim,
+        WIDE,
     )
     store_tile(dv_block, dv_acc, keys, tl.arange(0, BLOCK_DV), dv_stride_n, dv_stride_d, inside, v_dim, WIDE)
 
@@ -317,7 +325,7 @@ def _walk_queries(
         row_lse, row_delta = load_rows(rows_at, start, BLOCK_M, place, MASKED)
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=INPUT_PRECISION)
         d_weights = tl.dot(v_tile, tl.trans(g_tile), input_precision=INPUT_PRECISION)
-        p, dropped_p, ds = pair_gradients(
+        _p, dropped_p, ds = pair_gradients(
             scores, d_weights, row_lse[None, :], row_delta[None, :], start, first_key, rows[None, :],
             tl.arange(0, BLOCK_N)[:, None], place, score, bias_at, mask_at, dropped,
             MASKED, HAS_LEFT, HAS_CAP, HAS_ALIBI, HAS_DROPOUT, WIDE,
@@ -375,7 +383,9 @@ def _queries_kernel(
         rows, tl.arange(0, BLOCK_DV), d_out_stride_m, d_out_stride_d, q_rows - first_row, v_dim, True, PAD_DV, WIDE,
     )  # fmt: skip
     rows_head = b * lse_stride_b + h * lse_stride_h + q_start * lse_stride_m
-    row_lse, row_delta = load_rows((lse + rows_head, delta + rows_head, lse_stride_m), first_row, BLOCK_M, place, True)
+    row_lse, row_delta = load_rows(
+        (lse + rows_head, delta + rows_head, lse_stride_m), first_row, BLOCK_M, place, True
+    )
     k_at = (k + b * k_stride_b + kv_h * k_stride_h + kv_start * k_stride_n, k_stride_n, k_stride_d, head_dim)
     v_at = (v + b * v_stride_b + kv_h * v_stride_h + kv_start * v_stride_n, v_stride_n, v_stride_d, v_dim)
     bias_at = (None, bias_stride_m, bias_stride_n)
@@ -418,7 +428,15 @@ def _queries_kernel(
     inside = first_row + rows < (q_rows if PACKED else q_len)
     dq_block = dq + b * dq_stride_b + h * dq_stride_h + at * dq_stride_m
     store_tile(
-        dq_block, dq_acc * scale, rows, tl.arange(0, BLOCK_D), dq_stride_m, dq_stride_d, inside, head_dim, WIDE
+        dq_block,
+        dq_acc * scale,
+        rows,
+        tl.arange(0, BLOCK_D),
+        dq_stride_m,
+        dq_stride_d,
+        inside,
+        head_dim,
+        WIDE,
     )
 
 

@@ -15,7 +15,14 @@ import triton.language as tl
 
 from effattn.kernels.arguments import Extras, Problem
 from effattn.kernels.flash_backward import load_rows, pair_gradients
-from effattn.kernels.launch import Launch, is_wide, jit_twice, shared_arguments, shared_constants, stride_arguments
+from effattn.kernels.launch import (
+    Launch,
+    is_wide,
+    jit_twice,
+    shared_arguments,
+    shared_constants,
+    stride_arguments,
+)
 from effattn.kernels.loads import load_tile
 from effattn.kernels.logits import LOG2_E
 from effattn.kernels.mask import extent, key_blocks
@@ -119,10 +126,12 @@ def _bias_kernel(
         b = (shared_b * repeat_b + member // repeat_h).to(tl.int64)
         h = (shared_h * repeat_h + member % repeat_h).to(tl.int64)
         kv_h = h // group
-        q_start, q_rows = extent(q_lengths, b, q_len, PACKED)
-        kv_start, kv_rows = extent(kv_lengths, b, kv_len, PACKED)
+        _q_start, q_rows = extent(q_lengths, b, q_len, PACKED)
+        _kv_start, kv_rows = extent(kv_lengths, b, kv_len, PACKED)
         place = (q_rows, kv_rows, (kv_rows - q_rows) * bottom_right, left, right)
-        start, whole, whole_end, end = key_blocks(first_row, place, BLOCK_M, BLOCK_N, HAS_LEFT, mask is not None)
+        start, _whole, _whole_end, end = key_blocks(
+            first_row, place, BLOCK_M, BLOCK_N, HAS_LEFT, mask is not None
+        )
         if (first_key >= start) & (first_key < end):
             q_tile = load_tile(
                 q + b * q_stride_b + h * q_stride_h + first_row.to(tl.int64) * q_stride_m,
@@ -153,7 +162,7 @@ def _bias_kernel(
                 slope_log2 = tl.load(alibi_slopes + b * alibi_stride_b + h * alibi_stride_h) * LOG2_E
             score = (scale_log2, to_cap, cap_log2, slope_log2)
             dropped = (dropout_p, dropout_seed, (b * heads + h) * q_len * kv_len + dropout_offset, kv_len)
-            ds, weights, d_product = pair_gradients(
+            ds, _weights, _d_product = pair_gradients(
                 tl.dot(q_tile, tl.trans(k_tile), input_precision=INPUT_PRECISION),
                 tl.dot(g_tile, tl.trans(v_tile), input_precision=INPUT_PRECISION),
                 row_lse[:, None], row_delta[:, None], first_row, first_key, rows[:, None], keys[None, :], place,
@@ -171,7 +180,9 @@ def _bias_kernel(
         side = tl.zeros([1, 1], tl.int32)
     inside = (top < q_len) & (side < kv_len)
     tile = d_bias + shared_b.to(tl.int64) * d_bias_stride_b + shared_h.to(tl.int64) * d_bias_stride_h
-    tl.store(tile + (top.to(tl.int64) * d_bias_stride_m + side.to(tl.int64) * d_bias_stride_n), acc, mask=inside)
+    tl.store(
+        tile + (top.to(tl.int64) * d_bias_stride_m + side.to(tl.int64) * d_bias_stride_n), acc, mask=inside
+    )
 
 
 bias_kernel = jit_twice(_bias_kernel, ("q", "k", "v", "lse", "d_out", "d_bias"))

@@ -36,7 +36,7 @@ from effattn.kernels.launch import (
     shared_constants,
     stride_arguments,
 )
-from effattn.kernels.loads import finite, load_tile, only_finite, store_tile
+from effattn.kernels.loads import finite, load_tile, only_finite, spoilage, store_tile
 from effattn.kernels.logits import LN_2, LOG2_E, logits
 from effattn.kernels.mask import extent, key_blocks, key_range, visible
 from effattn.kernels.tiles import tiles
@@ -419,10 +419,7 @@ def _spoil(
     HAS_LEFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr, PAD_DV: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Add the values that are not finite, which `_attend` left out where it is MASKED, to the rows that see them.
-
-    Counts them with a product: +inf as 2^-10, -inf as 1, NaN as 2^10, exact in every dtype, and at most 2^9 of each.
-    """
+    """Add the values that are not finite, which `_attend` left out where it is MASKED, to the rows that see them."""
     rows = tl.arange(0, BLOCK_M)[:, None]
     columns = tl.arange(0, BLOCK_N)
     for start in tl.range(begin, end, BLOCK_N):
@@ -430,11 +427,7 @@ def _spoil(
             v_at[0] + tl.cast(start, tl.int64) * v_at[1], columns, tl.arange(0, BLOCK_DV), v_at[1], v_at[2],
             place[1] - start, v_at[3], True, PAD_DV, WIDE,
         )  # fmt: skip
-        seen = visible(first_row, start, rows, columns[None, :], place, mask_at, HAS_LEFT, WIDE)
-        code = tl.where(v_tile == float("inf"), 0.0009765625, tl.where(v_tile == float("-inf"), 1.0, 1024.0))
-        code = tl.where(finite(v_tile), 0.0, code).to(v_tile.dtype)
-        count = tl.dot(seen.to(v_tile.dtype), code, input_precision="ieee")
-        plus = tl.where(count > tl.floor(count), float("inf"), 0.0)
-        minus = tl.where(count >= 1.0, float("-inf"), 0.0)
-        acc += tl.where(count >= 1024.0, float("nan"), plus + minus)
+        acc += spoilage(
+            v_tile, visible(first_row, start, rows, columns[None, :], place, mask_at, HAS_LEFT, WIDE)
+        )
     return acc

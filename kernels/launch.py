@@ -18,13 +18,14 @@ _LOG2_E = math.log2(math.e)
 #: integers for which no kernel is compiled anew: lengths and counts, on any device
 LENGTHS = (
     "q_len", "kv_len", "bottom_right", "left", "right", "heads", "group", "dropout_p", "dropout_seed", "dropout_offset",
-    "repeat_b", "repeat_h",
+    "repeat_b", "repeat_h", "page_size", "parts", "split_size", "rows",
 )  # fmt: skip
 #: strides on which no address inside a tile depends in a way that matters to a compiler
 _OUTER = (
     *(f"{x}_stride_{axis}" for x in ("bias", "mask") for axis in "bhm"),
     "alibi_stride_b",
     "alibi_stride_h",
+    "table_stride",
 )
 
 

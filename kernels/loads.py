@@ -54,3 +54,18 @@ def finite(x):
 def only_finite(x):
     """x with 0 in place of what is not finite: a weight of 0 then hides it, which 0 * NaN would not."""
     return tl.where(finite(x), x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def spoilage(values, seen):
+    """(rows, columns): what the values (keys, columns) that are not finite add up to in the rows that see their keys.
+
+    0, an infinity or NaN. Counts them with a product: +inf as 2^-10, -inf as 1, NaN as 2^10, exact in every dtype, and
+    below 2^10 of each in a tile.
+    """
+    code = tl.where(values == float("inf"), 0.0009765625, tl.where(values == float("-inf"), 1.0, 1024.0))
+    code = tl.where(finite(values), 0.0, code).to(values.dtype)
+    count = tl.dot(seen.to(values.dtype), code, input_precision="ieee")
+    plus = tl.where(count > tl.floor(count), float("inf"), 0.0)
+    minus = tl.where(count >= 1.0, float("-inf"), 0.0)
+    return tl.where(count >= 1024.0, float("nan"), plus + minus)

@@ -131,7 +131,9 @@ def backward_op(
 
 
 @backward_op.register_fake
-def _(d_out: Any, d_lse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, bias: Any, mask: Any, *rest: Any) -> Any:
+def _(
+    d_out: Any, d_lse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, bias: Any, mask: Any, *rest: Any
+) -> Any:
     return _gradients(q, k, v, bias, rest[1], *rest[-2:])
 
 
@@ -228,7 +230,13 @@ def _outputs(q: Tensor, v: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
 
 
 def _gradients(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, needs_bias: bool, needs_sinks: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    needs_bias: bool,
+    needs_sinks: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def new(x: Tensor | None, needed: bool) -> Tensor:
         if x is None or not needed:

@@ -82,6 +82,18 @@ def bias_tiles(head_dim: int, v_dim: int, dtype: torch.dtype, device_type: str =
     return _gpu_tiles(block, block, num_warps=4, num_stages=1)
 
 
+def decode_tiles(
+    rows: int, head_dim: int, v_dim: int, dtype: torch.dtype, device_type: str = "cuda"
+) -> Tiles:
+    """The decode kernel's blocks; rows: queries of all heads that share their keys."""
+    block_m = min(64, padded(rows))
+    if device_type == "cpu":
+        return Tiles(block_m=block_m, block_n=64)
+    if dtype == torch.float32:
+        return _gpu_tiles(16, 32 if max(head_dim, v_dim) <= 128 else 16, num_warps=4, num_stages=2)
+    return _gpu_tiles(block_m, 64 if max(head_dim, v_dim) <= 128 else 32, num_warps=4, num_stages=2)
+
+
 def padded(dim: int) -> int:
     """The next power of two, at least 16: what `tl.arange` and `tl.dot` take."""
     return max(16, 1 << (dim - 1).bit_length())

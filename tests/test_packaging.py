@@ -72,8 +72,43 @@ def test_links_lead_to_the_folders_at_the_top() -> None:
         path = ROOT / "effattn" / link
         assert path.is_symlink()
         assert os.readlink(path) == f"../{link}"
-        # An __init__.py would make the folder at the top a package of that name for whoever runs here.
-        assert not (ROOT / link / "__init__.py").exists()
+        # An __init__.py makes the folder at the top a package of that name for whoever runs here; that of kernels
+        # hands over to the one on PyPI.
+        assert (ROOT / link / "__init__.py").exists() == (link == "kernels")
+
+
+def test_kernels_in_a_checkout_hands_over_to_the_package_of_that_name(tmp_path: Path) -> None:
+    other = tmp_path / "kernels"
+    other.mkdir()
+    (other / "__init__.py").write_text("from kernels.inner import which\n")
+    (other / "inner.py").write_text("which = 'the other one'\n")
+    code = (
+        "import kernels, kernels.inner, effattn.kernels;"
+        "print(kernels.which, kernels.inner.which, effattn.kernels.__name__, effattn.kernels.__file__)"
+    )
+    for path in ([ROOT, tmp_path], [tmp_path, ROOT]):
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("the other one the other one effattn.kernels ")
+        assert str(tmp_path) not in done.stdout
+    alone = subprocess.run(
+        [sys.executable, "-P", "-c", "import kernels; print(kernels.__file__)"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert Path(alone.strip()).is_relative_to(ROOT)
+
+
+def test_kernels_are_loaded_when_they_are_used() -> None:
+    code = (
+        "import sys, effattn.kernels as k; assert not {'torch', 'triton'} & sys.modules.keys();"
+        "f = k.flash_attention; import effattn.kernels.flash_forward; assert k.flash_attention is f and callable(f);"
+        "from effattn.kernels import dropout_mask, flash_attention_varlen, flash_decode, register_with_transformers"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_wheel_has_every_module_under_effattn(wheel: zipfile.ZipFile) -> None:
