@@ -672,6 +672,18 @@ def test_traffic_counts_bytes_and_sectors_of_each_argument():
     assert any(line.split()[:4] == ["rows", "total", "160", "B"] for line in table)
 
 
+def test_the_traffic_of_standard_attention_is_what_its_formula_says():
+    from effattn.kernels.standard_attention import standard_attention
+
+    n, d, heads, block = 128, 16, 3, 64
+    q, k, v = (torch.randn(1, heads, n, d) for _ in range(3))
+    with cpu.checks("bounds", "races", "poison", "order", "traffic") as report:
+        standard_attention(q, k, v, block=block)
+    assert report.findings == []
+    moved = sum(t.loaded + t.stored for t in report.traffic.values())
+    assert moved == 4 * heads * (4 * n * n + n * d + 3 * n * n * d // block)
+
+
 # ---------------------------------------------------------------------------------- the project's kernels
 
 
