@@ -1,4 +1,7 @@
-"""The sanitizer of the CPU backend: wrong kernels that each instrument must find, right ones on which it is silent."""
+"""The sanitizer of the CPU backend: wrong kernels that each instrument must find, right ones on which it is silent.
+
+One file, longer than others: the kernels of one instrument are the right ones of the next.
+"""
 
 from __future__ import annotations
 
