@@ -35,6 +35,7 @@ import torch
 
 from effattn.exact.backward import HeadSums, score_gradient
 from effattn.exact.scores import Block, Options, score_blocks
+from effattn.tolerances import dots
 from effattn.tolerances.envelope import LARGEST_WEIGHT_ERROR, running_sum
 from effattn.tolerances.pairs import pair_errors, sink_errors
 from effattn.tolerances.sums import ROUNDING_VARIANCE, ScoreErrors, gamma
@@ -94,6 +95,8 @@ class _Sizes:
         u_operand = 0.0 if operand is None else 2.0 * operand.unit_roundoff
         inexact = 0.0 if numerics.exact_products else 1.0
         dp = numerics.format("dp")
+        worst = max(gamma(v_dim, u), dots.dot_bound(numerics.dot_block, float(v_dim)))
+        aligned = dots.dot_sigma(numerics.dot_block, float(v_dim)) ** 2  # one-sided, see `dots`
         return cls(
             numerics=numerics,
             u=u,
@@ -102,12 +105,9 @@ class _Sizes:
             u_ds=numerics.format("ds").unit_roundoff if numerics.rounds_ds else 0.0,
             u_dp=dp.unit_roundoff if dp.precision < acc.precision else 0.0,
             u_operand=u_operand,
-            dot=gamma(v_dim, u) * (1.0 + 2.0 * gamma(v_dim, u))
-            + 2.0 * u * inexact
-            + 2.0 * u_operand
-            + u_operand**2,
-            dot_terms=one * ((v_dim + 1) / 6.0 + inexact) + 2.0 * ROUNDING_VARIANCE * u_operand**2,
-            dot_sum=one * (v_dim + 1) / 3.0,
+            dot=worst * (1.0 + 2.0 * worst) + 2.0 * u * inexact + 2.0 * u_operand + u_operand**2,
+            dot_terms=one * ((v_dim + 1) / 6.0 + inexact) + 2.0 * ROUNDING_VARIANCE * u_operand**2 + aligned,
+            dot_sum=one * (v_dim + 1) / 3.0 + aligned,
             dropout=dropout,
         )
 
@@ -184,7 +184,7 @@ def gradient_envelopes(
         d_abs, d2 = d_t.abs(), d_t.square()
         # dQ: the sum over n keys, and the scale.
         reach = torch.bmm(x.z, keys) + torch.bmm(d_abs + x.z, keys) * (
-            (n + 4.0) * size.u + 2.0 * size.u_operand
+            _sum_error(n, size) + 4.0 * size.u + 2.0 * size.u_operand
         )
         exact_dq = torch.bmm(d_t, block.k)
         terms = torch.bmm(d2, keys2)
@@ -193,6 +193,7 @@ def gradient_envelopes(
         )
         accumulated = size.one * (per_term * terms + (per_sum + 2.0) * exact_dq.square())
         accumulated += 2.0 * ROUNDING_VARIANCE * size.u_operand**2 * terms
+        accumulated += _one_sided(n, torch.bmm(d_abs, keys), exact_dq, numerics)
         in_row = x.l_var * exact_dq.square() + x.f_var * (scale * torch.bmm(x.carried, block.k)).square()
         block.write(per_query["reach"], reach)
         block.write(per_query["var"], torch.bmm(x.z_var, keys2) + accumulated + in_row)
@@ -361,11 +362,12 @@ def _pairs(
     d_t, z, t_var, carried = d_s, z_bias, s_var, w
     if block.slope is not None:
         # 1 - tanh^2, of a tanh that is off by tanh_error u and whose argument is rounded.
-        off = (2.0 * numerics.tanh_error + 4.0) * u
+        tanh2 = 1.0 - block.slope
+        of_tanh = tanh2 if numerics.tanh_of == "tanh" else torch.ones_like(tanh2)
+        off = (2.0 * numerics.tanh_error * of_tanh + 4.0) * u
         z = z * (block.slope + off) + d_s.abs() * off
         t_var = s_var * block.slope.square()
-        tanh2 = 1.0 - block.slope
-        t_var = t_var + d_s.square() * one * (4.0 * tanh2 * numerics.tanh_error + 2.0)
+        t_var = t_var + d_s.square() * one * (4.0 * tanh2 * of_tanh * numerics.tanh_error + 2.0)
         d_t, carried = d_s * block.slope, w * block.slope
     z, z_inner = z * abs(scale), t_var * scale**2
     scaled = d_t * scale
@@ -406,6 +408,22 @@ def _cast_variance(x: torch.Tensor, fmt: Format) -> torch.Tensor:
     return torch.minimum(fmt.ulp(x).square_().div_(12.0), x.square())
 
 
+def _sum_error(n: torch.Tensor, size: _Sizes) -> torch.Tensor:
+    """Largest error of a sum of n products, relative to the sum of their sizes; a matrix unit may be worse than n u."""
+    block = size.numerics.dot_block
+    if block is None:
+        return n * size.u
+    return torch.maximum(n * size.u, torch.from_numpy(dots.dot_bound(block, n.cpu().numpy())).to(n.device))
+
+
+def _one_sided(n: torch.Tensor, sizes: torch.Tensor, total: torch.Tensor, numerics: Numerics) -> torch.Tensor:
+    """The square of what a matrix unit's truncation takes from a sum, see `dots`."""
+    if numerics.dot_block is None:
+        return torch.zeros_like(total)
+    each = torch.from_numpy(dots.dot_sigma(numerics.dot_block, n.cpu().numpy())).to(n.device)
+    return (0.5 * each * (sizes + total.abs())).square()
+
+
 def _rounded(
     exact: torch.Tensor, fmt: Format, reach: torch.Tensor, noise: torch.Tensor, inner: torch.Tensor,
     judged: torch.Tensor, *, common: torch.Tensor | None = None, cast: torch.Tensor | None = None,
@@ -439,14 +457,16 @@ def _of_keys(
 
     n = sums.grouped("rows", batch, kv_heads)
     absolute = total("abs")
-    reach = total("reach") + absolute * ((n + group + 4.0) * size.u + 2.0 * size.u_operand)
+    reach = total("reach") + absolute * (_sum_error(n, size) + (group + 4.0) * size.u + 2.0 * size.u_operand)
     per_term, per_sum = (
         torch.from_numpy(c).to(n.device)
         for c in running_sum(n.cpu().numpy().clip(1.0), numerics.product_block)
     )
     accumulated = size.one * ((per_term + 1.0) * total("terms") + (per_sum + 2.0) * exact.square())
     accumulated += 2.0 * ROUNDING_VARIANCE * size.u_operand**2 * total("terms")
-    noise, inner, common = total("var") + accumulated, total("inner") + accumulated, total("common")
+    cut = _one_sided(n, absolute, exact, numerics)
+    accumulated += cut
+    noise, inner, common = total("var") + accumulated, total("inner") + accumulated, total("common") + cut
     cast = noise - inner
     input_ = numerics.format("input")
     if group > 1 and numerics.group_sum != "acc":

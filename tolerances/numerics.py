@@ -20,6 +20,8 @@ NORMALISE = ("after", "before", "any")
 DELTA_OF = ("rounded", "unrounded", "any")
 #: how the gradients of K and V of the query heads of a group are added up
 GROUP_SUM = ("acc", "input", "any")
+#: what the error of tanh is relative to
+TANH_OF = ("tanh", "one")
 #: what the normaliser sums
 SUM_OF = ("unrounded", "rounded")
 
@@ -70,8 +72,10 @@ class Numerics:
     sum_block: int | None = None
     #: the same for the second product
     product_block: int | None = None
-    #: largest error of tanh, in unit roundoffs of `acc`; absolute, since 1 - 2 / (1 + exp(2 x)) cancels near 0
+    #: largest error of tanh, in unit roundoffs of `acc`
     tanh_error: float = 8.0
+    #: what it is relative to: "tanh", or "one", since 1 - 2 / (1 + exp(2 x)) cancels near 0
+    tanh_of: str = "one"
     #: format that dP is kept in before delta is subtracted
     dp: str = "fp32"
     #: format that dS is rounded to for the products with Q and K
@@ -98,6 +102,7 @@ class Numerics:
             ("sum_of", SUM_OF),
             ("delta_of", DELTA_OF),
             ("group_sum", GROUP_SUM),
+            ("tanh_of", TANH_OF),
         ):
             if getattr(self, field) not in words:
                 raise RequestError(
@@ -191,8 +196,10 @@ def _presets(kind: str, **given: Any) -> dict[str, Numerics]:
 #: maximum or not, l the sum of the unrounded weights. Sums may run in any order, key by key at worst.
 DEFAULT: dict[str, Numerics] = _presets("default", p="input")
 
-#: Flash kernels: the same, with l summed block by block.
-FLASH: dict[str, Numerics] = _presets("flash", p="input", normalise="after", smallest_block=16, sum_block=64)
+#: Flash kernels: the same, with l summed block by block, and a tanh that keeps its digits near 0.
+FLASH: dict[str, Numerics] = _presets(
+    "flash", p="input", normalise="after", smallest_block=16, sum_block=64, tanh_of="tanh"
+)
 
 #: torch's scaled_dot_product_attention on CPU, fused path: measured to round as FLASH does in all three dtypes. In fp16
 #: and bf16 its exp is a polynomial of degree 3 (torch 2.13: relative error up to 1.1e-4, so that the log-sum-exp of 97

@@ -3,7 +3,7 @@
 Beside the errors of a product (`sums.ScoreErrors`), all relative to the unit roundoff u of the accumulators:
 
 - softcap c tanh(t / c): tanh is 1-Lipschitz, so errors of t pass at most as they are, and with the derivative as noise;
-  its own error is `Numerics.tanh_error` u at most, times c;
+  its own error is `Numerics.tanh_error` u at most, absolute or relative, times c;
 - bias and ALiBi: a constant, its product with the distance, log2(e) folded in, one addition each.
 
 A sink is a key without a value: it enters the normaliser, nothing else. Dropout's factor is one more product.
@@ -52,8 +52,10 @@ def pair_errors(
     variance.mul_(errors.terms).add_(size.square(), alpha=errors.each)
     if block.slope is not None:
         assert options.softcap is not None
-        bound.add_(options.softcap * numerics.tanh_error * u)
-        variance.mul_(block.slope.square()).add_(one * numerics.tanh_error * options.softcap**2)
+        # tanh^2 is 1 - slope.
+        square = 1.0 - block.slope if numerics.tanh_of == "tanh" else torch.ones_like(block.slope)
+        bound.add_(square.sqrt(), alpha=options.softcap * numerics.tanh_error * u)
+        variance.mul_(block.slope.square()).add_(square, alpha=one * numerics.tanh_error * options.softcap**2)
     scores = block.scores.masked_fill(~block.visible, 0.0)
     if block.added is not None:
         size = size + block.added

@@ -19,7 +19,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from effattn.errors import RequestError
-from effattn.methods import backward
+from effattn.methods import arguments, backward
 from effattn.methods.base import Method, Output, kind, triton_on
 from effattn.methods.declare import declaration
 from effattn.methods.load import load_function
@@ -48,18 +48,6 @@ KEYWORDS: dict[str, str] = {
     "dropout_offset": "int: likewise",
     "return_lse": "bool: True, so that the log-sum-exp is judged as well",
 }
-#: options: given to functions that name them, and only where the case has them
-OPTIONS = (
-    "window",
-    "softcap",
-    "alibi_slopes",
-    "bias",
-    "mask",
-    "sinks",
-    "q_lengths",
-    "kv_lengths",
-    "dropout_p",
-)
 #: given to functions that name them only: a function that takes any keyword may not know what they mean
 _NAMED = frozenset(KEYWORDS) - {"causal", "scale", "causal_alignment"}
 #: what `causal=True` means to a function that says nothing about it: FlashAttention's convention since 2.1
@@ -124,7 +112,7 @@ class UserFunction(Method):
                 )
         if case.scale is not None and "scale" not in self.keywords:
             return "the function has no keyword `scale`"
-        missing = [name for name in _needed(case) if name not in self.keywords]
+        missing = [name for name in arguments.needed(case) if name not in self.keywords]
         if missing:
             return f"the function has no keyword {' and '.join(f'`{name}`' for name in missing)}"
         if case.dropout and self._declared.dropout_mask is None:
@@ -148,49 +136,18 @@ class UserFunction(Method):
     def dropout_mask(self, case: Case, device: torch.device) -> torch.Tensor:
         assert self._declared.dropout_mask is not None
         sizes = (case.batch, case.heads, case.q_len, case.kv_len)
-        return self._declared.dropout_mask(*sizes, case.dropout, dropout_seed(case), 0, device)
+        return self._declared.dropout_mask(*sizes, case.dropout, arguments.dropout_seed(case), 0, device)
 
     def __call__(self, case: Case, inputs: Inputs) -> Output:
-        offered: dict[str, Any] = {
-            "causal": case.causal != "none",
-            "scale": case.softmax_scale,
-            "causal_alignment": case.causal if case.causal != "none" else DEFAULT_ALIGNMENT,
-            "return_lse": True,
-        }
-        if case.scale is None and self._own_scale:
-            del offered["scale"]
-        if case.dropout:
-            offered |= {"dropout_p": case.dropout, "dropout_seed": dropout_seed(case), "dropout_offset": 0}
-        offered |= {name: getattr(case, name) for name in ("window", "softcap") if name in _needed(case)}
-
         def call(inputs: Inputs) -> Any:
-            tensors = {name: x for name, x in inputs.extras.present().items() if name in OPTIONS}
-            keywords = {name: x for name, x in (offered | tensors).items() if name in self.keywords}
-            return self.function(inputs.q, inputs.k, inputs.v, **keywords)
+            offered = arguments.keywords(case, inputs.extras) | {"return_lse": True}
+            if case.scale is None and self._own_scale:
+                del offered["scale"]
+            given = {name: x for name, x in offered.items() if name in self.keywords}
+            return self.function(inputs.q, inputs.k, inputs.v, **given)
 
         with triton_on(inputs.q.device):
             return backward.run(call, case, inputs)
-
-
-def dropout_seed(case: Case) -> int:
-    """The seed of a case's dropout: that of the case, in 31 bits."""
-    return case.seed % 2**31
-
-
-def _needed(case: Case) -> list[str]:
-    """The keywords of `OPTIONS` that a case needs."""
-    has = {
-        "window": case.window is not None,
-        "softcap": case.softcap is not None,
-        "alibi_slopes": case.alibi != "none",
-        "bias": case.bias != "none",
-        "mask": case.mask != "none",
-        "sinks": case.sinks,
-        "q_lengths": case.lengths == "both",
-        "kv_lengths": case.lengths != "none",
-        "dropout_p": case.dropout > 0.0,
-    }
-    return [name for name in OPTIONS if has[name]]
 
 
 def load(spec: str) -> UserFunction:
