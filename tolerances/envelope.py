@@ -94,6 +94,9 @@ class Envelope:
     #: bound and deviation of the log-sum-exp
     lse_bound: Floats
     lse_sigma: Floats
+    #: its variance without what the scale's constants do to all scores of a row, which P from scores and log-sum-exp
+    #: does not see
+    lse_noise: Floats
     #: largest |scale| |q_i| |k_j| over the keys: relative errors of the inputs come out in the weights so many times
     condition: Floats
     #: bool: False where the weights may be off by more than `LARGEST_WEIGHT_ERROR`
@@ -247,7 +250,7 @@ def _with_options(
 #: the fields of an Envelope that are arrays
 _FIELDS = (
     "out_bound", "out_reach", "out_sigma", "out_noise", "out_inner", "out_steady", "out_lost", "lse_bound",
-    "lse_sigma", "condition", "judged", "along_scale", "along_top",
+    "lse_sigma", "lse_noise", "condition", "judged", "along_scale", "along_top",
 )  # fmt: skip
 
 
@@ -384,11 +387,11 @@ def _finish(
     lse_reach *= growth
     lse_bound = lse_reach + 0.5 * lse_format.ulp(lse_abs + lse_reach)
     largest = getattr(x, "largest", s_most)  # the maximum that is subtracted
-    lse_var = lse_scores + var * (l_var + 3.0 * largest * largest + lse_abs * lse_abs) + LOG_ERROR**2 / 12.0
-    lse_var += (2.0 * u * largest) ** 2  # constants, as above, and ln 2
-    lse_var += lse_format.ulp(lse_abs) ** 2 / 12.0
+    lse_noise = lse_scores + var * (l_var + 3.0 * largest * largest + lse_abs * lse_abs) + LOG_ERROR**2 / 12.0
+    lse_noise += lse_format.ulp(lse_abs) ** 2 / 12.0
     if sum_of:
-        lse_var += ROUNDING_VARIANCE * u_p * u_p * x.w2
+        lse_noise += ROUNDING_VARIANCE * u_p * u_p * x.w2
+    lse_var = lse_noise + (2.0 * u * largest) ** 2  # constants, as above, and ln 2
     return {
         "out_bound": bound,
         "out_reach": reach,
@@ -399,6 +402,7 @@ def _finish(
         "out_lost": lost + np.zeros_like(steady),
         "lse_bound": lse_bound[..., 0],
         "lse_sigma": np.sqrt(lse_var)[..., 0],
+        "lse_noise": lse_noise[..., 0],
         "condition": condition[..., 0],
         "judged": judged[..., 0],
         "along_scale": along_scale,

@@ -194,6 +194,15 @@ def gradient_envelopes(
         accumulated = size.one * (per_term * terms + (per_sum + 2.0) * exact_dq.square())
         accumulated += 2.0 * ROUNDING_VARIANCE * size.u_operand**2 * terms
         accumulated += _one_sided(n, torch.bmm(d_abs, keys), exact_dq, numerics)
+        more, more_noise = _stored(
+            numerics.stored_queries,
+            n,
+            torch.bmm(d_abs + x.z, keys),
+            exact_dq,
+            terms,
+            numerics.format("input"),
+        )
+        reach, accumulated = reach + more, accumulated + more_noise
         in_row = x.l_var * exact_dq.square() + x.f_var * (scale * torch.bmm(x.carried, block.k)).square()
         block.write(per_query["reach"], reach)
         block.write(per_query["var"], torch.bmm(x.z_var, keys2) + accumulated + in_row)
@@ -297,7 +306,7 @@ def _pairs(
 
     # The log-sum-exp as it was stored, times log2(e).
     l_most = of(forward.lse_bound) + 3.0 * u * finite_lse.abs()
-    l_var = of(forward.lse_sigma).square() + 2.0 * one * finite_lse.square()
+    l_var = of(forward.lse_noise) + one * finite_lse.square()
     t = torch.expm1((found.bound + l_most + 2.0 * numerics.exp_ulps * u).clamp_(max=LARGEST_WEIGHT_ERROR))
 
     # dP, and delta from the output or from dP.
@@ -408,6 +417,31 @@ def _cast_variance(x: torch.Tensor, fmt: Format) -> torch.Tensor:
     return torch.minimum(fmt.ulp(x).square_().div_(12.0), x.square())
 
 
+def _stored(
+    block: int | None,
+    n: torch.Tensor,
+    sizes: torch.Tensor,
+    total: torch.Tensor,
+    terms: torch.Tensor,
+    fmt: Format,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bound and variance of rounding partial sums of n terms to a format after each `block` terms.
+
+    `sizes` is the sum of the terms' sizes, `terms` that of their squares. Partial sums as in `envelope.running_sum`.
+    """
+    if block is None:
+        return torch.zeros_like(total), torch.zeros_like(total)
+    # The last one is the rounding of the result.
+    stores = torch.ceil(n / block) - 1.0
+    u = fmt.unit_roundoff
+    most = stores.clamp(min=0.0) * (0.5 * u * (sizes + total.abs()) + 0.5 * fmt.smallest_subnormal)
+    share = (block / n.clamp(min=1.0)).clamp(max=1.0)
+    one_block = share * (1.0 - share) * terms + share.square() * total.square()
+    blocks = stores + 1.0
+    squares = (blocks + 1.0) / 6.0 * blocks * one_block + (blocks + 1.0) / 3.0 * total.square()
+    return most, torch.where(stores > 0.0, ROUNDING_VARIANCE * u * u * squares, 0.0)
+
+
 def _sum_error(n: torch.Tensor, size: _Sizes) -> torch.Tensor:
     """Largest error of a sum of n products, relative to the sum of their sizes; a matrix unit may be worse than n u."""
     block = size.numerics.dot_block
@@ -476,17 +510,8 @@ def _of_keys(
             2
         )
         noise = noise + _cast_variance(per_head, input_).sum(2)
-    if numerics.stored_keys is not None:
-        stores = torch.ceil(n / numerics.stored_keys)
-        u = input_.unit_roundoff
-        reach = (
-            reach + stores * (u * 0.5) * (absolute + exact.abs()) + stores * (0.5 * input_.smallest_subnormal)
-        )
-        # Partial sums after each block: see `envelope.running_sum`.
-        share = (numerics.stored_keys / n.clamp(min=1.0)).clamp(max=1.0)
-        block_square = share * (1.0 - share) * total("terms") + share * share * exact.square()
-        squares = (stores + 1.0) / 6.0 * stores * block_square + (stores + 1.0) / 3.0 * exact.square()
-        noise = noise + ROUNDING_VARIANCE * u * u * squares
+    more, more_noise = _stored(numerics.stored_keys, n, absolute, exact, total("terms"), input_)
+    reach, noise = reach + more, noise + more_noise
     return _rounded(exact, input_, reach, noise, inner, judged, common=common, cast=cast)
 
 

@@ -87,6 +87,8 @@ class Numerics:
     group_sum: str = "any"
     #: dK and dV are kept in `input` and rounded to it after every so many queries; None: kept in `acc`
     stored_keys: int | None = None
+    #: the same for dQ, after every so many keys
+    stored_queries: int | None = None
     #: how a matrix unit sums products: a name of `dots.MODELS`, such as "hopper"; "ieee" is any order of additions, each
     #: rounded to nearest
     dot: str = dots.ANY
@@ -118,7 +120,7 @@ class Numerics:
                 f"numerics {self.name!r}: exp_ulps is {self.exp_ulps!r}; expected the largest error of exp in units "
                 "in the last place, at least 0.5 (correct rounding)"
             )
-        for field in ("smallest_block", "sum_block", "product_block", "stored_keys"):
+        for field in ("smallest_block", "sum_block", "product_block", "stored_keys", "stored_queries"):
             size = getattr(self, field)
             if not (isinstance(size, int) and size >= 1) and (size is not None or field == "smallest_block"):
                 raise RequestError(f"numerics {self.name!r}: {field} is {size!r}; expected 1 or more keys")

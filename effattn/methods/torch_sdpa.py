@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from effattn.methods import backward
 from effattn.methods.base import Method, Output
 
 if TYPE_CHECKING:
+    import torch
+
     from effattn.case import Case, Inputs
     from effattn.tolerances.numerics import Numerics
 
@@ -27,12 +30,23 @@ class TorchSDPA(Method):
     def numerics(self, case: Case) -> Numerics:
         from effattn.tolerances.numerics import for_dtype
 
-        return for_dtype(case.dtype, "torch-flash" if fused(case) else "torch-math")
+        if not fused(case):
+            return for_dtype(case.dtype, "torch-math")
+        # Gradients are added up in the inputs' dtype, block by block (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).
+        rows = 256 if case.q_len >= 768 else 64 if case.q_len >= 192 else 32
+        return for_dtype(case.dtype, "torch-flash").replace(stored_keys=rows, stored_queries=512)
 
     def unsupported(self, case: Case) -> str | None:
-        if not case.plain or case.backward:
-            return "options besides the causal mask and the scale, and gradients, are not passed on yet"
-        if _is_causal(case) and case.scale is not None and case.scale < 0 and fused(case):
+        lacking = [name for name, there in (("softcap", case.softcap), ("sinks", case.sinks)) if there]
+        if lacking:
+            return f"torch's function has no {' and no '.join(lacking)}"
+        if case.dropout:
+            return "torch does not say which weights its dropout keeps"
+        if case.alibi != "none":
+            return "ALiBi would be a bias in the dtype of q, rounded to it"
+        if case.bias.endswith(":fp32"):
+            return "torch takes a bias in the dtype of q only"
+        if _is_causal(case) and case.plain and case.scale is not None and case.scale < 0 and fused(case):
             # Seen in torch 2.13 on the CPU: the mask is -inf before the scale is applied, hence +inf after.
             return (
                 "torch's fused kernel multiplies its causal mask's -inf by the scale, so a negative one fails"
@@ -40,23 +54,52 @@ class TorchSDPA(Method):
         return None
 
     def __call__(self, case: Case, inputs: Inputs) -> Output:
-        import torch
         from torch.nn.functional import scaled_dot_product_attention
 
-        mask = None
-        if case.causal == "bottom-right" and case.q_len != case.kv_len:
-            visible = torch.ones(case.q_len, case.kv_len, dtype=torch.bool, device=inputs.q.device)
-            mask = visible.tril(case.kv_len - case.q_len)
-        out = scaled_dot_product_attention(
-            inputs.q,
-            inputs.k,
-            inputs.v,
-            attn_mask=mask,
-            is_causal=_is_causal(case),
-            scale=case.softmax_scale,
-            enable_gqa=case.kv_heads != case.heads,
-        )
-        return Output(out)
+        def call(inputs: Inputs) -> torch.Tensor:
+            mask = _mask(case, inputs)
+            return scaled_dot_product_attention(
+                inputs.q,
+                inputs.k,
+                inputs.v,
+                attn_mask=mask,
+                is_causal=mask is None and _is_causal(case),
+                scale=case.softmax_scale,
+                enable_gqa=case.kv_heads != case.heads,
+            )
+
+        return backward.run(call, case, inputs)
+
+
+def _mask(case: Case, inputs: Inputs) -> torch.Tensor | None:
+    """What torch has no option for, as a mask: a bool one, or one in the dtype of q where there is a bias."""
+    import torch
+
+    extras, device = inputs.extras, inputs.q.device
+    if case.plain and (case.causal == "none" or _is_causal(case)):
+        return None
+    i = torch.arange(case.q_len, device=device)[:, None]
+    j = torch.arange(case.kv_len, device=device)
+    m = torch.tensor(case.q_len) if extras.q_lengths is None else extras.q_lengths[:, None, None, None].long()
+    n = (
+        torch.tensor(case.kv_len)
+        if extras.kv_lengths is None
+        else extras.kv_lengths[:, None, None, None].long()
+    )
+    place = i + ((n - m) if case.alignment == "bottom-right" else 0)
+    seen = (i < m) & (j < n)
+    if case.causal != "none":
+        seen = seen & (j <= place)
+    if case.window is not None:
+        left, right = case.window
+        seen = seen & (j >= place - left) if left >= 0 else seen
+        seen = seen & (j <= place + right) if right >= 0 else seen
+    if extras.mask is not None:
+        seen = seen & extras.mask
+    if extras.bias is not None:
+        seen = torch.where(seen, extras.bias, -torch.inf)
+    # torch takes two axes, or four.
+    return seen if seen.dim() in (2, 4) else seen[None]
 
 
 def fused(case: Case) -> bool:
@@ -64,6 +107,8 @@ def fused(case: Case) -> bool:
     from effattn import layout
 
     placed = layout.parse(case.layout)
+    if case.bias != "none" and case.backward:
+        return False  # a mask that requires a gradient
     if case.head_dim != case.v_dim or case.q_len == 0 or case.kv_len == 0 or "step" in placed.suffixes:
         return False
     # The elements of a row are consecutive where d is innermost or all that lies inside it has length 1.
