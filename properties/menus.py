@@ -6,6 +6,8 @@ reaches is open to the other. Nothing here imports torch.
 
 from __future__ import annotations
 
+from typing import Any
+
 #: Lengths around the edges of tiles of 16, 32, 64 and 128, the empty and the single row, and primes.
 LENGTHS: tuple[int, ...] = (
     0, 1, 2, 3, 5, 7, 11, 15, 16, 17, 23, 31, 32, 33, 41, 47, 63, 64, 65, 79, 97, 113,
@@ -60,3 +62,16 @@ def value_names() -> tuple[str, ...]:
     from effattn import values
 
     return tuple(name for name in values.names() if not name.startswith("real:"))
+
+
+#: option -> fields of a case that have it. Windows are cut inside and at the edges of tiles, down to the own position.
+OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "window": tuple({"window": w} for w in ((32, -1), (0, 0), (7, 40), (-1, 16), (64, 64))),
+    "softcap": ({"softcap": 20.0}, {"softcap": 2.0}),
+    "alibi": ({"alibi": "geometric"}, {"alibi": "drawn"}),
+    "bias": tuple({"bias": axes} for axes in ("bhqk", "hqk", "qk", "bk", "bhqk:fp32", "hqk:fp32")),
+    "mask": tuple({"mask": axes} for axes in ("bhqk", "bqk", "qk", "bk")),
+    "sinks": ({"sinks": True},),
+    "lengths": ({"lengths": "kv"}, {"lengths": "both"}),
+    "dropout": ({"dropout": 0.25}, {"dropout": 0.5}),
+}

@@ -10,6 +10,7 @@ meets the cases made for it, and most of the other cases too.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +48,13 @@ class Profile:
     batches: tuple[int, ...]
     #: Upper limit of batch * heads * q_len * kv_len, so that one case stays a matter of milliseconds.
     most_scores: int
+    #: Cases drawn for each regime of an option, and cases with two options.
+    option_repeats: int = 1
+    pairs: tuple[tuple[str, str], ...] = ()
+    #: Lengths, dimensions and upper limit of scores of cases with options: their reference costs more.
+    option_lengths: tuple[int, ...] = ()
+    option_dims: tuple[tuple[int, int | None], ...] = ()
+    most_option_scores: int = 0
 
 
 SMOKE = Profile(
@@ -61,6 +69,11 @@ SMOKE = Profile(
     groups=menus.GROUPS,
     batches=(1, 1, 2),
     most_scores=400_000,
+    option_repeats=1,
+    pairs=(("window", "sinks"), ("softcap", "bias"), ("alibi", "lengths"), ("mask", "dropout")),
+    option_lengths=(17, 33, 64, 65, 97, 129),
+    option_dims=((64, None), (40, None)),
+    most_option_scores=60_000,
 )  # fmt: skip
 
 CI = Profile(
@@ -79,6 +92,11 @@ CI = Profile(
     groups=menus.GROUPS,
     batches=menus.BATCHES,
     most_scores=1_000_000,
+    option_repeats=6,
+    pairs=tuple(itertools.combinations(menus.OPTIONS, 2)),
+    option_lengths=(1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 97, 128, 129, 131, 193),
+    option_dims=((64, None), (64, None), (40, None), (33, None), (128, None), (80, None), (48, 17), (32, 64)),
+    most_option_scores=200_000,
 )  # fmt: skip
 
 PROFILES: dict[str, Profile] = {profile.name: profile for profile in (SMOKE, CI)}
@@ -102,10 +120,63 @@ def cases(profile: str | Profile, *, dtype: str) -> list[Case]:
     in_turn = [
         regime
         for _ in range(profile.repeats)
-        for regime in regimes.all_regimes()
+        for regime in regimes.plain_regimes()
         for _ in range(regime.weight)
     ]
-    return [_draw_one(draw, profile, regime, seed, dtype) for seed, regime in enumerate(in_turn)]
+    plain = [_draw_one(draw, profile, regime, seed, dtype) for seed, regime in enumerate(in_turn)]
+    return plain + _with_options(profile, dtype, len(plain))
+
+
+def _with_options(profile: Profile, dtype: str, first_seed: int) -> list[Case]:
+    """Cases with options and gradients: each option alone, forward and with gradients, then pairs."""
+    draw = _Draw(f"effattn profile {profile.name} options")
+    wanted: list[tuple[regimes.Regime | None, tuple[str, ...], bool]] = []
+    for _ in range(profile.option_repeats):
+        for regime in regimes.OPTION_REGIMES:
+            name = regime.name.removeprefix("gradients with ")
+            options = (name,) if name in menus.OPTIONS else ()
+            wanted.append((regime, options, regime.name.startswith("gradients")))
+    # The forward pass of a case with gradients is judged as well.
+    wanted += [(None, pair, True) for pair in profile.pairs]
+    drawn = []
+    for seed, (regime, options, backward) in enumerate(wanted, first_seed):
+        case = _draw_options(draw, profile, options, backward, seed, dtype, regime)
+        if regime is not None and not regime.holds(case):
+            raise AssertionError(f"drawn for the regime {regime.name!r}, which it is not in: {case!r}")
+        drawn.append(case)
+    return drawn
+
+
+def _draw_options(
+    draw: _Draw, profile: Profile, options: tuple[str, ...], backward: bool, seed: int, dtype: str,
+    regime: regimes.Regime | None,
+) -> Case:  # fmt: skip
+    from effattn.case import Case
+
+    fields = _anything(draw, profile, seed) | {"dtype": dtype, "backward": backward}
+    lengths = profile.option_lengths
+    q_len, kv_len = draw.pick(lengths), draw.pick([n for n in lengths if n > 1])
+    fields |= {"q_len": q_len, "kv_len": kv_len}
+    fields["head_dim"], fields["v_dim"] = draw.pick(profile.option_dims)
+    fields["values"] = draw.pick(("normal", "normal", "uniform", "outliers"))
+    if not regimes.last_axis_contiguous(fields["layout"]) and profile.strided_dims:
+        fields["layout"] = menus.CONTIGUOUS  # kernels are compiled apart for it
+    for option in options:
+        fields |= draw.pick(menus.OPTIONS[option])
+    if "lengths" in options:
+        fields["batch"] = draw.pick((2, 3))
+    if regime is not None and regime.name == "gradients":
+        fields["q_len"] = draw.pick([n for n in lengths if n > 16])
+    if regime is not None and regime.name == "gradients of groups":
+        kv_heads, group = draw.pick([(h, g) for h, g in profile.groups if g > 1])
+        fields |= {"kv_heads": kv_heads, "heads": kv_heads * group}
+    if regime is not None and regime.name == "gradients, causal, more keys":
+        fields |= {
+            "causal": draw.pick(("bottom-right", "bottom-right", "top-left")),
+            "q_len": 33,
+            "kv_len": 97,
+        }
+    return Case(**_small_enough(fields, replace(profile, most_scores=profile.most_option_scores)))
 
 
 def with_values(drawn: Sequence[Case], value_names: Sequence[str]) -> list[Case]:

@@ -202,16 +202,81 @@ REGIMES: tuple[Regime, ...] = (
 )
 
 
+def _has(field: str, plain: object) -> Callable[[Case], bool]:
+    return lambda case: _filled(case) and getattr(case, field) != plain
+
+
+def _differentiated(holds: Callable[[Case], bool]) -> Callable[[Case], bool]:
+    return lambda case: case.backward and _filled(case) and case.kv_len > 1 and holds(case)
+
+
+#: option -> the value that says that a case does not have it
+_WITHOUT: dict[str, object] = {
+    "window": None, "softcap": None, "alibi": "none", "bias": "none", "mask": "none", "sinks": False, "lengths": "none",
+    "dropout": 0.0,
+}  # fmt: skip
+
+#: option -> what it exposes in a forward pass
+_EXPOSED: dict[str, str] = {
+    "window": "an edge that is off by one, tiles that are skipped though a row sees them",
+    "softcap": "a cap before the scale, or after the mask",
+    "alibi": "the sign, the alignment, the slopes of another head",
+    "bias": "strides of broadcast axes, a bias that is scaled",
+    "mask": "rows and tiles of which nothing is seen",
+    "sinks": "a normaliser without the sink, an output with it",
+    "lengths": "padding that is attended, lengths of another entry",
+    "dropout": "weights that are not divided by 1 - p",
+}
+
+#: regimes of options and gradients, drawn apart from those above, so that these stay the cases that they are
+OPTION_REGIMES: tuple[Regime, ...] = (
+    *(Regime(name=name, exposes=_EXPOSED[name], holds=_has(name, plain)) for name, plain in _WITHOUT.items()),
+    *(
+        Regime(
+            name=f"gradients with {name}",
+            exposes="a backward pass without it, or with another",
+            holds=_differentiated(_has(name, plain)),
+        )
+        for name, plain in _WITHOUT.items()
+    ),
+    Regime(
+        name="gradients",
+        exposes="a gradient that is not scaled, not summed, or summed in few bits",
+        holds=_differentiated(lambda case: case.q_len > 16),
+    ),
+    Regime(
+        name="gradients of groups",
+        exposes="gradients of K and V of one query head instead of all",
+        holds=_differentiated(lambda case: group(case) > 1),
+    ),
+    Regime(
+        name="gradients, causal, more keys",
+        exposes="a backward pass with the other alignment",
+        holds=_differentiated(lambda case: case.causal != "none" and case.q_len != case.kv_len),
+    ),
+)
+
+
+def options_of(case: Case) -> tuple[str, ...]:
+    """The options that a case has."""
+    return tuple(name for name, plain in _WITHOUT.items() if getattr(case, name) != plain)
+
+
 def _drawn_from(name: str) -> Callable[[Case], bool]:
     return lambda case: _filled(case) and case.values == name
 
 
-def all_regimes() -> tuple[Regime, ...]:
-    """The regimes above, and one for each named value distribution."""
+def plain_regimes() -> tuple[Regime, ...]:
+    """The regimes of cases without options, and one for each named value distribution."""
     return REGIMES + tuple(
         Regime(name=f"values {name}", exposes="see `effattn values`", holds=_drawn_from(name))
         for name in menus.value_names()
     )
+
+
+def all_regimes() -> tuple[Regime, ...]:
+    """All of them."""
+    return plain_regimes() + OPTION_REGIMES
 
 
 def of(case: Case) -> tuple[str, ...]:

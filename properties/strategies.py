@@ -59,6 +59,8 @@ def cases(
     most_length: int = 300,
     most_head_dim: int = 256,
     most_scores: int = MOST_SCORES,
+    options: Sequence[str] = (),
+    backward: bool = False,
 ) -> st.SearchStrategy[Case]:
     """Cases of any kind.
 
@@ -69,6 +71,8 @@ def cases(
         most_length: the longest q_len and kv_len.
         most_head_dim: the largest head_dim and v_dim.
         most_scores: the largest batch * heads * q_len * kv_len; larger draws lose batches and heads.
+        options: options of `menus.OPTIONS`, of which a case has none, one or two.
+        backward: whether gradients may be asked for.
 
     Raises:
         RequestError: an argument that no case can satisfy, at once and not at the first draw.
@@ -82,8 +86,9 @@ def cases(
         ("causal", tuple(causal), CAUSAL),
         # A distribution's name is checked when a case is made: names of real inputs are not listed.
         ("values", names, names),
+        ("options", tuple(options), tuple(menus.OPTIONS)),
     ):
-        if not given:
+        if not given and what != "options":
             raise RequestError(f"cases({what}=()): expected at least one to draw from")
         unknown = [name for name in given if name not in known]
         if unknown:
@@ -107,8 +112,21 @@ def cases(
         scale=st.one_of(st.none(), st.none(), st.none(), st.sampled_from(menus.SCALES)),
         layout=layouts(),
         seed=st.integers(0, 2**16 - 1),
+        backward=st.booleans() if backward else st.just(False),
+        extra=_options(tuple(options)),
         most_scores=most_scores,
     )
+
+
+def _options(names: tuple[str, ...]) -> st.SearchStrategy[dict[str, Any]]:
+    """Fields of none, one or two of these options."""
+    if not names:
+        return st.just({})
+    some = st.lists(st.sampled_from(names), unique=True, max_size=2)
+    fields = some.flatmap(
+        lambda chosen: st.tuples(*(st.sampled_from(menus.OPTIONS[name]) for name in chosen))
+    )
+    return fields.map(lambda parts: {name: value for part in parts for name, value in part.items()})
 
 
 @st.composite
@@ -125,4 +143,4 @@ def _cases(draw: st.DrawFn, *, most_scores: int, **fields: st.SearchStrategy[Any
     batch = max(1, min(batch, most_scores // (kv_heads * group * per_head)))
     group = max(1, min(group, most_scores // (batch * kv_heads * per_head)))
     kv_heads = max(1, min(kv_heads, most_scores // (batch * group * per_head)))
-    return Case(batch=batch, heads=kv_heads * group, kv_heads=kv_heads, **drawn)
+    return Case(batch=batch, heads=kv_heads * group, kv_heads=kv_heads, **drawn.pop("extra"), **drawn)

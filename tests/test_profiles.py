@@ -18,7 +18,10 @@ from effattn.properties.strategies import cases, head_dims, layouts, lengths
 
 #: The list of cases of each profile. A change of the menus or of a profile changes it, and with it every
 #: recorded run and the figures in the README: such a change is meant, or it is a mistake.
-RECORDED = {"smoke": "fcb698119a0cd289", "ci": "d8b7b8d450cb073f"}
+RECORDED = {"smoke": "6eedefcf7295682a", "ci": "913557de392a74b2"}
+
+#: The same of the cases without options, which were there before the others.
+RECORDED_PLAIN = {"smoke": "fcb698119a0cd289", "ci": "d8b7b8d450cb073f"}
 
 
 def padded(dim: int) -> int:
@@ -39,6 +42,11 @@ def test_every_regime_is_reached(profile: str, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_option_is_reached(profile: str, dtype: str) -> None:
     drawn = profiles.cases(profile, dtype=dtype)
+    alone = {regimes.options_of(case) + ("backward",) * case.backward for case in drawn}
+    assert alone >= {(name,) for name in menus.OPTIONS} | {(name, "backward") for name in menus.OPTIONS} | {
+        ("backward",)
+    }
+    assert any(len(regimes.options_of(case)) == 2 and case.backward for case in drawn)
     assert {case.causal for case in drawn} == set(CAUSAL)
     assert {case.values for case in drawn} == set(menus.value_names())
     assert {suffix for case in drawn for suffix in case.layout.split("+")[1:]} == {
@@ -48,7 +56,7 @@ def test_every_option_is_reached(profile: str, dtype: str) -> None:
     assert len({case.id for case in drawn}) == len(drawn), "a case is drawn twice"
 
 
-@pytest.mark.parametrize(("profile", "least", "most"), [("smoke", 60, 95), ("ci", 300, 500)])
+@pytest.mark.parametrize(("profile", "least", "most"), [("smoke", 100, 120), ("ci", 400, 600)])
 def test_number_of_cases(profile: str, least: int, most: int) -> None:
     assert least <= len(profiles.cases(profile, dtype="fp16")) <= most
 
@@ -64,13 +72,20 @@ def test_smoke_compiles_few_kernels() -> None:
 
 @pytest.mark.parametrize("profile", profiles.PROFILES)
 def test_profile_is_the_recorded_one(profile: str) -> None:
-    lines = "\n".join(case.to_json() for case in profiles.cases(profile, dtype="fp16"))
-    assert hashlib.sha256(lines.encode()).hexdigest()[:16] == RECORDED[profile]
+    drawn = profiles.cases(profile, dtype="fp16")
+    plain = [case for case in drawn if case.plain and not case.backward]
+    for cases_of, recorded in ((plain, RECORDED_PLAIN), (drawn, RECORDED)):
+        lines = "\n".join(case.to_json() for case in cases_of)
+        assert hashlib.sha256(lines.encode()).hexdigest()[:16] == recorded[profile]
 
 
 def test_profile_has_the_same_shapes_in_every_dtype() -> None:
     fp16, fp32 = (
-        [{**case.to_dict(), "dtype": ""} for case in profiles.cases("smoke", dtype=dtype)]
+        # A bias in fp32 is one in the dtype of q there.
+        [
+            {**case.to_dict(), "dtype": "", "bias": case.bias.removesuffix(":fp32")}
+            for case in profiles.cases("smoke", dtype=dtype)
+        ]
         for dtype in ("fp16", "fp32")
     )
     assert fp16 == fp32
@@ -104,7 +119,7 @@ def test_hypothesis_reaches_every_regime() -> None:
     reached: Counter[str] = Counter()
 
     @settings(max_examples=600, derandomize=True, database=None)
-    @given(case=cases())
+    @given(case=cases() | cases(options=tuple(menus.OPTIONS), backward=True))
     def draw(case: Case) -> None:
         reached.update(regimes.of(case))
 
@@ -139,6 +154,7 @@ def test_layouts_are_layouts(layout: str) -> None:
         lambda: cases(causal=["left"]),
         lambda: cases(causal=[]),
         lambda: cases(values=[]),
+        lambda: cases(options=["windows"]),
         lambda: cases(most_length=300, most_scores=100),
         lambda: lengths(least=5, most=4),
         lambda: head_dims(most=0),

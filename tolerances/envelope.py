@@ -364,7 +364,8 @@ def _finish(
     if u_p:
         cast = ROUNDING_VARIANCE * u_p * u_p
         # P is 1 at the maximum, exactly. Or it is w, and one within u of 1 rounds to 1 and is off by 1 - w only.
-        spared = x.top * x.top
+        # A coarse exp gives something else at the maximum, which is rounded like any other weight.
+        spared = x.top * x.top * max(0.0, 1.0 - errors.exp / cast)
         if before:
             spared = np.maximum(spared - (1.0 - x.top) ** 2 / cast, 0.0)
         if numerics.normalise == "any" or dropout:

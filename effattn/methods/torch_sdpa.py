@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from effattn.methods import backward
@@ -46,6 +47,8 @@ class TorchSDPA(Method):
             return "ALiBi would be a bias in the dtype of q, rounded to it"
         if case.bias.endswith(":fp32"):
             return "torch takes a bias in the dtype of q only"
+        if case.dtype == "bf16" and case.values == "subnormal" and _flushes_bf16():
+            return "torch's products of bf16 flush subnormal numbers to 0 on this CPU"
         if _is_causal(case) and case.plain and case.scale is not None and case.scale < 0 and fused(case):
             # Seen in torch 2.13 on the CPU: the mask is -inf before the scale is applied, hence +inf after.
             return (
@@ -69,6 +72,15 @@ class TorchSDPA(Method):
             )
 
         return backward.run(call, case, inputs)
+
+
+@lru_cache(maxsize=1)
+def _flushes_bf16() -> bool:
+    """Whether bf16 goes through instructions that take subnormal numbers for 0 (Intel's VDPBF16PS and AMX do)."""
+    import torch
+
+    small = torch.full((1, 1, 1, 1), 2.0**-127, dtype=torch.bfloat16)
+    return not bool(torch.nn.functional.scaled_dot_product_attention(small, small, small))
 
 
 def _mask(case: Case, inputs: Inputs) -> torch.Tensor | None:
