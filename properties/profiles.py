@@ -129,7 +129,7 @@ def cases(profile: str | Profile, *, dtype: str) -> list[Case]:
 
 def _with_options(profile: Profile, dtype: str, first_seed: int) -> list[Case]:
     """Cases with options and gradients: each option alone, forward and with gradients, then pairs."""
-    draw = _Draw(f"effattn profile {profile.name} options")
+    draw = Draw(f"effattn profile {profile.name} options")
     wanted: list[tuple[regimes.Regime | None, tuple[str, ...], bool]] = []
     for _ in range(profile.option_repeats):
         for regime in regimes.OPTION_REGIMES:
@@ -148,7 +148,7 @@ def _with_options(profile: Profile, dtype: str, first_seed: int) -> list[Case]:
 
 
 def _draw_options(
-    draw: _Draw, profile: Profile, options: tuple[str, ...], backward: bool, seed: int, dtype: str,
+    draw: Draw, profile: Profile, options: tuple[str, ...], backward: bool, seed: int, dtype: str,
     regime: regimes.Regime | None,
 ) -> Case:  # fmt: skip
     from effattn.case import Case
