@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from effattn import cli_lists, cli_runs, cli_sweep
+from effattn import cli_lists, cli_report, cli_runs, cli_sweep
 from effattn.errors import RequestError
 from effattn.study.cli import study
 
@@ -427,6 +427,7 @@ for listing in cli_lists.COMMANDS:
     cli.add_command(listing)
 cli.add_command(cli_runs.runs)
 cli.add_command(cli_sweep.sweep)
+cli.add_command(cli_report.report)
 
 
 def _laws(given: Sequence[str], *, with_values: bool) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ MOST_MESSAGE = 1500
 COLUMNS = (*terminal.VERDICT_COLUMNS[:-1], *terminal.ACCURACY_COLUMNS, terminal.VERDICT_COLUMNS[-1])
 
 
-def summary(result: Result, provenance: Mapping[str, Any]) -> str:
+def summary(result: Result, origin: Mapping[str, Any]) -> str:
     """The whole summary of a run."""
     request = result.request
     lines = [
@@ -42,7 +42,7 @@ def summary(result: Result, provenance: Mapping[str, Any]) -> str:
         "",
         "## Where this comes from",
         "",
-        *_provenance(provenance),
+        *provenance(origin),
         "",
     ]
     return "\n".join(lines)
@@ -83,9 +83,10 @@ def _verdict(verdict: Verdict, *, title: str) -> list[str]:
     ]
 
 
-def _provenance(provenance: Mapping[str, Any]) -> list[str]:
+def provenance(origin: Mapping[str, Any]) -> list[str]:
+    """Where a run comes from, as a list."""
     lines = []
-    for name, value in provenance.items():
+    for name, value in origin.items():
         if isinstance(value, Mapping):
             value = ", ".join(f"{key} {inner}" for key, inner in value.items())
         lines.append(f"- {text.markdown(name)}: {text.code(str(value))}")

@@ -1,0 +1,368 @@
+"""The charts, as Vega-Lite specifications made with Altair (extra `report`).
+
+Each names its data instead of holding it: the page has the rows once, and its filters change what the charts see.
+`static` puts the rows in, for pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from effattn.errors import RequestError
+from effattn.report import gather
+from effattn.report.gather import Material
+
+#: The data that the filters of the page change.
+CASES = "cases"
+#: Distinguishable with any kind of colour vision (Okabe and Ito, https://jfly.uni-koeln.de/color/).
+DTYPE_COLOURS = {"fp16": "#0072b2", "bf16": "#d55e00", "fp32": "#009e73"}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart of a page."""
+
+    name: str
+    title: str
+    #: what it shows and how to read it
+    words: str
+    spec: dict[str, Any]
+    #: rows that are its own; the page's cases if None
+    rows: list[dict[str, Any]] | None = None
+
+
+def load() -> tuple[Any, Any]:
+    """Altair and vl-convert, which a report needs. Raises RequestError where one is missing."""
+    try:
+        import altair
+        import vl_convert
+    except ImportError:
+        raise RequestError(
+            "a report needs Altair and vl-convert, which are not installed; install them with "
+            "`pip install 'effattn[report]'`"
+        ) from None
+    return altair, vl_convert
+
+
+def charts(material: Material) -> list[Chart]:
+    """The charts that the material has something for."""
+    alt, _ = load()
+    points = gather.points(material)
+    drawn = _domain([point["drawn"] for point in points], around=1.0)
+    found = [_overview(alt, material, drawn), _ulps(alt), _z(alt)]
+    if gather.places(material):
+        found.append(_places(alt, material))
+    for name, title, axis, log in (
+        ("kv_len", "Error by number of keys", "kv_len (keys)", True),
+        ("head_dim", "Error by head dimension", "head_dim", True),
+        ("scale", "Error by softmax scale", "scale", False),
+    ):
+        found.append(
+            _against(alt, name, title, axis, drawn, _domain([p[name] for p in points]) if log else None)
+        )
+    reference, pairs = gather.pairs(material)
+    if pairs:
+        found.append(_pairs(alt, reference, pairs))
+    if material.difference is not None and (changes := _changes(material)):
+        found.append(_difference(alt, changes))
+    if material.history:
+        found.append(_history(alt, material))
+    return found
+
+
+def _domain(values: Sequence[float | None], *, around: float | None = None) -> list[float]:
+    """From the smallest to the largest positive value: axes that stay as they are when the page filters its rows."""
+    known = [x for x in [*values, around] if x is not None and x > 0]
+    low, high = min(known, default=1.0), max(known, default=2.0)
+    return [low / 1.2, high * 1.2]
+
+
+_FRACTION = "error / bound (over 1 fails)"
+_TOOLTIP = ("case:N", "method:N", "outcome:N", "fraction:Q", "z_rms:Q", "ulp_p99:Q", "id:N")
+
+
+def _colour(alt: Any) -> Any:
+    scale = alt.Scale(domain=list(DTYPE_COLOURS), range=list(DTYPE_COLOURS.values()))
+    return alt.Color("dtype:N", scale=scale, title="dtype")
+
+
+def _limit(alt: Any, channel: str = "x") -> Any:
+    """The line at 1: what is allowed."""
+    return (
+        alt.Chart(alt.InlineData(values=[{"limit": 1}]))
+        .mark_rule(strokeDash=[4, 4], color="#cc3311", strokeWidth=1.5)
+        .encode(**{channel: alt.X("limit:Q") if channel == "x" else alt.Y("limit:Q")})
+    )
+
+
+def _spec(chart: Any, height: int | None = 220, description: str = "") -> dict[str, Any]:
+    made = chart.properties(width="container", description=description)
+    if height is not None:
+        made = made.properties(height=height)
+    spec = made.to_dict()
+    # The page has the theme.
+    spec.pop("config", None)
+    return spec
+
+
+def _overview(alt: Any, material: Material, domain: list[float]) -> Chart:
+    order = [" · ".join(row.label) for row in material.rows]
+    words = "Every judged case as a mark, a line for each method and dtype, the worst line first. Right of 1 fails."
+    base = alt.Chart(alt.NamedData(name=CASES)).transform_calculate(line="datum.method + ' · ' + datum.dtype")
+    marks = base.mark_tick(thickness=1.5, size=16, opacity=0.6).encode(
+        x=alt.X("drawn:Q", scale=alt.Scale(type="log", domain=domain), title=_FRACTION),
+        y=alt.Y("line:N", sort=order, title=None, axis=alt.Axis(labelLimit=220)),
+        color=_colour(alt),
+        tooltip=list(_TOOLTIP),
+    )
+    return Chart(
+        "overview",
+        "Error as a fraction of what is allowed",
+        words,
+        _spec(alt.layer(marks, _limit(alt)), max(90, 28 * len(order) + 50), words),
+    )
+
+
+def _ulps(alt: Any) -> Chart:
+    words = (
+        "How far outputs are from the correctly rounded exact value, in units in the last place: cases by the 99th "
+        "percentile of their elements."
+    )
+    chart = (
+        alt.Chart(alt.NamedData(name=CASES))
+        .transform_filter("isValid(datum.ulp_p99)")
+        .transform_calculate(ulps="log(max(datum.ulp_p99, 0.5)) / LN2")
+        .mark_bar(opacity=0.75)
+        .encode(
+            x=alt.X("ulps:Q", bin=alt.Bin(step=1), title="log2 of the 99th percentile in ulp"),
+            y=alt.Y("count():Q", title="cases", stack=True),
+            color=_colour(alt),
+            tooltip=["dtype:N", "count():Q"],
+        )
+    )
+    return Chart("ulps", "Distance in ulp", words, _spec(chart, description=words))
+
+
+def _z(alt: Any) -> Chart:
+    words = (
+        "Errors divided by the rounding noise expected there, root mean square of each case. A correct kernel is near "
+        "or below 1; a line that lies right of it loses accuracy without breaking a bound."
+    )
+    chart = (
+        alt.Chart(alt.NamedData(name=CASES))
+        .transform_filter("isValid(datum.z_rms)")
+        .transform_calculate(z="min(datum.z_rms, 5)")
+        .mark_bar(opacity=0.75)
+        .encode(
+            x=alt.X("z:Q", bin=alt.Bin(step=0.1), title="z rms (5 stands for more)"),
+            y=alt.Y("count():Q", title="cases", stack=True),
+            color=_colour(alt),
+            tooltip=["dtype:N", "count():Q"],
+        )
+    )
+    return Chart("z", "Size of the errors against rounding noise", words, _spec(chart, description=words))
+
+
+def _against(
+    alt: Any, name: str, title: str, axis: str, drawn: list[float], domain: list[float] | None
+) -> Chart:
+    """error/bound against a field of the case; on a logarithmic axis where a domain is given."""
+    words = f"Each case by its {axis}. A slope says that the error grows with it faster than what is allowed does."
+    scale = alt.Scale(type="log", base=2, domain=domain) if domain else alt.Scale(zero=False)
+    chart = (
+        alt.Chart(alt.NamedData(name=CASES))
+        .transform_filter(f"isValid(datum.drawn) && datum.{name} > 0" if domain else "isValid(datum.drawn)")
+        .mark_point(filled=True, size=28, opacity=0.6)
+        .encode(
+            x=alt.X(f"{name}:Q", scale=scale, title=axis),
+            y=alt.Y("drawn:Q", scale=alt.Scale(type="log", domain=drawn), title=_FRACTION),
+            color=_colour(alt),
+            tooltip=list(_TOOLTIP),
+        )
+    )
+    return Chart(name, title, words, _spec(alt.layer(chart, _limit(alt, "y")), description=words))
+
+
+def _places(alt: Any, material: Material) -> Chart:
+    words = (
+        "Where in the output the largest error of each case sits, from the first query to the last and from the first "
+        "dimension to the last. An even map is what rounding makes; a dark edge is a tile that is not masked right."
+    )
+    chart = (
+        alt.Chart(alt.NamedData(name="places"))
+        .mark_rect()
+        .encode(
+            x=alt.X("dimension:Q", title="place in v_dim", axis=alt.Axis(format="%", tickCount=4)),
+            x2="dimension_end:Q",
+            y=alt.Y("query:Q", title="place in q_len", axis=alt.Axis(format="%", tickCount=4),
+                    scale=alt.Scale(reverse=True)),
+            y2="query_end:Q",
+            color=alt.Color("cases:Q", scale=alt.Scale(scheme="viridis"), title="cases"),
+            tooltip=["dtype:N", "cases:Q", "fraction:Q"],
+        )
+    )  # fmt: skip
+    return Chart(
+        "places", "Where the largest errors sit", words, _spec(chart, 260, words), gather.places(material)
+    )
+
+
+def _pairs(alt: Any, reference: str, pairs: list[dict[str, Any]]) -> Chart:
+    words = (
+        f"The same cases by both: the error of a method against the exact value, over that of {reference!r}. Above the "
+        "diagonal the method is less accurate; the tooltip has the ratio."
+    )
+    low = min(min(p["fraction"], p["reference"]) for p in pairs)
+    high = max(max(p["fraction"], p["reference"]) for p in pairs)
+    scale = alt.Scale(type="log", domain=[low, max(high, low * 10)])
+    dots = (
+        alt.Chart(alt.NamedData(name="pairs"))
+        .mark_circle(size=28, opacity=0.6)
+        .encode(
+            x=alt.X("reference:Q", scale=scale, title="error / bound of the reference"),
+            y=alt.Y("fraction:Q", scale=scale, title=_FRACTION),
+            color=_colour(alt),
+            tooltip=["case:N", "method:N", "fraction:Q", "reference:Q", "ratio:Q"],
+        )
+    )
+    diagonal = (
+        alt.Chart(alt.InlineData(values=[{"a": low}, {"a": max(high, low * 10)}]))
+        .mark_line(color="#888888", strokeDash=[4, 4])
+        .encode(x="a:Q", y="a:Q")
+    )
+    return Chart(
+        "pairs", "Beside a reference in the same dtype", words, _spec(dots + diagonal, 300, words), pairs
+    )
+
+
+def _changes(material: Material) -> list[dict[str, Any]]:
+    rows = []
+    for kind in ("broken", "worse", "better", "mended"):
+        for change in getattr(material.difference, kind)[: gather.MOST_POINTS // 4]:
+            before, after = (gather.point(v) for v in (change.before, change.after))
+            if before["drawn"] is not None and after["drawn"] is not None:
+                told = {"case": after["case"], "kind": kind, "dtype": after["dtype"]}
+                rows.append({**told, "before": before["drawn"], "after": after["drawn"]})
+    return rows
+
+
+def _difference(alt: Any, rows: list[dict[str, Any]]) -> Chart:
+    words = "Cases that changed against the other run: error over bound before and now."
+    scales = {
+        name: alt.Scale(type="log", domain=_domain([row[name] for row in rows], around=1.0))
+        for name in ("before", "after")
+    }
+    kinds = {"broken": "#cc3311", "worse": "#ee7733", "better": "#33bbee", "mended": "#009988"}
+    chart = (
+        alt.Chart(alt.NamedData(name="difference"))
+        .mark_point(filled=True, size=36, opacity=0.7)
+        .encode(
+            x=alt.X("before:Q", scale=scales["before"], title="error / bound before"),
+            y=alt.Y("after:Q", scale=scales["after"], title="error / bound now"),
+            color=alt.Color("kind:N", scale=alt.Scale(domain=list(kinds), range=list(kinds.values()))),
+            tooltip=["case:N", "kind:N", "before:Q", "after:Q"],
+        )
+    )
+    return Chart("difference", "Against the other run", words, _spec(chart, 280, words), rows)
+
+
+def _history(alt: Any, material: Material) -> Chart:
+    words = "The largest error over bound of each run, a line for each method and dtype, the oldest left. Red: the first bad one."
+    rows = [
+        {
+            "number": i,
+            "run": moment.run,
+            "commit": moment.commit or moment.run,
+            "line": f"{moment.method} · {moment.dtype}",
+            "dtype": moment.dtype,
+            "drawn": min(max(moment.fraction or 1e-4, 1e-4), 1e4),
+            "failed": moment.failed,
+            "state": "first bad" if moment.first_bad else "failed" if moment.failed else "passed",
+        }
+        for i, moment in enumerate(material.history)
+    ]
+    order = list(dict.fromkeys(row["run"] for row in rows))
+    for row in rows:
+        row["number"] = order.index(row["run"])
+    base = alt.Chart(alt.NamedData(name="history")).encode(
+        x=alt.X("number:O", title="run, the oldest first"),
+        y=alt.Y(
+            "drawn:Q",
+            scale=alt.Scale(type="log", domain=_domain([row["drawn"] for row in rows], around=1.0)),
+            title=_FRACTION,
+        ),
+        detail="line:N",
+    )
+    lines = base.mark_line(opacity=0.6).encode(color=_colour(alt))
+    dots = base.mark_point(filled=True, size=60).encode(
+        color=alt.condition("datum.state == 'first bad'", alt.value("#cc3311"), _colour(alt)),
+        tooltip=["run:N", "commit:N", "line:N", "state:N", "failed:Q"],
+    )
+    return Chart("history", "Accuracy per commit", words, _spec(lines + dots, 260, words), rows)
+
+
+def static(chart: Chart, cases: list[dict[str, Any]], *, width: int = 640) -> dict[str, Any]:
+    """The specification with its rows in it and a fixed width, for a picture."""
+    name = CASES if chart.rows is None else chart.name
+    rows = cases if chart.rows is None else chart.rows
+    return {
+        **chart.spec,
+        "width": width,
+        "datasets": {**chart.spec.get("datasets", {}), name: rows},
+        "title": chart.title,
+        "background": "white",
+    }
+
+
+def svg(chart: Chart, cases: list[dict[str, Any]]) -> str:
+    """The chart as an SVG picture."""
+    _, vl_convert = load()
+    return vl_convert.vegalite_to_svg(static(chart, cases), vl_version=_version())
+
+
+def png(chart: Chart, cases: list[dict[str, Any]]) -> bytes:
+    """The chart as a PNG picture."""
+    _, vl_convert = load()
+    return vl_convert.vegalite_to_png(static(chart, cases), vl_version=_version(), scale=1.5)
+
+
+def _version() -> str:
+    """The version of Vega-Lite that Altair writes, as vl-convert names it."""
+    altair, _ = load()
+    return ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+
+
+def javascript() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script. Made once and kept in the cache, since making it takes seconds."""
+    import hashlib
+    import os
+    from importlib import metadata
+    from pathlib import Path
+
+    _, vl_convert = load()
+    made_of = f"vl-convert {metadata.version('vl-convert-python')} vega-lite {_version()}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effattn"
+    file = cache / f"vega-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.js"
+    try:
+        kept = file.read_text(encoding="utf-8")
+        if kept.endswith(_checksum(kept.rpartition("\n//")[0])):
+            return kept
+    except OSError:
+        pass
+    script = vl_convert.javascript_bundle(vl_version=_version())
+    whole = f"{script}\n{_checksum(script)}"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}")
+        temporary.write_text(whole, encoding="utf-8")
+        temporary.replace(file)
+    except OSError:
+        pass  # no cache, no harm
+    return whole
+
+
+def _checksum(script: str) -> str:
+    import hashlib
+
+    return f"//{hashlib.sha256(script.encode()).hexdigest()}"

@@ -1,0 +1,199 @@
+"""The report for machines and reviewers: Markdown for a pull request, JUnit XML, GitHub's annotations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.sax.saxutils import escape, quoteattr
+
+from effattn.report import charts, gather, markdown, summary, text
+from effattn.report.gather import Material
+from effattn.run import catalog
+
+if TYPE_CHECKING:
+    from effattn.verdict import Verdict
+
+#: Bytes of a Markdown summary; GitHub takes 65,536 characters in a comment.
+MOST_MARKDOWN = 60_000
+#: GitHub shows ten annotations of a step.
+MOST_ANNOTATIONS = 10
+#: Charts that the Markdown shows.
+_SHOWN = ("overview", "z")
+#: What XML 1.0 cannot hold.
+_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def pull_request(material: Material, pictures: Sequence[Path] = (), *, link: str = "") -> str:
+    """The Markdown summary, under 60 kB whatever the run holds.
+
+    Args:
+        material: what it is about.
+        pictures: charts beside the file.
+        link: where the whole report is.
+    """
+    head = [
+        f"# effattn: {text.markdown(text.some(material.methods))}",
+        "",
+        f"**{text.markdown(material.sentence)}**",
+        "",
+    ]
+    if link:
+        head += [f"The whole report: {text.code(link)}", ""]
+    table = markdown.table(material.rows[:40], ("method", "dtype"))
+    if len(material.rows) > 40:
+        table += ["", f"and {len(material.rows) - 40} more rows in the report"]
+    pieces = ["\n".join([*head, *table, ""])]
+    pieces += [f"![{picture.stem}]({picture.parent.name}/{picture.name})\n" for picture in pictures]
+    if material.difference is not None:
+        pieces.append("\n".join(_difference(material)))
+    pieces.append("\n".join(_worst(material.worst)))
+    if material.damaged:
+        pieces.append(
+            "\n".join(
+                ["## Damaged records", "", *(f"- {text.markdown(str(d))}" for d in material.damaged[:20]), ""]
+            )
+        )
+    for folder, facts in material.runs[:5]:
+        where = "\n".join(markdown.provenance(facts))
+        pieces.append(f"## Where {text.code(str(folder))} comes from\n\n{where[:4000]}\n")
+    result = ""
+    for piece in pieces:
+        if len((result + piece).encode()) > MOST_MARKDOWN - 100:
+            result += "\nThe rest is in the report.\n"
+            break
+        result += piece + "\n"
+    return result
+
+
+def _worst(verdicts: Sequence[Verdict]) -> list[str]:
+    lines = [
+        f"## The {len(verdicts)} worst cases",
+        "",
+        "| outcome | error/bound | method | case |",
+        "| --- | ---: | --- | --- |",
+    ]
+    for verdict in verdicts:
+        cells = (
+            str(verdict.outcome),
+            text.number(catalog.fraction(verdict)),
+            verdict.method[:200],
+            verdict.case.describe(),
+        )
+        lines.append("| " + " | ".join(text.markdown(cell) for cell in cells) + " |")
+    lines.append("")
+    for verdict in verdicts:
+        if summary.failed(verdict.outcome):
+            lines += [
+                f"<details><summary>{verdict.outcome}: {escape(text.one_line(verdict.case.describe()))}</summary>",
+                "",
+                *(f"> {text.markdown(line)}  " for line in verdict.message[:1500].splitlines()),
+                "",
+                text.code(verdict.replay[:1500]),
+                "</details>",
+                "",
+            ]
+    return lines
+
+
+def _difference(material: Material) -> list[str]:
+    found = material.difference
+    assert found is not None
+    lines = [
+        f"## Against {text.code(material.against)}",
+        "",
+        f"{found.both} cases compared: {len(found.broken)} broken, {len(found.mended)} mended, {len(found.worse)} notably "
+        f"worse, {len(found.better)} notably better.",
+        "",
+    ]
+    changes = [*found.broken, *found.worse][:10]
+    if changes:
+        lines += ["| case | before | now |", "| --- | --- | --- |"]
+    for change in changes:
+        was, now = (f"{v.outcome} {text.number(catalog.fraction(v))}" for v in (change.before, change.after))
+        lines.append(f"| {text.markdown(change.after.case.describe())} | {was} | {now} |")
+    return [*lines, ""]
+
+
+def pictures(material: Material, folder: Path, *, format: str = "svg") -> list[Path]:
+    """Write the charts that a summary shows into a folder; their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    points = gather.points(material)
+    made = []
+    for chart in charts.charts(material):
+        if chart.name in (*_SHOWN, "difference", "history"):
+            file = folder / f"{chart.name}.{format}"
+            if format == "svg":
+                file.write_text(charts.svg(chart, points), encoding="utf-8")
+            else:
+                file.write_bytes(charts.png(chart, points))
+            made.append(file)
+    return made
+
+
+def junit(material: Material) -> str:
+    """The verdicts as JUnit XML: a suite for each method and dtype, a test for each case."""
+    suites: dict[tuple[str, str], list[Verdict]] = {}
+    for verdict in material.verdicts:
+        suites.setdefault((verdict.method, verdict.case.dtype), []).append(verdict)
+    lines = ['<?xml version="1.0" encoding="UTF-8"?>', '<testsuites name="effattn">']
+    for (method, dtype), verdicts in suites.items():
+        row = summary.row((method, dtype), verdicts)
+        failed = sum(row.failed.values())
+        skipped = row.not_supported + row.not_judged
+        lines.append(
+            f'<testsuite name={_attribute(f"{method} {dtype}")} tests="{len(verdicts)}" failures="{failed}" errors="0"'
+            f' skipped="{skipped}" time="{row.seconds:.3f}">'
+        )
+        for verdict in verdicts:
+            seconds = sum(verdict.seconds.values())
+            start = (
+                f"<testcase classname={_attribute(f'{method}.{dtype}')}"
+                f' name={_attribute(f"{verdict.case.describe()} [{verdict.case.id}]")} time="{seconds:.6f}"'
+            )
+            if summary.failed(verdict.outcome):
+                first = verdict.message.partition("\n")[0]
+                body = _text(f"{verdict.message}\n{verdict.replay}")
+                lines.append(
+                    f"{start}><failure type={_attribute(str(verdict.outcome))} message={_attribute(first)}>{body}"
+                    "</failure></testcase>"
+                )
+            elif str(verdict.outcome) in summary.SET_ASIDE:
+                lines.append(f"{start}><skipped message={_attribute(verdict.message)}/></testcase>")
+            else:
+                lines.append(f"{start}/>")
+        lines.append("</testsuite>")
+    return "\n".join([*lines, "</testsuites>", ""])
+
+
+def _text(given: str) -> str:
+    return escape(_NO_XML.sub("�", given))
+
+
+def _attribute(given: str) -> str:
+    return quoteattr(_NO_XML.sub("�", given), {"\n": "&#10;", "\t": "&#9;", "\r": "&#13;"})
+
+
+def annotations(material: Material) -> list[str]:
+    """GitHub's workflow commands for the failures, at most ten: one for each method, dtype and outcome, worst first."""
+    groups: dict[tuple[str, str, str], list[Verdict]] = {}
+    for verdict in material.verdicts:
+        if summary.failed(verdict.outcome):
+            groups.setdefault((verdict.method, verdict.case.dtype, str(verdict.outcome)), []).append(verdict)
+    order = sorted(
+        groups.items(), key=lambda group: -max(catalog.fraction(v) or float("inf") for v in group[1])
+    )
+    lines = []
+    for (method, dtype, outcome), verdicts in order[:MOST_ANNOTATIONS]:
+        worst = max(verdicts, key=lambda v: catalog.fraction(v) or float("inf"))
+        title = f"{method} {dtype}: {outcome} in {len(verdicts)} cases"
+        body = f"{worst.case.describe()}\n{worst.message[:1000]}\n{worst.replay[:1000]}"
+        lines.append(f"::error title={_command(title, of_property=True)}::{_command(body)}")
+    return lines
+
+
+def _command(given: str, *, of_property: bool = False) -> str:
+    """Text inside a workflow command (https://github.com/actions/toolkit, packages/core/src/command.ts)."""
+    shown = text.plain(given).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return shown.replace(":", "%3A").replace(",", "%2C") if of_property else shown

@@ -1,0 +1,81 @@
+"""The report as one HTML file that needs nothing else: no network, no folder beside it.
+
+Everything that comes from users (names, messages, recipes) goes through Jinja's autoescape or into the page as JSON
+that the script puts in as text; a content security policy forbids every request.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from effattn.errors import RequestError
+from effattn.report import charts, gather, summary, terminal, text
+from effattn.report.gather import Material
+from effattn.run import catalog
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_TABLE = (
+    ("outcome", "outcome"), ("fraction", "error/bound"), ("method", "method"), ("dtype", "dtype"), ("case", "case"),
+    ("z_rms", "z rms"), ("ulp_p99", "ulp p99"), ("id", "id"),
+)  # fmt: skip
+
+
+def render(material: Material) -> str:
+    """The page.
+
+    Raises:
+        RequestError: Jinja, Altair or vl-convert is not installed.
+    """
+    try:
+        import jinja2
+        import markupsafe
+    except ImportError:
+        raise RequestError(
+            "a report needs Jinja, which is not installed; install it with `pip install 'effattn[report]'`"
+        ) from None
+    import effattn
+
+    drawn = charts.charts(material)
+    points = gather.points(material)
+    data = {
+        "cases": points,
+        "columns": [key for key, _ in _TABLE],
+        "charts": [{"name": chart.name, "spec": chart.spec, "rows": chart.rows} for chart in drawn],
+    }
+    sections = [("verdicts", "Verdicts"), ("charts", "Charts"), ("options", "Options")]
+    sections += [("against", "Comparison")] if material.difference else []
+    sections += [("history", "History")] if material.history else []
+    sections += [("worst", "Worst cases"), ("cases", "Cases"), ("origin", "Provenance")]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+
+    def ours(name: str) -> markupsafe.Markup:
+        return markupsafe.Markup((_TEMPLATES / name).read_text(encoding="utf-8"))
+
+    return environment.get_template("report.html.j2").render(
+        title=title(material),
+        material=material,
+        columns=(*terminal.VERDICT_COLUMNS[:-1], *terminal.ACCURACY_COLUMNS, terminal.VERDICT_COLUMNS[-1]),
+        cell=terminal.cell,
+        number=text.number,
+        plain=text.plain,
+        fraction=catalog.fraction,
+        failed=summary.failed,
+        outcomes=sorted({str(verdict.outcome) for verdict in material.verdicts}),
+        charts=drawn,
+        sections=sections,
+        sampled=len(points) if len(points) < len(material.verdicts) else 0,
+        table_columns=_TABLE,
+        data=data,
+        style=ours("report.css"),
+        script=ours("report.js"),
+        # A script in a page must not hold what would end it.
+        javascript=markupsafe.Markup(charts.javascript().replace("</script", "<\\/script")),
+        version=effattn.__version__,
+    )
+
+
+def title(material: Material) -> str:
+    """What the report is called."""
+    return f"effattn: {text.one_line(text.some(material.methods))}"

@@ -1,0 +1,107 @@
+"use strict";
+(function () {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const filters = document.getElementById("filters");
+  const shown = document.getElementById("shown");
+  const body = document.querySelector("#table tbody");
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const mostRows = 300;
+  const views = new Map();
+  let sorting = { key: null, down: true };
+
+  function chosen() {
+    const fields = [...filters.querySelectorAll("select")].map((s) => [s.dataset.field, s.value]).filter((f) => f[1]);
+    const words = filters.querySelector("[data-search]").value.toLowerCase().split(/\s+/).filter(Boolean);
+    return data.cases.filter((row) => fields.every(([name, value]) => row[name] === value) &&
+      words.every((word) => row.text.includes(word)));
+  }
+
+  function theme() {
+    const style = getComputedStyle(document.documentElement);
+    const front = style.getPropertyValue("--front").trim(), line = style.getPropertyValue("--line").trim();
+    const text = { labelColor: front, titleColor: front };
+    return { background: "transparent", view: { stroke: line }, font: "system-ui, sans-serif",
+      axis: { ...text, gridColor: line, domainColor: line, tickColor: line }, legend: text, title: { color: front } };
+  }
+
+  async function draw() {
+    const rows = chosen();
+    for (const chart of data.charts) {
+      const place = document.querySelector(`[data-chart="${chart.name}"]`);
+      const name = chart.rows ? chart.name : "cases";
+      const spec = { ...chart.spec, datasets: { ...(chart.spec.datasets || {}), [name]: chart.rows || rows },
+        config: theme(), autosize: { type: "fit-x", contains: "padding" } };
+      views.get(chart.name)?.finalize();
+      const made = await window.vegaEmbed(place, spec, { actions: false, renderer: "svg", tooltip: { theme: "custom" } });
+      views.set(chart.name, made);
+      place.dataset.drawn = "yes";
+    }
+  }
+
+  async function refresh() {
+    const rows = chosen();
+    shown.textContent = `${rows.length} of ${data.cases.length} cases`;
+    list(rows);
+    for (const chart of data.charts) {
+      if (!chart.rows && views.has(chart.name)) await views.get(chart.name).view.data("cases", rows).runAsync();
+    }
+    document.documentElement.dataset.ready = String(Number(document.documentElement.dataset.ready || 0) + 1);
+  }
+
+  function show(value) {
+    if (value === null || value === undefined) return "-";
+    return typeof value === "number" && !Number.isInteger(value) ? value.toPrecision(3) : String(value);
+  }
+
+  function list(rows) {
+    const sorted = [...rows];
+    if (sorting.key) {
+      const sign = sorting.down ? -1 : 1;
+      sorted.sort((a, b) => {
+        const x = a[sorting.key], y = b[sorting.key];
+        if (x === null) return 1;
+        if (y === null) return -1;
+        return (x < y ? -1 : x > y ? 1 : 0) * sign;
+      });
+    }
+    body.replaceChildren(...sorted.slice(0, mostRows).map((row) => {
+      const line = document.createElement("tr");
+      if (row.failed) line.className = "failed";
+      for (const key of data.columns) {
+        const cell = document.createElement("td");
+        cell.textContent = show(row[key]);
+        line.append(cell);
+      }
+      return line;
+    }));
+    if (sorted.length > mostRows) {
+      const line = document.createElement("tr"), cell = document.createElement("td");
+      cell.colSpan = data.columns.length;
+      cell.textContent = `and ${sorted.length - mostRows} more; filter to see them`;
+      line.append(cell);
+      body.append(line);
+    }
+  }
+
+  for (const row of data.cases) row.text = Object.values(row).join(" ").toLowerCase();
+  filters.addEventListener("input", refresh);
+  document.querySelectorAll("[data-sort]").forEach((button) => button.addEventListener("click", () => {
+    sorting = { key: button.dataset.sort, down: sorting.key === button.dataset.sort ? !sorting.down : true };
+    document.querySelectorAll("[data-sort]").forEach((b) => b.closest("th").removeAttribute("aria-sort"));
+    button.closest("th").setAttribute("aria-sort", sorting.down ? "descending" : "ascending");
+    list(chosen());
+  }));
+  document.querySelectorAll("[data-copy]").forEach((button) => button.addEventListener("click", async () => {
+    const text = button.parentElement.querySelector("code").textContent;
+    try { await navigator.clipboard.writeText(text); button.textContent = "Copied"; } catch {
+      const range = document.createRange();
+      range.selectNodeContents(button.parentElement.querySelector("code"));
+      getSelection().removeAllRanges();
+      getSelection().addRange(range);
+      button.textContent = "Selected";
+    }
+  }));
+  window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => { d.open = true; }));
+  dark.addEventListener("change", () => draw().then(refresh));
+  draw().then(refresh);
+})();
