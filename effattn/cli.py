@@ -207,6 +207,8 @@ def cli(context: click.Context) -> None:
 @_dot_model_option
 @_isolation_options
 @click.option("--by-values", is_flag=True, help="Show one more row for each value distribution.")
+@click.option("--against", metavar="RUN", help="Also compare with this run: what broke, what was mended.")
+@click.option("--report", "with_report", is_flag=True, help="Also write report.html into the run folder.")
 def gate(
     method: str,
     dtypes: tuple[str, ...],
@@ -222,6 +224,8 @@ def gate(
     memory_limit: float | None,
     isolation: bool,
     by_values: bool,
+    against: str | None,
+    with_report: bool,
 ) -> int:
     """Judge METHOD on generated cases: pass or fail, with evidence."""
     from effattn import gate as gates
@@ -238,6 +242,9 @@ def gate(
     if overwrite and out is None:
         raise RequestError("--overwrite replaces the run that --out names; give --out too")
     folder = out if out is not None else store.default_folder(method=method, started=started)
+    before = None if against is None else cli_report.baseline(against)
+    if with_report:
+        cli_report.check_installed()
     checks = _checks(check_names, device)
     with (
         _multiplying(dot_model, device) as multiplied,
@@ -298,7 +305,11 @@ def gate(
             raise RequestError(f"--check {','.join(checks)}: {NOTHING_CHECKED}; leave --check out")
     console = terminal.console()
     terminal.print_result(console, result, by_values=by_values)
+    if before is not None:
+        cli_report.print_against(console, before, folder)
     console.print(f"Written to {folder}/", markup=False, soft_wrap=True)
+    if with_report:
+        console.print(f"Report: {cli_report.write_report(folder, against)}", markup=False, soft_wrap=True)
     return result.exit_code
 
 

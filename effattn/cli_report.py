@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from effattn.errors import RequestError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from effattn.run.records import Key
+    from effattn.verdict import Verdict
 
 _PATH = click.Path(path_type=Path)
 
@@ -73,12 +80,49 @@ def report(
         write(junit_file, exports.junit(material))
         click.echo(f"JUnit: {junit_file}")
     if github if github is not None else os.environ.get("GITHUB_ACTIONS") == "true":
-        for line in exports.annotations(material):
+        for line in exports.workflow_commands(material):
             click.echo(line)
         if summary_file := os.environ.get("GITHUB_STEP_SUMMARY"):
             with open(summary_file, "a", encoding="utf-8") as file:
                 file.write(exports.pull_request(material))
     return 0
+
+
+def baseline(name: str) -> dict[Key, Verdict]:
+    """The verdicts of the run that another is to be compared with. Raises RequestError where there is none."""
+    from effattn.run import catalog
+
+    found = catalog.verdicts_by_case(catalog.resolve(name))
+    if not found:
+        raise RequestError(f"the run {name!r} has no verdicts; there is nothing to compare with")
+    return found
+
+
+def print_against(console: Console, before: dict[Key, Verdict], folder: Path) -> None:
+    """What changed against another run."""
+    from effattn.report import terminal
+    from effattn.run import catalog
+
+    terminal.print_difference(console, catalog.compare(before, catalog.verdicts_by_case(folder)))
+
+
+def check_installed() -> None:
+    """Raise RequestError where what a report needs is missing: before the gate has run, not after."""
+    from effattn.report import charts, html
+
+    charts.load()
+    html.load()
+
+
+def write_report(folder: Path, against: str | None) -> Path:
+    """Write `report.html` into a run folder; its path."""
+    from effattn.report import gather, html
+    from effattn.run import catalog
+
+    target = folder / "report.html"
+    other = None if against is None else catalog.resolve(against)
+    write(target, html.render(gather.gather([folder], against=other)))
+    return target
 
 
 def write(file: Path, content: str) -> None:

@@ -31,6 +31,14 @@ hypothesis.settings.register_profile("nightly", deadline=None, max_examples=2000
 hypothesis.settings.load_profile(os.environ.get("EFFATTN_HYPOTHESIS_PROFILE", "pull-request"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--effattn-browser",
+        action="store_true",
+        help="run the tests in tests/browser, which need Chromium; without it they are not collected",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     for dtype in DTYPES:
         config.addinivalue_line("markers", f"{dtype}: belongs to this dtype (set from the parameter `dtype`)")

@@ -223,6 +223,16 @@ def test_table_has_what_the_records_have(two_runs: tuple[Path, Path]) -> None:
         assert (found["seconds"], found["method_seconds"]) == (0.75, 0.25)
 
 
+def test_verdicts_of_laws_are_kept_beside_that_of_the_case(tmp_path: Path) -> None:
+    items = [verdict(0, 0.5), *(verdict(0, 0.5, law=law) for law in ("a law", "another law"))]
+    folder = write(tmp_path / "run", items)
+    assert [record.key.law for record in store.read_records(folder)] == ["", "a law", "another law"]
+    _, rows = tables.query("SELECT law FROM verdicts ORDER BY law NULLS FIRST", [folder])
+    assert rows == [(None,), ("a law",), ("another law",)]
+    found = catalog.verdicts_by_case(folder)
+    assert catalog.compare(found, found).both == 3
+
+
 def test_numbers_that_json_has_not_are_numbers_in_the_table(tmp_path: Path) -> None:
     write(tmp_path / "run", [verdict(0, float("inf"), Outcome.INACCURATE), verdict(1, float("nan"))])
     _, rows = tables.query(

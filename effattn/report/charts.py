@@ -110,7 +110,11 @@ def _spec(chart: Any, height: int | None = 220, description: str = "") -> dict[s
 def _overview(alt: Any, material: Material, domain: list[float]) -> Chart:
     order = [" · ".join(row.label) for row in material.rows]
     words = "Every judged case as a mark, a line for each method and dtype, the worst line first. Right of 1 fails."
-    base = alt.Chart(alt.NamedData(name=CASES)).transform_calculate(line="datum.method + ' · ' + datum.dtype")
+    base = (
+        alt.Chart(alt.NamedData(name=CASES))
+        .transform_filter("isValid(datum.drawn)")
+        .transform_calculate(line="datum.method + ' · ' + datum.dtype")
+    )
     marks = base.mark_tick(thickness=1.5, size=16, opacity=0.6).encode(
         x=alt.X("drawn:Q", scale=alt.Scale(type="log", domain=domain), title=_FRACTION),
         y=alt.Y("line:N", sort=order, title=None, axis=alt.Axis(labelLimit=220)),

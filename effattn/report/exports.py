@@ -175,7 +175,7 @@ def _attribute(given: str) -> str:
     return quoteattr(_NO_XML.sub("�", given), {"\n": "&#10;", "\t": "&#9;", "\r": "&#13;"})
 
 
-def annotations(material: Material) -> list[str]:
+def workflow_commands(material: Material) -> list[str]:
     """GitHub's workflow commands for the failures, at most ten: one for each method, dtype and outcome, worst first."""
     groups: dict[tuple[str, str, str], list[Verdict]] = {}
     for verdict in material.verdicts:

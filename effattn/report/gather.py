@@ -7,6 +7,7 @@ rest), what is added up counts everything.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,7 @@ class Material:
     keys: list[Key]
     rows: list[summary.Row]
     options: list[OptionRow]
+    laws: list[OptionRow]
     worst: list[Verdict]
     shrunk: dict[str, str]
     damaged: list[Damage]
@@ -82,12 +84,12 @@ class Material:
     @property
     def judged(self) -> int:
         """Verdicts that passed or failed."""
-        return sum(row.judged for row in self.rows)
+        return sum(1 for v in self.verdicts if str(v.outcome) not in summary.SET_ASIDE)
 
     @property
     def failed(self) -> int:
         """Verdicts against the methods."""
-        return sum(sum(row.failed.values()) for row in self.rows)
+        return sum(1 for v in self.verdicts if summary.failed(v.outcome))
 
     @property
     def sentence(self) -> str:
@@ -120,14 +122,16 @@ def gather(folders: Sequence[Path], *, against: Path | None = None, history: Pat
         names = ", ".join(str(folder) for folder in folders)
         raise RequestError(f"there is no verdict in {names}; a report needs at least one")
     verdicts = list(found.values())
-    rows = summary.rows(verdicts, by=lambda v: (v.method, v.case.dtype))
+    compared = [verdict for verdict in verdicts if verdict.law is None]
+    rows = summary.rows(compared, by=lambda v: (v.method, v.case.dtype))
     rows.sort(key=lambda row: (-sum(row.failed.values()), -(row.fraction or 0.0)))
     material = Material(
         runs=[(folder, catalog.facts(folder)) for folder in folders],
         verdicts=verdicts,
         keys=list(found),
         rows=rows,
-        options=list(_options(verdicts)),
+        options=_options(compared),
+        laws=_groups("law", [v for v in verdicts if v.law is not None], lambda v: v.law or ""),
         worst=sorted(verdicts, key=lambda v: _badness(v), reverse=True)[:MOST_WORST],
         shrunk=_shrunk(folders, {v.case.id for v in verdicts}),
         damaged=damaged,
@@ -164,22 +168,31 @@ def _options(verdicts: Sequence[Verdict]) -> list[OptionRow]:
     """Each value of each option that cases of these runs have, worst first within the option."""
     found: list[OptionRow] = []
     for name, of in _OPTIONS.items():
-        groups: dict[str, dict[str, list[Verdict]]] = {}
-        for verdict in verdicts:
-            groups.setdefault(of(verdict), {}).setdefault(verdict.case.dtype, []).append(verdict)
-        if len(groups) < 2 and name != "values":
-            continue
-        rows = [
-            OptionRow(
-                name=name,
-                value=value,
-                cells={dtype: summary.row((value, dtype), members) for dtype, members in by_dtype.items()},
-            )
-            for value, by_dtype in groups.items()
-        ]
-        rows.sort(key=lambda row: -max((cell.fraction or 0.0) for cell in row.cells.values()))
-        found += rows
+        rows = _groups(name, verdicts, of)
+        if len(rows) > 1 or name == "values":
+            found += rows
     return found
+
+
+def _groups(name: str, verdicts: Sequence[Verdict], of: Callable[[Verdict], str]) -> list[OptionRow]:
+    groups: dict[str, dict[str, list[Verdict]]] = {}
+    for verdict in verdicts:
+        groups.setdefault(of(verdict), {}).setdefault(verdict.case.dtype, []).append(verdict)
+    rows = [
+        OptionRow(
+            name=name,
+            value=value,
+            cells={dtype: summary.row((value, dtype), members) for dtype, members in by_dtype.items()},
+        )
+        for value, by_dtype in groups.items()
+    ]
+    rows.sort(
+        key=lambda row: (
+            -sum(sum(cell.failed.values()) for cell in row.cells.values()),
+            -max((cell.fraction or 0.0) for cell in row.cells.values()),
+        )
+    )
+    return rows
 
 
 def _grouping(verdict: Verdict) -> str:
@@ -241,6 +254,7 @@ def point(verdict: Verdict) -> dict[str, Any]:
         "id": case.id,
         "method": verdict.method,
         "dtype": case.dtype,
+        "law": verdict.law,
         "outcome": str(verdict.outcome),
         "failed": summary.failed(verdict.outcome),
         "case": case.describe(),
@@ -299,11 +313,11 @@ def pairs(material: Material) -> tuple[str, list[dict[str, Any]]]:
     if len(material.methods) < 2:
         return "", []
     reference = "torch" if "torch" in material.methods else material.methods[0]
-    theirs = {v.case.id: v for v in material.verdicts if v.method == reference}
+    theirs = {v.case.id: v for v in material.verdicts if v.method == reference and v.law is None}
     found = []
     for verdict in material.verdicts:
         other = theirs.get(verdict.case.id)
-        if verdict.method == reference or other is None:
+        if verdict.method == reference or verdict.law is not None or other is None:
             continue
         a, b = catalog.fraction(verdict), catalog.fraction(other)
         if a is None or b is None or not math.isfinite(a) or not math.isfinite(b):
@@ -336,9 +350,11 @@ def moments(folder: Path) -> list[Moment]:
         provenance = store.read_provenance(run)
         where = provenance.get("working_directory") or {}
         verdicts = list(store.read_verdicts(run, []))
-        for row in summary.rows(verdicts, by=lambda v: (v.method, v.case.dtype)):
+        broken = Counter((v.method, v.case.dtype) for v in verdicts if v.law and summary.failed(v.outcome))
+        compared = [v for v in verdicts if v.law is None]
+        for row in summary.rows(compared, by=lambda v: (v.method, v.case.dtype)):
             line = (row.label[0], row.label[1])
-            failed = sum(row.failed.values())
+            failed = sum(row.failed.values()) + broken[line]
             found.append(
                 Moment(
                     started=str(provenance.get("started", "")),

@@ -7,6 +7,7 @@ that the script puts in as text; a content security policy forbids every request
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from effattn.errors import RequestError
 from effattn.report import charts, gather, summary, terminal, text
@@ -16,8 +17,20 @@ from effattn.run import catalog
 _TEMPLATES = Path(__file__).parent / "templates"
 _TABLE = (
     ("outcome", "outcome"), ("fraction", "error/bound"), ("method", "method"), ("dtype", "dtype"), ("case", "case"),
-    ("z_rms", "z rms"), ("ulp_p99", "ulp p99"), ("id", "id"),
+    ("law", "law"), ("z_rms", "z rms"), ("ulp_p99", "ulp p99"), ("id", "id"),
 )  # fmt: skip
+
+
+def load() -> tuple[Any, Any]:
+    """Jinja and MarkupSafe, which a page needs. Raises RequestError where they are missing."""
+    try:
+        import jinja2
+        import markupsafe
+    except ImportError:
+        raise RequestError(
+            "a report needs Jinja, which is not installed; install it with `pip install 'effattn[report]'`"
+        ) from None
+    return jinja2, markupsafe
 
 
 def render(material: Material) -> str:
@@ -26,14 +39,9 @@ def render(material: Material) -> str:
     Raises:
         RequestError: Jinja, Altair or vl-convert is not installed.
     """
-    try:
-        import jinja2
-        import markupsafe
-    except ImportError:
-        raise RequestError(
-            "a report needs Jinja, which is not installed; install it with `pip install 'effattn[report]'`"
-        ) from None
     import effattn
+
+    jinja2, markupsafe = load()
 
     drawn = charts.charts(material)
     points = gather.points(material)
@@ -43,6 +51,7 @@ def render(material: Material) -> str:
         "charts": [{"name": chart.name, "spec": chart.spec, "rows": chart.rows} for chart in drawn],
     }
     sections = [("verdicts", "Verdicts"), ("charts", "Charts"), ("options", "Options")]
+    sections += [("laws", "Laws")] if material.laws else []
     sections += [("against", "Comparison")] if material.difference else []
     sections += [("history", "History")] if material.history else []
     sections += [("worst", "Worst cases"), ("cases", "Cases"), ("origin", "Provenance")]
@@ -50,7 +59,7 @@ def render(material: Material) -> str:
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
 
-    def ours(name: str) -> markupsafe.Markup:
+    def ours(name: str) -> Any:
         return markupsafe.Markup((_TEMPLATES / name).read_text(encoding="utf-8"))
 
     return environment.get_template("report.html.j2").render(

@@ -32,6 +32,8 @@ class Key(NamedTuple):
     #: the method as the command line names it
     spec: str
     device: str
+    #: the law that was tried; empty where the output was compared with exact attention
+    law: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ def record_of(body: Mapping[str, Any]) -> Record:
     """The record of a body. Raises ValueError where it has another form."""
     try:
         verdict = body["verdict"]
-        key = Key(body["id"], body["spec"], body["device"])
-    except (KeyError, TypeError) as error:
+        key = Key(body["id"], body["spec"], body["device"], verdict.get("law") or "")
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it has another form than a record: {error}") from None
     if not isinstance(verdict, dict) or not all(isinstance(part, str) for part in key):
         raise ValueError("it has another form than a record")

@@ -35,7 +35,7 @@ _QUANTITY = (
 )
 #: The types of a body as JSON has them; numbers are VARCHAR where they may be "inf" or "nan".
 _BODY = f"""STRUCT(id VARCHAR, spec VARCHAR, device VARCHAR, verdict STRUCT(
-    "case" JSON, "method" VARCHAR, outcome VARCHAR, message VARCHAR, quantities {_QUANTITY}[],
+    "case" JSON, "method" VARCHAR, law VARCHAR, outcome VARCHAR, message VARCHAR, quantities {_QUANTITY}[],
     findings STRUCT(name VARCHAR)[], seconds MAP(VARCHAR, VARCHAR)))"""
 
 #: Fields of a case that have a column of their own, with type and what they are where a case does not say.
@@ -81,6 +81,7 @@ def _select(source: str) -> str:
         "body.spec AS spec",
         "body.device AS device",
         'v."method" AS "method"',
+        "v.law AS law",
         "v.outcome AS outcome",
         "CASE WHEN v.outcome <> 'pass' THEN v.message END AS message",
         *(case(*field) for field in _CASE),
@@ -151,7 +152,7 @@ def _whole(folder: Path, scratch: Path, damaged: list[Damage]) -> tuple[list[Pat
     copy, rows = scratch / "whole.jsonl", 0
     with copy.open("w", encoding="utf-8") as out:
         for record in store.read_records(folder, damaged):
-            case_id, spec, device = record.key
+            case_id, spec, device, _ = record.key
             body = {"id": case_id, "spec": spec, "device": device, "verdict": record.verdict}
             out.write(store.to_json({"body": body}) + "\n")
             rows += 1

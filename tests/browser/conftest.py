@@ -1,6 +1,8 @@
-"""A page in headless Chromium, driven over the two pipes of its debugging protocol; nothing else is needed.
+"""A page in headless Chromium: `tox -e browser`, or `pytest --effattn-browser tests/browser`.
 
-https://chromedevtools.github.io/devtools-protocol/
+Chromium is driven over the two pipes of its debugging protocol (https://chromedevtools.github.io/devtools-protocol/), so
+nothing else is needed. Without `--effattn-browser` nothing here is collected; with it, a missing Chromium is an error.
+Screenshots are kept in the folder that EFFATTN_SCREENSHOTS names.
 """
 
 from __future__ import annotations
@@ -11,11 +13,34 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 #: Names under which distributions install it.
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Nothing of this folder without the flag."""
+    return None if config.getoption("--effattn-browser") else True
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """One page for all tests of a module."""
+    with Page(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def screenshots(tmp_path: Path) -> Path:
+    """Where pictures are kept."""
+    folder = Path(os.environ.get("EFFATTN_SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def program() -> str:
