@@ -6,6 +6,7 @@
   const body = document.querySelector("#table tbody");
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const mostRows = 300;
+  const logged = { errors: 1, warnings: 2 }; // as vega.Error and vega.Warn
   const views = new Map();
   let sorting = { key: null, down: true };
 
@@ -43,7 +44,11 @@
     shown.textContent = `${rows.length} of ${data.cases.length} cases`;
     list(rows);
     for (const chart of data.charts) {
-      if (!chart.rows && views.has(chart.name)) await views.get(chart.name).view.data("cases", rows).runAsync();
+      if (chart.rows || !views.has(chart.name)) continue;
+      // A chart of nothing has no extent to take its axes from, which is no reason to complain.
+      const view = views.get(chart.name).view;
+      view.logLevel(rows.length ? logged.warnings : logged.errors);
+      await view.data("cases", rows).runAsync();
     }
     document.documentElement.dataset.ready = String(Number(document.documentElement.dataset.ready || 0) + 1);
   }
