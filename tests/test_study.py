@@ -235,6 +235,25 @@ def test_rounding_is_kept_apart_from_approximation() -> None:
         assert 0.05 * size < got["rounding"] < 20 * size
 
 
+def test_a_recorded_study_says_what_its_draws_say(tmp_path: Path) -> None:
+    from effattn.study import recorded
+
+    jobs = [
+        Job(point=Point(n=8, head_dim=4, method="a", size=size), draw=draw)
+        for draw in range(7)
+        for size in (2, 4)
+    ]
+    Store(tmp_path, {"study": "x"}, ["error"]).run(
+        jobs, lambda job: {"error": (1 + job.draw) / job.point.size}
+    )
+    (tmp_path / "provenance.json").write_text('{"working_directory": {}, "environment": {}, "ended": "now"}')
+    data = recorded.record(tmp_path, ["error"], command="effattn study x")
+    assert [p["error"] for p in data["points"]] == [[2.0, 0.5, 3.5], [1.0, 0.25, 1.75]]
+    assert data["slopes"][0]["slope"] == [-1.0, -1.0, -1.0]
+    assert "| a | 2.00" in recorded.table(data, size="k").replace("2.000", "2.00")
+    assert "environment" not in data
+
+
 # -- the inverse question ----------------------------------------------------------------------------------
 
 

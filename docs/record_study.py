@@ -1,0 +1,49 @@
+"""Records a finished study for the pages: docs/measurements/study-NAME.json, and its charts in docs/charts/.
+
+    python docs/record_study.py FOLDER NAME "effattn study ..."
+
+Then `python docs/update_tables.py` writes the tables anew.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from effattn.study import complexity, model, plans, recorded, traffic
+
+ROOT = Path(__file__).resolve().parent
+
+
+def main(folder: Path, name: str, command: str) -> None:
+    """One study."""
+    asked = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    columns = {
+        "complexity": (*plans.COST_COLUMNS, "error"),
+        "traffic": traffic.COLUMNS,
+        "model": model.COLUMNS,
+    }.get(asked["study"], plans.ERROR_COLUMNS)
+    data = recorded.record(folder, columns, command=command)
+    if asked["study"] == "complexity":
+        data["exponents"] = {
+            line.method: {"seconds": line.time_exponent[:3], "bytes": line.memory_exponent[:3]}
+            for line in complexity.lines(recorded.rows_of(folder, columns))
+        }
+    target = ROOT / "measurements" / f"study-{name}.json"
+    points, slopes = (
+        ",\n".join("  " + json.dumps(entry) for entry in data.pop(key)) for key in ("points", "slopes")
+    )
+    head = json.dumps(data, indent=1)[:-2]
+    target.write_text(
+        f'{head},\n "points": [\n{points}\n ],\n "slopes": [\n{slopes}\n ]\n}}\n', encoding="utf-8"
+    )
+    for chart in folder.glob("*.svg"):
+        shutil.copyfile(chart, ROOT / "charts" / f"{name}-{chart.name}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        raise SystemExit(__doc__)
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
