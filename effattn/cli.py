@@ -192,7 +192,7 @@ def cli(context: click.Context) -> None:
     multiple=True,
     metavar="NAME",
     help="Laws to try, see `effattn laws`: names or families; repeat it or list them with commas; none for none. "
-    "All of them if not given, none where --values is.",
+    "All of them if not given, none where --values or --check is.",
 )
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu or cuda.")
 @click.option(
@@ -237,7 +237,7 @@ def gate(
     wanted = _dtypes(dtypes)
     profiles.get(profile)
     chosen_values = tuple(dict.fromkeys(_split(value_names)))
-    chosen_laws = _laws(law_names, with_values=bool(chosen_values))
+    chosen_laws = _laws(law_names, others=bool(chosen_values or check_names))
     started = provenance.now()
     if overwrite and out is None:
         raise RequestError("--overwrite replaces the run that --out names; give --out too")
@@ -441,12 +441,12 @@ cli.add_command(cli_sweep.sweep)
 cli.add_command(cli_report.report)
 
 
-def _laws(given: Sequence[str], *, with_values: bool) -> tuple[str, ...]:
-    """Names of the laws to try: all if none is named; `none` stands alone."""
+def _laws(given: Sequence[str], *, others: bool) -> tuple[str, ...]:
+    """Names of the laws to try: all if none is named, none where `others` is asked for; `none` stands alone."""
     from effattn import laws
 
     names = _split(given)
-    if names == ["none"] or (with_values and not names):
+    if names == ["none"] or (others and not names):
         return ()
     if "none" in names:
         raise RequestError(f"--laws {','.join(names)}: none stands alone; leave it out, or the others")
