@@ -160,7 +160,7 @@ def main() -> None:
     wrong += total["cases"] - total["outcome pass"]
     told = {
         "what": "sweeps killed at random moments and resumed, every record counted at the end",
-        "command": f"python benchmarks/killing.py --kills {arguments.kills} --seed {arguments.seed}",
+        "command": f"python benchmarks/killing.py --kills {arguments.kills} --seed {arguments.seed} --seeds {arguments.seeds}",
         "date": provenance.now(),
         "seconds": round(time.monotonic() - started),
         "cpu": provenance.cpu_name(),

@@ -20,7 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/gate.md", "docs/sanitizer.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/ci.md",
+    "docs/gate.md",
+    "docs/report.md",
+    "docs/runs.md",
+    "docs/sanitizer.md",
+    "docs/sweep.md",
+)
 BLOCK = re.compile(r"<!-- (run|file): (.+?) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 

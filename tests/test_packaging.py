@@ -133,6 +133,14 @@ def test_wheel_has_the_c_files_of_the_backend(wheel: zipfile.ZipFile) -> None:
     assert files <= set(wheel.namelist())
 
 
+def test_wheel_has_the_templates_of_the_report(wheel: zipfile.ZipFile) -> None:
+    files = {
+        f"effattn/report/templates/{file.name}" for file in (ROOT / "effattn/report/templates").iterdir()
+    }
+    assert files
+    assert files <= set(wheel.namelist())
+
+
 def test_wheel_puts_nothing_beside_effattn(wheel: zipfile.ZipFile) -> None:
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"effattn"}

@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = {
     name: (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", "docs/gate.md", "docs/sanitizer.md")
+    for name in (
+        "README.md",
+        *(f"docs/{page}.md" for page in ("ci", "gate", "report", "runs", "sanitizer", "sweep")),
+    )
 }
 
 
@@ -160,7 +163,7 @@ def test_every_command_and_option_exists(name: str) -> None:
     from effattn.cli import cli
 
     text = re.sub(r"\\\n", " ", DOCUMENTS[name])
-    lines = re.findall(r"(?:^|`|bin/|\$ )effattn ([a-z]+[^`\n]*)", text, re.MULTILINE)
+    lines = re.findall(r"(?:^|^ {4}|`|bin/|\$ )effattn ([a-z]+[^`\n]*)", text, re.MULTILINE)
     assert lines
     for line in lines:
         command, *rest = line.split()
