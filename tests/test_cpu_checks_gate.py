@@ -117,7 +117,9 @@ def test_a_right_kernel_passes_under_all_checks_with_the_numbers_that_it_has_wit
 def test_a_fault_is_found_in_the_worker_process_and_made_small(methods):
     with Isolated(f"{methods}:reads_too_far", checks=("bounds",)) as judge:
         larger = Case(dtype="fp32", batch=2, heads=3, q_len=11, kv_len=7, head_dim=9)
-        result = run_gate(Request(judge=judge, dtypes=("fp32",), profile="smoke"), [Question(larger), Question(CASE)])
+        result = run_gate(
+            Request(judge=judge, dtypes=("fp32",), profile="smoke"), [Question(larger), Question(CASE)]
+        )
     assert result.exit_code == 1
     (failure,) = result.failures
     assert failure.outcome == "faulty"
