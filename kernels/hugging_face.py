@@ -8,8 +8,8 @@ import torch
 
 from effattn.kernels.attention import flash_attention
 
-#: what `attn_implementation` is called
-NAME = "effattn_flash"
+#: what `attn_implementation` is called; transformers takes names with "flash" in them for kernels of its own hub
+NAME = "effattn"
 
 
 def register_with_transformers() -> str:

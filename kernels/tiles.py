@@ -9,8 +9,8 @@ every head_dim up to 256.
 GPU: the tiles and two or three stages of what a loop reads have to fit the 99 to 227 KB of shared memory that one block
 may take, and the fp32 accumulators and scores have to fit 255 registers a thread; both shrink as the head dimension
 grows. fp32 in IEEE precision has no matrix unit to go to: its products run on scalar units out of registers, so its
-tiles are small and shared by 8 warps. `tests/kernels_budget.toml` has what each entry takes on compute capability 80,
-90 and 100; none spills.
+tiles are small and shared by 8 warps. `python -m effattn.kernels.budget` compiles each entry for compute capability 80, 90
+and 100 and says what it takes and which spill.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def backward_tiles(
     if rich or width > 128:
         both = _gpu_tiles(32, 32, num_warps=8 if width > 128 else 4, num_stages=1)
         return both, both
-    if width <= 64:
-        return _gpu_tiles(64, 128, num_warps=8, num_stages=2), _gpu_tiles(128, 64, num_warps=8, num_stages=2)
-    return _gpu_tiles(64, 64, num_warps=8, num_stages=2), _gpu_tiles(64, 64, num_warps=8, num_stages=2)
+    # The keys kernel holds two accumulators; with larger blocks, which Hopper's wgmma would need, it spills.
+    by_keys = _gpu_tiles(32, 32, num_warps=4 if width <= 64 else 8, num_stages=1)
+    return by_keys, _gpu_tiles(128 if width <= 64 else 64, 64, num_warps=8, num_stages=2)
 
 
 def bias_tiles(head_dim: int, v_dim: int, dtype: torch.dtype, device_type: str = "cuda") -> Tiles:
