@@ -17,19 +17,22 @@ Command = Callable[..., tuple[int, str, str]]
 
 METHODS = """
 import os, signal
+import effattn
 import torch
 import torch.nn.functional as F
 
 
+# As in docs/examples/my_attention.py: what a product does with NaN and with other sizes is declared.
+@effattn.method(same_bits=False, nan_safe=False)
 def right(q, k, v, *, causal=False, scale=None):
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1).double() for x in (k, v))
     scores = q.double() @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool)
     if causal:
-        q_len, kv_len = scores.shape[-2:]
-        hidden = torch.ones(q_len, kv_len, dtype=torch.bool).triu(kv_len - q_len + 1)
-        scores = scores.masked_fill(hidden, float("-inf"))
-    return (scores.softmax(-1).nan_to_num() @ v).to(q.dtype)
+        seen = seen.tril(k.shape[2] - q.shape[2])
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).masked_fill(~seen, 0.0)
+    return (weights @ v).to(q.dtype)
 
 
 def raises(q, k, v, *, causal=False, scale=None):
