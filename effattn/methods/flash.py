@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from effattn.methods import arguments
+from effattn.methods import arguments, backward
 from effattn.methods.base import Method, Output, triton_on
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Flash(Method):
-    """`effattn.kernels.flash_forward` with its own block sizes and IEEE products."""
+    """`effattn.kernels.flash_attention` with its own block sizes and IEEE products, and its gradients."""
 
     name = "flash"
     spec = "flash"
@@ -23,15 +23,14 @@ class Flash(Method):
     def numerics(self, case: Case) -> Numerics:
         from effattn.tolerances.numerics import for_dtype
 
-        return for_dtype(case.dtype, "flash")
+        # One program owns a block of keys and all query heads that share it.
+        return for_dtype(case.dtype, "flash").replace(group_sum="acc")
 
     def unsupported(self, case: Case) -> str | None:
         from effattn.kernels.arguments import MAX_HEAD_DIM
 
         if max(case.head_dim, case.v_dim) > MAX_HEAD_DIM:
             return f"the kernel takes head_dim and v_dim up to {MAX_HEAD_DIM}"
-        if case.backward:
-            return "the kernel is that of the forward pass"
         return None
 
     def dropout_mask(self, case: Case, device: torch.device) -> torch.Tensor:
@@ -42,7 +41,13 @@ class Flash(Method):
             return dropout_mask(*sizes, case.dropout, arguments.dropout_seed(case), 0, device)
 
     def __call__(self, case: Case, inputs: Inputs) -> Output:
-        from effattn.kernels.flash_forward import flash_attention_forward
+        from effattn.kernels import flash_attention
+
+        def call(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+            given = arguments.keywords(case, inputs.extras)
+            return cast(
+                "tuple[torch.Tensor, torch.Tensor]", flash_attention(*inputs, **given, return_lse=True)
+            )
 
         with triton_on(inputs.q.device):
-            return Output(*flash_attention_forward(*inputs, **arguments.keywords(case, inputs.extras)))
+            return backward.run(call, case, inputs)
