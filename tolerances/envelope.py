@@ -231,6 +231,7 @@ def _with_options(
                     lse=torch.where(lse > -math.inf, lse, 0.0).cpu().numpy(),
                     fine=True,
                     dropout=options.keep is not None,
+                    sinks=options.sinks is not None,
                 )
             for name, x in result.items():
                 x = x[..., None] if x.ndim == 2 else x
@@ -264,6 +265,7 @@ def _finish(
     lse: Floats,
     fine: bool,
     dropout: bool = False,
+    sinks: bool = False,
 ) -> dict[str, Floats]:
     """Bound and noise from the sums over the keys; q2 is (scale q)^2; `fine` whether scores were judged one by one."""
     acc, p, out, input_ = (numerics.format(name) for name in ("acc", "p", "output", "input"))
@@ -368,7 +370,8 @@ def _finish(
         spared = x.top * x.top * max(0.0, 1.0 - errors.exp / cast)
         if before:
             spared = np.maximum(spared - (1.0 - x.top) ** 2 / cast, 0.0)
-        if numerics.normalise == "any" or dropout:
+        # Where a sink is larger than all scores, P is 1 nowhere.
+        if numerics.normalise == "any" or dropout or sinks:
             spared = np.zeros_like(spared)
         rounded = x.w2_v2 - spared * (x.top_squares if equal else x.top_v * x.top_v)
         if equal:

@@ -85,7 +85,8 @@ def known_errors(
             if isinstance(order, str):
                 p = w if order == "normalised" else s.exp()
             else:
-                p = (s - _maximum(s, *order)).exp_()
+                top = _maximum(s, *order)
+                p = (s - (top if block.sink is None else torch.maximum(top, block.sink))).exp_()
             if before:
                 p = block.weighted(p)
             # Weights that overflow are another matter, and not explained by rounding.
