@@ -328,7 +328,9 @@ def test_errors_in_proportion_are_found() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sink_above_all_scores_leaves_no_weight_exact(dtype: str) -> None:
     """P is 1 at the maximum of the keys only where no sink is larger: one key, whose weight is rounded."""
+    method = UserFunction(zoo.get("whole-matrices").function)
+    method.numerics = lambda case: for_dtype(case.dtype, "flash")  # type: ignore[method-assign]
     for seed in range(6):
         case = Case(heads=4, q_len=33, kv_len=1, head_dim=62, dtype=dtype, sinks=True, seed=seed)
-        verdict = judge(case, zoo.get("whole-matrices").method())
+        verdict = judge(case, method)
         assert verdict.outcome is Outcome.PASS, verdict.message
