@@ -191,8 +191,7 @@ def cli(context: click.Context) -> None:
     "law_names",
     multiple=True,
     metavar="NAME",
-    help="Laws to try, see `effattn laws`: names or families; repeat it or list them with commas; none for none. "
-    "All of them if not given, none where --values or --check is.",
+    help="Laws to try as well, see `effattn laws`: all, or names or families; repeat it or list them with commas.",
 )
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu or cuda.")
 @click.option(
@@ -237,7 +236,7 @@ def gate(
     wanted = _dtypes(dtypes)
     profiles.get(profile)
     chosen_values = tuple(dict.fromkeys(_split(value_names)))
-    chosen_laws = _laws(law_names, others=bool(chosen_values or check_names))
+    chosen_laws = _laws(law_names)
     started = provenance.now()
     if overwrite and out is None:
         raise RequestError("--overwrite replaces the run that --out names; give --out too")
@@ -441,16 +440,14 @@ cli.add_command(cli_sweep.sweep)
 cli.add_command(cli_report.report)
 
 
-def _laws(given: Sequence[str], *, others: bool) -> tuple[str, ...]:
-    """Names of the laws to try: all if none is named, none where `others` is asked for; `none` stands alone."""
+def _laws(given: Sequence[str]) -> tuple[str, ...]:
+    """Names of the laws to try; `all` stands for all of them."""
     from effattn import laws
 
     names = _split(given)
-    if names == ["none"] or (others and not names):
+    if not names:
         return ()
-    if "none" in names:
-        raise RequestError(f"--laws {','.join(names)}: none stands alone; leave it out, or the others")
-    return tuple(law.name for law in laws.choose(names))
+    return tuple(law.name for law in laws.choose(() if names == ["all"] else names))
 
 
 def _announce_capture(value_names: Sequence[str]) -> None:

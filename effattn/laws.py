@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from effattn.properties.law import Law
 
 #: profile -> cases for each law and dtype
-CASES: dict[str, int] = {"smoke": 4, "ci": 16}
+CASES: dict[str, int] = {"brief": 1, "smoke": 4, "ci": 16}
 
 #: the name under which the comparison with exact attention stands among the laws
 ACCURACY = "output_is_within_what_rounding_explains"

@@ -87,15 +87,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def effattn_command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the command line in this process: `code, stdout, stderr = effattn_command("gate", "flash")`.
-
-    A gate tries laws only where a test names some: they take longer than all that these tests are about.
-    """
+    """Run the command line in this process: `code, stdout, stderr = effattn_command("gate", "flash")`."""
     from effattn.cli import main
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
-        if arguments[:1] == ("gate",) and "--laws" not in arguments:
-            arguments = (*arguments, "--laws", "none")
         capfd.readouterr()
         code = main([str(argument) for argument in arguments])
         captured = capfd.readouterr()

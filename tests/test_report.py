@@ -316,7 +316,7 @@ def test_gate_writes_a_report_and_compares(
     before[0] = replace(before[0], outcome=Outcome.CRASHED)
     write(tmp_path / "before", before)
     code, out, err = effattn_command(
-        "gate", "torch", "--dtype", "fp32", "--values", "constant", "--laws", "none", "--out", "now", "--report",
+        "gate", "torch", "--dtype", "fp32", "--values", "constant", "--out", "now", "--report",
         "--against", "before",
     )  # fmt: skip
     assert code == 0, err

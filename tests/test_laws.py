@@ -1,0 +1,288 @@
+"""The laws: what keeps them passes, each finds what breaks it, and what cannot show them says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import effattn
+from effattn import laws, methods
+from effattn.case import DTYPES, Case
+from effattn.errors import RequestError
+from effattn.methods.user import UserFunction
+from effattn.properties import catalogue, law_draws
+from effattn.properties.law import FAMILIES, Law, get
+from effattn.properties.visible import visible
+from effattn.verdict import Outcome
+from effattn.zoo import lawless
+from effattn.zoo.dense import Dense
+
+ALL = list(catalogue.all_laws().values())
+BY_NAME = catalogue.all_laws()
+
+
+def dense(kernel: type[Dense] = Dense, name: str = "dense") -> UserFunction:
+    return UserFunction(lawless.function_of(kernel, name), spec=f"effattn.zoo:{name.replace('-', '_')}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("law", ALL, ids=lambda law: law.name)
+def test_a_right_kernel_keeps_the_law(law: Law, dtype: str) -> None:
+    tried = laws.try_law(law, dense(), dtype=dtype)
+    assert tried.failure is None, laws.explain(tried)
+    assert tried.judged, tried.why_not
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("law", ALL, ids=lambda law: law.name)
+def test_flash_keeps_the_law(law: Law, dtype: str) -> None:
+    tried = laws.try_law(law, methods.get("flash"), dtype=dtype, profile="brief")
+    assert tried.failure is None, laws.explain(tried)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("law", ALL, ids=lambda law: law.name)
+def test_torch_keeps_the_law(law: Law, dtype: str) -> None:
+    tried = laws.try_law(law, methods.get("torch"), dtype=dtype, profile="brief")
+    assert tried.failure is None, laws.explain(tried)
+
+
+@pytest.mark.parametrize("name", lawless.LAWLESS)
+def test_a_kernel_that_breaks_a_law_is_found_by_it(name: str) -> None:
+    kernel = lawless.LAWLESS[name]
+    law = get(lawless.BROKEN_LAW[name])
+    for dtype in ("fp16", "fp32"):
+        tried = laws.try_law(law, dense(kernel, name), dtype=dtype)
+        if tried.failure is not None:
+            assert tried.failure.outcome in (Outcome.LAW_BROKEN, Outcome.WRONG_SHAPE)
+            assert law.sentence in laws.explain(tried) or tried.failure.outcome == Outcome.WRONG_SHAPE
+            return
+    pytest.fail(f"{law.name} does not find {name}")
+
+
+@pytest.mark.parametrize("law", ALL, ids=lambda law: law.name)
+def test_laws_are_sentences_with_a_statement_in_a_family(law: Law) -> None:
+    assert law.family in FAMILIES
+    assert len(law.statement) > 40
+    assert law.statement.endswith(".") or law.statement.endswith(")")
+
+
+@pytest.mark.parametrize("law", ALL, ids=lambda law: law.name)
+def test_cases_of_a_law_are_drawn_the_same_and_are_what_it_speaks_of(law: Law) -> None:
+    for dtype in ("fp16", "bf16"):
+        cases = laws.cases_of(law, "smoke", dtype)
+        assert cases == laws.cases_of(law, "smoke", dtype)
+        assert len(cases) >= 2
+        assert all(law.holds(case) and case.dtype == dtype for case in cases)
+
+
+def test_every_option_is_drawn_by_the_laws_in_smoke() -> None:
+    reached = {
+        option
+        for law in ALL
+        for case in laws.cases_of(law, "smoke", "fp16")
+        for option in law_draws.ALL_OPTIONS
+        if getattr(case, option) not in (None, "none", False)
+    }
+    assert reached == set(law_draws.ALL_OPTIONS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_mask_of_the_laws_is_that_of_the_reference(dtype: str) -> None:
+    from effattn.exact import Options
+    from effattn.exact.scores import score_blocks
+
+    compared = 0
+    for law in ALL:
+        for case in laws.cases_of(law, "smoke", dtype)[:2]:
+            inputs = case.tensors()
+            seen = visible(case, inputs).flatten(0, 1)
+            wide = [x.double() for x in inputs]
+            for block in score_blocks(*wide, Options.of(case, inputs)):
+                assert bool((block.visible == seen[block.pairs, block.queries]).all()), case
+                compared += 1
+    assert compared > 50
+
+
+def test_an_unknown_law_is_answered_with_those_like_it() -> None:
+    with pytest.raises(RequestError, match=r"did you mean .*future_keys_have_no_influence"):
+        get("future_keys_have_influence")
+
+
+# -- for third parties ---------------------------------------------------------------------------------------------
+
+PLAIN = """
+import torch
+
+def attention(q, k, v, *, causal=False, scale=None):
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1).float() for x in (k, v))
+    scores = q.float() @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        q_len, kv_len = scores.shape[-2:]
+        hidden = torch.ones(q_len, kv_len, dtype=torch.bool).triu(kv_len - q_len + 1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    weights = scores.softmax(dim=-1).nan_to_num()
+    return (weights @ v).to(q.dtype)
+"""
+
+
+def _function(text: str, name: str = "attention") -> Callable[..., Any]:
+    space: dict[str, Any] = {"__name__": "tests.made"}
+    exec(text, space)
+    return space[name]
+
+
+def test_check_judges_a_function_and_counts() -> None:
+    function = lawless.function_of(Dense, "dense")
+    judged = effattn.check(function, laws=["one_key_returns_its_value"], dtypes=["fp32"], accuracy=False)
+    assert judged == {"one_key_returns_its_value": 4}
+
+
+def test_check_raises_with_the_law_where_got_expected_and_the_lines_that_repeat_it() -> None:
+    function = lawless.function_of(lawless.LAWLESS["empty-rows-nan"], "empty-rows-nan")
+    with pytest.raises(AssertionError) as caught:
+        effattn.check(function, laws=["a_row_that_sees_no_key_is_zero"], dtypes=["fp16"], accuracy=False)
+    text = str(caught.value)
+    assert "a row that sees no key is zero" in text
+    assert "out[0, 0, 0, 0] is nan; expected 0.0" in text
+    assert "effattn replay" in text
+    assert "--law a_row_that_sees_no_key_is_zero" in text
+
+
+def test_check_refuses_a_request_of_which_nothing_was_judged() -> None:
+    with pytest.raises(RequestError, match="nothing was judged"):
+        effattn.check(_function(PLAIN), laws=["alibi_is_its_bias"], dtypes=["fp16"], accuracy=False)
+
+
+def test_a_difference_in_bits_that_is_rounding_says_what_to_declare() -> None:
+    function = lawless.function_of(lawless.LAWLESS["a-split-by-the-batch"], "a-split-by-the-batch")
+    names = ["a_row_does_not_depend_on_its_neighbours_in_the_batch"]
+    with pytest.raises(AssertionError, match=r"all of them are within rounding.*same_bits=False"):
+        effattn.check(function, laws=names, dtypes=["fp32"], accuracy=False)
+    declared = effattn.method(same_bits=False)(function)
+    assert effattn.check(declared, laws=names, dtypes=["fp32"], accuracy=False)
+
+
+TEST_FILE = """
+import effattn
+from kernel import attention
+
+@effattn.parametrize_with_laws(attention, laws={laws!r}, dtypes=["fp16"], accuracy=False, expected={expected!r})
+def test_attention(check):
+    check()
+"""
+
+
+def _run(
+    pytester: pytest.Pytester, kernel: str, *, names: list[str], expected: str | None = None
+) -> pytest.RunResult:
+    pytester.makepyfile(kernel=kernel, test_kernel=TEST_FILE.format(laws=names, expected=expected))
+    pytester.syspathinsert()
+    return pytester.runpytest_subprocess("-q", "--junitxml=out.xml", "-p", "no:cacheprovider")
+
+
+def test_a_test_of_five_lines_gets_the_suite(pytester: pytest.Pytester) -> None:
+    result = _run(pytester, PLAIN, names=["values", "alibi_is_its_bias"])
+    outcome = result.parseoutcomes()
+    assert outcome.get("failed", 0) == 0
+    assert outcome["passed"] >= 8
+    assert outcome["skipped"] >= 1
+    result.stdout.fnmatch_lines(["*effattn: laws*", "*attention fp16: * laws judged on * cases, 0 broken;*"])
+    result.stdout.fnmatch_lines(["*judged nothing: *alibi_is_its_bias*"])
+    xml = (pytester.path / "out.xml").read_text()
+    assert 'name="effattn_law" value="one_key_returns_its_value"' in xml
+
+
+def test_a_broken_law_fails_its_test_and_no_other(pytester: pytest.Pytester) -> None:
+    wrong = PLAIN.replace("(weights @ v)", "(weights @ v).abs()")
+    result = _run(
+        pytester,
+        wrong,
+        names=["negated_values_negate_the_output", "one_hot_values_show_weights_that_sum_to_one"],
+    )
+    result.assert_outcomes(failed=1, passed=1)
+    result.stdout.fnmatch_lines(["*law broken: negated values negate the output*"])
+
+
+def test_expected_failures_have_reasons_and_must_happen(pytester: pytest.Pytester) -> None:
+    wrong = PLAIN.replace("(weights @ v)", "(weights @ v).abs()")
+    names = ["negated_values_negate_the_output", "one_hot_values_show_weights_that_sum_to_one"]
+    path = pytester.path / "expected.toml"
+    path.write_text('[[expected]]\nlaw = "negated_values_negate_the_output"\nreason = "takes the size"\n')
+    result = _run(pytester, wrong, names=names, expected=str(path))
+    result.assert_outcomes(passed=1, xfailed=1)
+    result = _run(pytester, PLAIN, names=names, expected=str(path))
+    result.assert_outcomes(passed=1, failed=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[[expected]]\nlaw = "no_such_law"\nreason = "x"\n', "unknown law"),
+        ('[[expected]]\nlaw = "alibi_is_its_bias"\n', "expected law, reason"),
+        ('[[expected]]\nlaw = "alibi_is_its_bias"\nreason = " "\n', "has no reason"),
+        ('[[expected]]\nlaw = "alibi_is_its_bias"\nreason = "x"\ndtype = "bf16"\n', "matches no test"),
+        ("[[expected", "Expected TOML"),
+        ("[other]\n", "expected \\[\\[expected\\]\\] entries only"),
+    ],
+)
+def test_wrong_files_of_expected_failures_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "expected.toml"
+    path.write_text(text)
+    with pytest.raises(RequestError, match=message):
+        effattn.parametrize_with_laws(len, laws=["alibi_is_its_bias"], dtypes=["fp16"], expected=path)
+
+
+def test_the_suite_runs_without_a_test_file(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(kernel=PLAIN)
+    result = pytester.runpytest_subprocess(
+        "--pyargs", "effattn.suite", "--effattn-method", "kernel.py:attention", "--effattn-dtype", "fp32", "-q",
+        "-k", "one_key or sees_no_key", "-p", "no:cacheprovider",
+    )  # fmt: skip
+    result.assert_outcomes(passed=2, deselected=result.parseoutcomes()["deselected"])
+    result = pytester.runpytest_subprocess("--pyargs", "effattn.suite", "-q", "-p", "no:cacheprovider")
+    result.stderr.fnmatch_lines(["*which method?*"])
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_laws_are_listed_and_explained(effattn_command: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = effattn_command("laws")
+    assert code == 0
+    assert all(law.name in out for law in ALL)
+    code, out, _ = effattn_command("laws", "one_key_returns_its_value")
+    assert code == 0
+    assert "exp(0) / exp(0) = 1" in out
+    code, _, err = effattn_command("laws", "one_key")
+    assert code == 2
+    assert "one_key_returns_its_value" in err
+
+
+def test_the_gate_tries_laws_and_a_broken_one_fails_it(
+    effattn_command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    arguments = ("--dtype", "fp16", "--laws", "a_row_that_sees_no_key_is_zero")
+    code, out, _ = effattn_command(
+        "gate", "effattn.zoo:empty_rows_nan", *arguments, "--out", tmp_path / "run"
+    )
+    assert code == 1
+    assert "law broken, a row that sees no key is zero," in " ".join(out.split())
+    assert "--law a_row_that_sees_no_key_is_zero" in out
+    assert "laws fp16: 0 of 1 hold" in out
+
+
+def test_replay_tries_a_law(effattn_command: Callable[..., tuple[int, str, str]]) -> None:
+    law = get("a_row_that_sees_no_key_is_zero")
+    case = Case(q_len=5, kv_len=2, head_dim=16, dtype="fp16", causal="bottom-right")
+    code, out, _ = effattn_command("replay", case.to_json(), "effattn.zoo:empty_rows_nan", "--law", law.name)
+    assert code == 1
+    assert "law broken" in out
+    code, out, _ = effattn_command("replay", case.to_json(), "effattn.zoo:empty_rows_mean", "--law", law.name)
+    assert code == 1
+    code, out, _ = effattn_command("replay", case.to_json(), "flash", "--law", law.name)
+    assert code == 0
