@@ -77,8 +77,8 @@ def pytest_configure(config: pytest.Config) -> None:
     global _settings
     _settings = Settings(
         method=config.getoption("--effattn-method"),
-        profile=config.getoption("--effattn-profile"),
-        device=config.getoption("--effattn-device"),
+        profile=str(config.getoption("--effattn-profile")),
+        device=str(config.getoption("--effattn-device")),
     )
     _tried.clear()
     for dtype in DTYPES:

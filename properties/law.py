@@ -269,8 +269,8 @@ def get(name: str) -> Law:
     from effattn.properties import catalogue
 
     laws = catalogue.all_laws()
-    if name in laws:
-        return laws[name]
+    if name in LAWS:
+        return LAWS[name]
     close = get_close_matches(name, laws, n=3)
     hint = f"; did you mean {', '.join(close)}?" if close else ""
     raise RequestError(f"unknown law {name!r}: `effattn laws` lists them{hint}")

@@ -246,7 +246,7 @@ def the_output_is_additive_in_the_values(it: Trial) -> None:
     w = v.flip(2)
     three = [_with(inputs, v=x) for x in (v, w, v + w)]
     outs = [it(x).out.double() for x in three]
-    allowed = sum(it.bounds(x)["out"] for x in three)
+    allowed = torch.stack([it.bounds(x)["out"] for x in three]).sum(0)
     it.close("out", outs[2], outs[0] + outs[1], allowed, "V is the sum of two, and so is the output")
 
 

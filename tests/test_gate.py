@@ -25,8 +25,11 @@ Command = Callable[..., tuple[int, str, str]]
 WRONG = {specimen.name: specimen for specimen in zoo.specimens(right=False)}
 #: Cases that must expose a wrong kernel. Some are wrong in one regime only, of which smoke has two cases.
 EXPOSED = 2
-#: Too slight for the few cases of smoke: a factor whose rounding shows only where several tiles weigh alike.
-ONLY_CI = {"decay-in-input-dtype"}
+#: Too slight for the few cases of smoke: a factor whose rounding shows only where several tiles weigh alike, and half a
+#: percent of a gradient in bf16, whose unit roundoff is nearly as large.
+ONLY_CI = {"decay-in-input-dtype", "dk-times-1-005"}
+#: Wrong for a pair of options, or for long sums, of which smoke has one case.
+ONE_IN_SMOKE = {"alibi-from-the-first-key", "dbias-of-one-entry", "key-sums-in-input-dtype"}
 
 
 def request(method: str, **fields: object) -> Request:
@@ -37,13 +40,14 @@ def request(method: str, **fields: object) -> Request:
 def test_profile_exposes_every_wrong_kernel(name: str, dtype: str) -> None:
     specimen = WRONG[name]
     profile = "ci" if name in ONLY_CI else "smoke"
+    enough = 1 if name in ONE_IN_SMOKE else EXPOSED
     exposed = 0
     for case in profiles.cases(profile, dtype=dtype):
-        if (specimen.shows(case) or profile == "ci") and summary.failed(
+        if (specimen.shows(case) or name == "decay-in-input-dtype") and summary.failed(
             judge(case, specimen.method()).outcome
         ):
             exposed += 1
-            if exposed == EXPOSED:
+            if exposed == enough:
                 return
     pytest.fail(f"{name} ({specimen.what}) was exposed by {exposed} cases of {profile} in {dtype}")
 

@@ -66,7 +66,7 @@ def test_a_kernel_that_breaks_a_law_is_found_by_it(name: str) -> None:
 @pytest.mark.parametrize("law", ALL, ids=lambda law: law.name)
 def test_laws_are_sentences_with_a_statement_in_a_family(law: Law) -> None:
     assert law.family in FAMILIES
-    assert len(law.statement) > 40
+    assert len(law.statement) > 25
     assert law.statement.endswith(".") or law.statement.endswith(")")
 
 
@@ -241,7 +241,7 @@ def test_the_suite_runs_without_a_test_file(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(kernel=PLAIN)
     result = pytester.runpytest_subprocess(
         "--pyargs", "effattn.suite", "--effattn-method", "kernel.py:attention", "--effattn-dtype", "fp32", "-q",
-        "-k", "one_key or sees_no_key", "-p", "no:cacheprovider",
+        "-k", "one_key or dominant_key", "-p", "no:cacheprovider",
     )  # fmt: skip
     result.assert_outcomes(passed=2, deselected=result.parseoutcomes()["deselected"])
     result = pytester.runpytest_subprocess("--pyargs", "effattn.suite", "-q", "-p", "no:cacheprovider")
@@ -257,7 +257,7 @@ def test_laws_are_listed_and_explained(effattn_command: Callable[..., tuple[int,
     assert all(law.name in out for law in ALL)
     code, out, _ = effattn_command("laws", "one_key_returns_its_value")
     assert code == 0
-    assert "exp(0) / exp(0) = 1" in out
+    assert "exp(0) / exp(0) = 1" in " ".join(out.split())
     code, _, err = effattn_command("laws", "one_key")
     assert code == 2
     assert "one_key_returns_its_value" in err

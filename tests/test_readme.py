@@ -147,7 +147,7 @@ def test_listings_are_the_files(transcripts: ModuleType, name: str) -> None:
 
 def test_example_is_short_and_complete() -> None:
     lines = (ROOT / "docs" / "examples" / "my_attention.py").read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 16
+    assert len(lines) <= 20
     assert lines[0] == "import torch"
 
 

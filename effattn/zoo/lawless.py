@@ -568,7 +568,8 @@ class Offsets32(Dense):
     def read(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return q, *(x[:1].expand_as(x) if x.stride(0) >= 2**31 else x for x in (k, v))
+        k, v = (x[:1].expand_as(x) if x.stride(0) >= 2**31 else x for x in (k, v))
+        return q, k, v
 
 
 @lawless("seeds-torch")
