@@ -248,7 +248,7 @@ def expected_failures(path: str | Path) -> list[Expected]:
         [[expected]]
         law = "the_same_call_twice_gives_the_same_bits"
         dtype = "bf16"          # left out: every dtype
-        reason = "atomics in the backward pass, see issue 12"
+        reason = "atomics in the backward pass"
 
     Raises:
         RequestError: no such file, not TOML, unknown keys or laws, or an entry without a reason.
