@@ -123,6 +123,8 @@ def gradients_scale_with_the_upstream_gradient(it: Trial) -> None:
 @law("gradients", draw=_cases(), holds=_backward, gradients=True)
 def the_gradient_of_v_is_linear_in_the_upstream_gradient(it: Trial) -> None:
     """dV = P^T dO: for the sum of two upstream gradients it is the sum of theirs."""
+    import torch
+
     inputs = _only_d_out(it.inputs())
     d_out = inputs.extras.d_out
     assert d_out is not None

@@ -241,6 +241,8 @@ def a_vector_added_to_every_key_changes_nothing(it: Trial) -> None:
 @law("values", draw=cases(layouts=("bhsd", "bshd+pad")), holds=lambda case: case.kv_len > 0)
 def the_output_is_additive_in_the_values(it: Trial) -> None:
     """attention(V + W) = attention(V) + attention(W): the weights do not know V."""
+    import torch
+
     inputs = it.inputs()
     v = _grid(inputs.v, 0.125, 2.0)
     w = v.flip(2)
