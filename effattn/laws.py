@@ -39,7 +39,7 @@ def judge_law(law: Law, case: Case, method: Method, *, device: str = "cpu") -> V
     or dtype. RequestError where the environment is wrong, as for `effattn.judge.judge`.
     """
     from effattn import judge as judging
-    from effattn.properties.law import Broken, SetAside, check
+    from effattn.properties.law import Broken, Raised, SetAside, check
 
     def verdict(outcome: Outcome, message: str) -> Verdict:
         return Verdict(
@@ -63,10 +63,8 @@ def judge_law(law: Law, case: Case, method: Method, *, device: str = "cpu") -> V
         return verdict(Outcome.NOT_SUPPORTED, f"not supported: {error or type(error).__name__}")
     except WrongReturn as error:
         return verdict(Outcome.WRONG_SHAPE, str(error))
-    except RequestError:
-        raise
-    except (Exception, SystemExit) as error:
-        return verdict(Outcome.CRASHED, judging.crash(error))
+    except Raised as error:
+        return verdict(Outcome.CRASHED, judging.crash(error.__cause__ or error))
     return verdict(Outcome.PASS, f"{law.sentence}: holds")
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from effattn.errors import RequestError
+from effattn.errors import NotSupported, RequestError, WrongReturn
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,10 @@ FAMILIES: dict[str, str] = {
 
 class Broken(Exception):
     """The law does not hold; the text says where, what came and what was expected."""
+
+
+class Raised(Exception):
+    """The method raised; the cause is what it raised. Whatever else leaves a law is a fault of the law."""
 
 
 class SetAside(Exception):
@@ -128,11 +132,20 @@ class Trial:
         reason = self.method.unsupported(case)
         if reason is not None:
             raise SetAside(f"not supported: {reason}")
-        output = self.method(case, twin(inputs))
+        output = self.on(twin(inputs), case)
         wrong = _wrong_form(case, output)
         if wrong is not None:
             raise Broken(wrong)
         return output
+
+    def on(self, inputs: Inputs, case: Case | None = None) -> Output:
+        """The method on these very tensors; `Raised` where it raises what is no answer."""
+        try:
+            return self.method(self.case if case is None else case, inputs)
+        except (NotSupported, NotImplementedError, WrongReturn, RequestError):
+            raise
+        except (Exception, SystemExit) as error:
+            raise Raised(str(error)) from error
 
     @property
     def same_bits(self) -> bool:
@@ -251,7 +264,7 @@ def twin(inputs: Inputs) -> Inputs:
 def check(law: Law, case: Case, method: Method, *, device: str = "cpu") -> Trial:
     """Tries the law on the case.
 
-    Raises `Broken`, `SetAside`, and whatever the method raises.
+    Raises `Broken`, `SetAside`, `Raised` where the method raised, and what says that the method does not offer the case.
     """
     if not law.holds(case):
         raise SetAside("the law does not speak of this case")
@@ -271,7 +284,7 @@ def get(name: str) -> Law:
     laws = catalogue.all_laws()
     if name in LAWS:
         return LAWS[name]
-    close = get_close_matches(name, laws, n=3)
+    close = [known for known in laws if name in known][:3] or get_close_matches(name, laws, n=3)
     hint = f"; did you mean {', '.join(close)}?" if close else ""
     raise RequestError(f"unknown law {name!r}: `effattn laws` lists them{hint}")
 

@@ -103,6 +103,8 @@ def keys_outside_the_window_have_no_influence(it: Trial) -> None:
 def masked_keys_have_no_influence(it: Trial) -> None:
     """K and V at keys that a row's mask hides never change it, whatever they hold."""
     inputs = it.inputs()
+    if not it.case.q_len:
+        return
     seen = visible(it.case, inputs)
     # Keys that the first row of the middle does not see, and keys that nobody sees.
     row = it.case.q_len // 2

@@ -78,7 +78,7 @@ def inputs_and_what_surrounds_them_are_not_written(it: Trial) -> None:
     inputs = it.inputs()
     before = {name: _bytes(x).clone() for name, x in _tensors(inputs).items()}
     versions = {name: x._version for name, x in _tensors(inputs).items()}
-    it.method(case, inputs)
+    it.on(inputs)
     for name, x in _tensors(inputs).items():
         it.true(
             torch.equal(_bytes(x), before[name]) and x._version == versions[name],
@@ -94,7 +94,7 @@ def outputs_lie_in_memory_of_their_own(it: Trial) -> None:
     if reason is not None:
         raise SetAside(f"not supported: {reason}")
     inputs = it.inputs()
-    output = it.method(case, inputs)
+    output = it.on(inputs)
     made = dict(parts(output))
     held = {x.untyped_storage().data_ptr(): name for name, x in _tensors(inputs).items() if x.numel()}
     for name, x in made.items():
@@ -106,7 +106,7 @@ def outputs_lie_in_memory_of_their_own(it: Trial) -> None:
         shared = a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
         it.true(not shared or not _overlap(a, b), "out and lse lie in the same memory")
     kept = {name: x.clone() for name, x in made.items()}
-    it.method(case, replace(case, seed=case.seed + 1).tensors(it.device))
+    it.on(replace(case, seed=case.seed + 1).tensors(it.device))
     for name, x in made.items():
         it.same(name, x, kept[name], "a later call changed the output of an earlier one")
 
@@ -217,7 +217,7 @@ def offsets_beyond_two_to_the_31_are_right(it: Trial) -> None:
     reason = it.method.unsupported(it.case)
     if reason is not None:
         raise SetAside(f"not supported: {reason}")
-    other = it.method(it.case, far)
+    other = it.on(far)
     for (name, got), (_, want) in zip(parts(other), parts(one), strict=True):
         it.same(
             name, got, want, f"the entries of K and V lie {_FAR} elements apart",

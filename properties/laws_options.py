@@ -238,6 +238,8 @@ def lengths_are_their_boolean_mask(it: Trial) -> None:
 
 def _as_mask(it: Trial, case: Case, why: str) -> None:
     inputs = it.inputs()
+    if not it.case.q_len or not it.case.kv_len:
+        return
     mask = visible(it.case, inputs)
     for axis, letter in enumerate("bhqk"):
         if letter not in case.mask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,29 @@ def test_the_mask_of_the_laws_is_that_of_the_reference(dtype: str) -> None:
                 assert bool((block.visible == seen[block.pairs, block.queries]).all()), case
                 compared += 1
     assert compared > 50
+
+
+def test_what_a_method_raises_is_its_crash_and_what_a_law_raises_is_not() -> None:
+    def raising(q, k, v, *, causal=False, scale=None):
+        raise ZeroDivisionError("by the kernel")
+
+    case = Case(q_len=5, kv_len=9, head_dim=16, dtype="fp16")
+    for name in ("columns_of_v_do_not_mix", "outputs_lie_in_memory_of_their_own"):
+        verdict = laws.judge_law(get(name), case, UserFunction(raising))
+        assert verdict.outcome == Outcome.CRASHED
+        assert "ZeroDivisionError: by the kernel" in verdict.message
+    broken = dataclasses.replace(get("columns_of_v_do_not_mix"), check=lambda it: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        laws.judge_law(broken, case, dense())
+
+
+@pytest.mark.parametrize("law", ALL, ids=lambda law: law.name)
+def test_a_law_takes_the_empty_cases_that_shrinking_makes(law: Law) -> None:
+    for case in laws.cases_of(law, "smoke", "fp16")[:2]:
+        for changes in ({"q_len": 0}, {"kv_len": 0}, {"q_len": 0, "kv_len": 0}, {"q_len": 1, "kv_len": 1}):
+            smaller = dataclasses.replace(case, **changes)
+            verdict = laws.judge_law(law, smaller, dense())
+            assert not laws.failed(verdict), verdict.message
 
 
 def test_an_unknown_law_is_answered_with_those_like_it() -> None:
@@ -245,7 +269,7 @@ def test_the_suite_runs_without_a_test_file(pytester: pytest.Pytester) -> None:
     )  # fmt: skip
     result.assert_outcomes(passed=2, deselected=result.parseoutcomes()["deselected"])
     result = pytester.runpytest_subprocess("--pyargs", "effattn.suite", "-q", "-p", "no:cacheprovider")
-    result.stderr.fnmatch_lines(["*which method?*"])
+    result.stdout.fnmatch_lines(["*which method?*"])
 
 
 # -- the command line ------------------------------------------------------------------------------------------------
