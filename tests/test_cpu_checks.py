@@ -6,9 +6,11 @@ One file, longer than others: the kernels of one instrument are the right ones o
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import inspect
 import mmap
 import re
+import textwrap
 
 import pytest
 import torch
@@ -45,6 +47,29 @@ def only(report: Report) -> Finding:
 
 
 # -------------------------------------------------------------------------------------------------- bounds
+
+
+def test_a_kernel_from_the_cache_is_reported_where_it_lies_now(tmp_path):
+    text = textwrap.dedent(
+        """
+        import triton
+        import triton.language as tl
+
+        @triton.jit
+        def beyond(x_ptr):
+            tl.store(x_ptr + 5, 1.0)
+        """
+    )
+    for place in ("first", "second"):
+        (tmp_path / place).mkdir()
+        path = tmp_path / place / "moved_kernel.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location(f"moved_kernel_{place}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        with cpu.checks("bounds", raise_=False) as report:
+            module.beyond[(1,)](torch.zeros(3))
+        assert only(report).file == str(path)
 
 
 @pytest.mark.parametrize(("shift", "program", "offset"), [(1, (7, 0, 0), 1000), (-1, (0, 0, 0), -1)])

@@ -9,6 +9,7 @@ import struct
 import tempfile
 import threading
 import time
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -227,6 +228,22 @@ def take_notes() -> list[str]:
     return taken
 
 
+def _files(src: Any) -> list[str]:
+    """The files that the functions of a kernel are in now: its own, and those of what its module takes from others."""
+    function = getattr(getattr(src, "fn", None), "fn", None)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return []  # from text, not from a function
+    files = [code.co_filename]
+    for other in list(function.__globals__.values()):
+        inner = getattr(getattr(other, "fn", None), "__code__", None)
+        if inner is not None:
+            files.append(inner.co_filename)
+        elif isinstance(other, types.ModuleType) and getattr(other, "__file__", None):
+            files.append(str(other.__file__))
+    return files
+
+
 class Launcher:
     """Launches one compiled kernel. Built by Triton for each specialisation."""
 
@@ -252,7 +269,10 @@ class Launcher:
         #: of an instrumented kernel: its table of sites, and what was passed for each slot; None for any other
         self.probes: tuple[dict[str, Any], Callable[..., list[Any]]] | None = None
         if metadata.cpu_probes is not None:
-            self.probes = metadata.cpu_probes, _objects(list(src.signature.items()))
+            from effattn.cpu import probes
+
+            table = probes.moved(metadata.cpu_probes, _files(src))
+            self.probes = table, _objects(list(src.signature.items()))
 
     def __call__(
         self,

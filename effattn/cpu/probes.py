@@ -10,7 +10,8 @@ an access that leaves one tensor and lands in another is found too. An address t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,17 @@ class Site:
 
     def row(self) -> list[Any]:
         return [self.kind, self.file, self.line, self.base, self.size, self.flags, self.what]
+
+
+def moved(table: dict[str, Any], files: Sequence[str]) -> dict[str, Any]:
+    """The table with the files where they are now: a kernel from the cache names those that it was compiled from."""
+    now = {os.path.basename(file): file for file in reversed(files)}
+    sites = [[kind, now.get(os.path.basename(file), file), *rest] for kind, file, *rest in table["sites"]]
+    places = {
+        name: [[now.get(os.path.basename(file), file), line] for file, line in table[name]]
+        for name in ("undefined", "float_atomics")
+    }
+    return {**table, "sites": sites, **places}
 
 
 class Probes:
