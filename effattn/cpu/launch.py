@@ -230,7 +230,7 @@ def take_notes() -> list[str]:
 
 def _files(src: Any) -> list[str]:
     """The files that the functions of a kernel are in now: its own, and those of what its module takes from others."""
-    function = getattr(getattr(src, "fn", None), "fn", None)
+    function: Any = getattr(getattr(src, "fn", None), "fn", None)
     code = getattr(function, "__code__", None)
     if code is None:
         return []  # from text, not from a function
