@@ -1,9 +1,8 @@
 """Which law finds which wrong kernel: every kernel of `effattn.zoo.lawless` against every law.
 
-    python benchmarks/power.py --profile smoke --out docs/measurements/power.json
-    python docs/update_tables.py
+    python benchmarks/power.py --profile smoke --out power.json
 
-writes the table of docs/laws.md. With `--profile ci` the same on four times as many cases.
+With `--profile ci` the same on four times as many cases.
 """
 
 from __future__ import annotations

@@ -61,5 +61,6 @@ def inputs(
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(batch, heads, length, head_dim, generator=generator) for _ in range(3))
-    return tuple(x.to(torch_dtype(dtype)) for x in (q, k, v))  # type: ignore[return-value]
+    drawn = (torch.randn(batch, heads, length, head_dim, generator=generator) for _ in range(3))
+    q, k, v = (x.to(torch_dtype(dtype)) for x in drawn)
+    return q, k, v

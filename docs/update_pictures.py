@@ -24,7 +24,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         method = f"{ROOT / 'docs/examples/my_attention_rounded.py'}:attention"
-        if effattn(["gate", method, "--laws", "none", "--out", str(folder / "run"), "--report"]) != 1:
+        if effattn(["gate", method, "--out", str(folder / "run"), "--report"]) != 1:
             sys.exit("the example was expected to fail")
         with browser.Page(folder / "profile", width=1200, height=1500) as page:
             page.size(1200, 1500)

@@ -312,6 +312,7 @@ class Check:
         if tried.failure is not None:
             raise AssertionError(explain(tried))
         if not tried.judged:
+            # Not a pass: nothing was compared. The summary at the end of the run names the law again.
             pytest.skip(f"not judged: {tried.why_not}")
 
 
@@ -356,6 +357,7 @@ def parametrize_with_laws(
             for entry in known:
                 if entry.law == name and entry.dtype in ("*", dtype):
                     matched.add(entry)
+                    # The file's reason; strict, so that a law that holds again is told.
                     marks.append(pytest.mark.xfail(reason=entry.reason, strict=True, raises=AssertionError))
             one = Check(name, method, dtype, profile, device)
             parameters.append(pytest.param(one, id=f"{name}-{dtype}", marks=marks))

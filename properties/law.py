@@ -261,6 +261,12 @@ def twin(inputs: Inputs) -> Inputs:
     return type(inputs)(*(copy(x) for x in inputs), extras=extras)
 
 
+def with_tensors(inputs: Inputs, **tensors: torch.Tensor) -> Inputs:
+    """The inputs with q, k or v replaced."""
+    replaced = (tensors.get(name, x) for name, x in zip("qkv", inputs, strict=True))
+    return type(inputs)(*replaced, extras=inputs.extras)
+
+
 def check(law: Law, case: Case, method: Method, *, device: str = "cpu") -> Trial:
     """Tries the law on the case.
 

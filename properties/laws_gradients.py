@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from effattn.properties.law import SetAside, Trial, law
+from effattn.properties.law import SetAside, Trial, law, with_tensors
 from effattn.properties.law_draws import Drawing, cases
 from effattn.properties.laws_structure import _one, select
 from effattn.properties.visible import visible
@@ -44,12 +44,6 @@ def _cases(
 
 def _backward(case: Case) -> bool:
     return case.backward and case.q_len > 0 and case.kv_len > 0
-
-
-def _with(inputs: Inputs, **tensors: torch.Tensor) -> Inputs:
-    return type(inputs)(
-        *(tensors.get(name, x) for name, x in zip("qkv", inputs, strict=True)), extras=inputs.extras
-    )
 
 
 def _upstream(inputs: Inputs, d_out: torch.Tensor, d_lse: torch.Tensor | None = None) -> Inputs:
@@ -222,7 +216,7 @@ def gradients_are_derivatives_of_the_output(it: Trial) -> None:
     wide = type(inputs)(*(x.double() for x in inputs), extras=inputs.extras)
 
     def loss(name: str, move: torch.Tensor) -> torch.Tensor:
-        moved = _with(wide, **{name: getattr(wide, name) + move})
+        moved = with_tensors(wide, **{name: getattr(wide, name) + move})
         return (d_out.double() * exact(it.case, moved)["out"]).sum()
 
     for name in "qkv":
@@ -314,7 +308,7 @@ def future_keys_do_not_reach_dq(it: Trial) -> None:
     if bool(sees.all()):
         return
     k, v = (x.masked_fill(keys[None, None, :, None], it.garbage()) for x in (inputs.k, inputs.v))
-    one, other = _grads(it(inputs))["dq"], _grads(it(_with(inputs, k=k, v=v)))["dq"]
+    one, other = _grads(it(inputs))["dq"], _grads(it(with_tensors(inputs, k=k, v=v)))["dq"]
     got, want = (torch.where(sees.unsqueeze(-1), 0.0, x.double()) for x in (other, one))
     it.same(
         "dq",
@@ -344,7 +338,7 @@ def padding_does_not_reach_the_gradients(it: Trial) -> None:
     if extras.q_lengths is not None:
         rows = (torch.arange(it.case.q_len, device=it.device) >= extras.q_lengths[:, None])[:, None, :, None]
         dirty["q"] = inputs.q.masked_fill(rows, it.garbage())
-    one, other = _grads(it(inputs)), _grads(it(_with(inputs, **dirty)))
+    one, other = _grads(it(inputs)), _grads(it(with_tensors(inputs, **dirty)))
     for name in _QKV:
         it.same(
             name,
@@ -366,7 +360,7 @@ def gradients_of_shared_keys_are_summed_over_the_group(it: Trial) -> None:
     case, inputs = it.case, _only_d_out(it.inputs())
     group = case.heads // case.kv_heads
     k, v = (x.repeat_interleave(group, dim=1) for x in (inputs.k, inputs.v))
-    wide, apart = _with(inputs, k=k, v=v), replace(case, kv_heads=case.heads)
+    wide, apart = with_tensors(inputs, k=k, v=v), replace(case, kv_heads=case.heads)
     one, other = _grads(it(inputs)), _grads(it(wide, apart))
     first, second = it.bounds(inputs), it.bounds(wide, apart)
     for name in ("dk", "dv"):

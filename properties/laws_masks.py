@@ -7,23 +7,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from effattn.properties.law import Trial, law, parts
+from effattn.properties.law import Trial, law, parts, with_tensors
 from effattn.properties.law_draws import cases
 from effattn.properties.visible import distance, visible
 
 if TYPE_CHECKING:
     import torch
 
-    from effattn.case import Case, Inputs
+    from effattn.case import Case
 
 _LONG = (17, 33, 64, 65, 97, 129)
 _PLAIN_KV = ("bhsd", "bhsd", "bshd", "bhsd+pad", "bshd+pad+offset", "bhds")
-
-
-def _with(inputs: Inputs, **tensors: torch.Tensor) -> Inputs:
-    return type(inputs)(
-        *(tensors.get(name, x) for name, x in zip("qkv", inputs, strict=True)), extras=inputs.extras
-    )
 
 
 def _only_causal(case: Case) -> bool:
@@ -47,7 +41,7 @@ def _unchanged(it: Trial, keys: torch.Tensor, why: str, *, value: float, names: 
     sees = (visible(it.case, inputs) & keys[:, None, None, :]).any(-1)
     if bool(sees.all()) or not bool(keys.any()):
         return
-    poisoned = _with(inputs, **{name: _at_keys(getattr(inputs, name), keys, value) for name in names})
+    poisoned = with_tensors(inputs, **{name: _at_keys(getattr(inputs, name), keys, value) for name in names})
     one, other = it(inputs), it(poisoned)
     for (name, got), (_, want) in zip(parts(other), parts(one), strict=True):
         hidden = sees if name == "lse" else sees.unsqueeze(-1)
@@ -144,7 +138,7 @@ def padding_rows_of_q_have_no_influence(it: Trial) -> None:
     lengths = inputs.extras.q_lengths
     assert lengths is not None
     padding = torch.arange(it.case.q_len, device=it.device) >= lengths[:, None]
-    poisoned = _with(inputs, q=inputs.q.masked_fill(padding[:, None, :, None], it.garbage()))
+    poisoned = with_tensors(inputs, q=inputs.q.masked_fill(padding[:, None, :, None], it.garbage()))
     one, other = it(inputs), it(poisoned)
     it.same(
         "out",
@@ -268,7 +262,7 @@ def the_last_queries_of_a_prefill_are_those_of_a_chunk(it: Trial) -> None:
     case, inputs = it.case, it.inputs()
     rows = 1 + case.seed % (case.q_len - 1)
     part = replace(case, q_len=rows)
-    one, other = it(inputs), it(_with(inputs, q=inputs.q[:, :, -rows:]), part)
+    one, other = it(inputs), it(with_tensors(inputs, q=inputs.q[:, :, -rows:]), part)
     allowed = 2.0 * it.bounds(inputs)["out"][:, :, -rows:]
     it.close("out", other.out, one.out[:, :, -rows:], allowed, f"the last {rows} queries alone")
 
@@ -291,7 +285,7 @@ def with_top_left_alignment_later_keys_are_not_seen(it: Trial) -> None:
     """With top-left alignment query i sees the keys up to i, so keys from q_len on may be left out."""
     case, inputs = it.case, it.inputs()
     square = replace(case, kv_len=case.q_len)
-    cut = _with(inputs, k=inputs.k[:, :, : case.q_len], v=inputs.v[:, :, : case.q_len])
+    cut = with_tensors(inputs, k=inputs.k[:, :, : case.q_len], v=inputs.v[:, :, : case.q_len])
     one, other = it(inputs), it(cut, square)
     it.close(
         "out", other.out, one.out, 2.0 * it.bounds(inputs)["out"], "the keys from q_len on were left out"
@@ -338,10 +332,10 @@ def _edge(it: Trial, choose: Callable[[torch.Tensor, torch.Tensor], int], what: 
     row = rows[len(rows) // 2]
     key = choose(distance(it.case, inputs)[0, 0, row], seen[row])
     # All queries and keys alike, so that each key that is seen has the same, noticeable, weight.
-    plain = _with(inputs, q=inputs.q * 0.0, v=inputs.v * 0.0)
+    plain = with_tensors(inputs, q=inputs.q * 0.0, v=inputs.v * 0.0)
     marked = plain.v.clone()
     marked[0, 0, key] = 1.0
-    out = it(_with(plain, v=marked)).out.double()[0, 0, row]
+    out = it(with_tensors(plain, v=marked)).out.double()[0, 0, row]
     share = 1.0 / int(seen[row].sum())
     it.true(
         bool((out > 0.4 * share).all()),
@@ -352,7 +346,7 @@ def _edge(it: Trial, choose: Callable[[torch.Tensor, torch.Tensor], int], what: 
         if 0 <= outside < it.case.kv_len and not bool(seen[row, outside]):
             marked = plain.v.clone()
             marked[0, 0, outside] = 1.0
-            out = it(_with(plain, v=marked)).out.double()[0, 0, row]
+            out = it(with_tensors(plain, v=marked)).out.double()[0, 0, row]
             it.true(
                 bool((out == 0.0).all()),
                 f"out[0, 0, {row}] is {float(out.abs().max())!r} where V is 1 at key {outside} alone, which the row"

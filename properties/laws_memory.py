@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 _SPACED = ("bhsd+pad", "bshd+pad+offset", "bhsd+step", "bhds+pad", "sbhd+pad+step")
 
 
-def _spaced(it: Trial) -> Inputs:
-    return it.inputs()
-
-
 def _tensors(inputs: Inputs) -> dict[str, torch.Tensor]:
     return {**dict(zip("qkv", inputs, strict=True)), **inputs.extras.present()}
 

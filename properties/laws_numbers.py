@@ -6,23 +6,15 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from effattn.properties.law import SetAside, Trial, law, parts
+from effattn.properties.law import SetAside, Trial, law, parts, with_tensors
 from effattn.properties.law_draws import cases
 from effattn.properties.visible import visible
 
 if TYPE_CHECKING:
-    import torch
-
     from effattn.case import Inputs
 
 _DENSE = ("bhsd", "bhsd", "bshd+pad", "bhds")
 _SOME = ("causal", "window", "mask", "lengths", "softcap", "alibi", "bias")
-
-
-def _with(inputs: Inputs, **tensors: torch.Tensor) -> Inputs:
-    return type(inputs)(
-        *(tensors.get(name, x) for name, x in zip("qkv", inputs, strict=True)), extras=inputs.extras
-    )
 
 
 @law(
@@ -73,7 +65,7 @@ def very_negative_scores_are_scores_like_others(it: Trial) -> None:
     size = 2.0 ** round(math.log2(math.sqrt(300.0 / it.case.softmax_scale)))
     low_q, low_k = q.clone(), k.clone()
     low_q[..., 0], low_k[..., 0] = size, -size
-    plain, low = _with(inputs, q=q, k=k), _with(inputs, q=low_q, k=low_k)
+    plain, low = with_tensors(inputs, q=q, k=k), with_tensors(inputs, q=low_q, k=low_k)
     one, other = it(plain), it(low)
     allowed = it.bounds(plain)["out"] + it.bounds(low)["out"]
     it.close("out", other.out, one.out, allowed, "all scores were moved down by the same hundreds")
@@ -92,7 +84,7 @@ def nan_in_a_query_reaches_its_row_alone(it: Trial) -> None:
     b, h, i = case.seed % case.batch, case.seed % case.heads, (case.seed * 13) % case.q_len
     q = inputs.q.clone()
     q[b, h, i, case.head_dim // 2] = math.nan
-    one, other = it(inputs), it(_with(inputs, q=q))
+    one, other = it(inputs), it(with_tensors(inputs, q=q))
     want = one.out.clone()
     if bool(visible(case, inputs)[b, h, i].any()):
         want[b, h, i] = math.nan
@@ -114,7 +106,9 @@ def nan_in_a_key_reaches_the_rows_that_see_it(it: Trial) -> None:
     b, h, j = case.seed % case.batch, case.seed % case.kv_heads, (case.seed * 13) % case.kv_len
     k = inputs.k.clone()
     k[b, h, j, case.head_dim // 2] = math.nan
-    _reaches(it, inputs, _with(inputs, k=k), b, h, j, None, f"NaN is in key {j} of entry {b}, KV head {h}")
+    _reaches(
+        it, inputs, with_tensors(inputs, k=k), b, h, j, None, f"NaN is in key {j} of entry {b}, KV head {h}"
+    )
 
 
 @law(
@@ -133,7 +127,7 @@ def nan_in_a_value_reaches_the_rows_that_see_it(it: Trial) -> None:
     _reaches(
         it,
         inputs,
-        _with(inputs, v=v),
+        with_tensors(inputs, v=v),
         b,
         h,
         j,
@@ -177,7 +171,7 @@ def values_near_the_largest_number_do_not_overflow(it: Trial) -> None:
     # fp32 accumulators hold the unnormalised sum, which may pass the largest float32 number.
     most = 0.9 * torch.finfo(it.case.torch_dtype).max / (1.0 if it.case.dtype == "fp16" else 4096.0)
     v = torch.full_like(inputs.v, most)
-    given = _with(inputs, v=v)
+    given = with_tensors(inputs, v=v)
     seen = visible(it.case, inputs).any(-1, keepdim=True)
     want = torch.where(seen, v.double()[0, 0, 0, 0], 0.0).expand(*seen.shape[:3], it.case.v_dim)
     it.close("out", it(given).out, want, it.bounds(given)["out"], f"every V is {most:.6g}")
@@ -192,7 +186,7 @@ def products_beyond_the_range_of_fp16_are_right(it: Trial) -> None:
     """Q and K of 64 times the usual, with the scale that takes it back: products pass 65504, scores do not."""
     inputs, case = it.inputs(), it.case
     given = replace(case, scale=case.softmax_scale * 2.0**-12)
-    large = _with(inputs, q=inputs.q * 64.0, k=inputs.k * 64.0)
+    large = with_tensors(inputs, q=inputs.q * 64.0, k=inputs.k * 64.0)
     one, other = it(inputs), it(large, given)
     allowed = it.bounds(inputs)["out"] + it.bounds(large, given)["out"]
     it.close(
@@ -239,7 +233,7 @@ def a_logit_of_minus_infinity_has_no_weight(it: Trial) -> None:
     v = given.v.clone()
     v[:, :, :n] = 1.0
     seen = visible(case, inputs)[..., n:].any(-1)
-    one, other = it(given), it(_with(given, v=v))
+    one, other = it(given), it(with_tensors(given, v=v))
     for (name, got), (_, want) in zip(parts(other), parts(one), strict=True):
         rows = seen if name == "lse" else seen.unsqueeze(-1)
         got, want = (torch.where(rows, x.double(), 0.0) for x in (got, want))

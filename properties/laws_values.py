@@ -6,24 +6,17 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from effattn.properties.law import Trial, law
+from effattn.properties.law import Trial, law, with_tensors
 from effattn.properties.law_draws import cases
 from effattn.properties.visible import visible
 
 if TYPE_CHECKING:
     import torch
 
-    from effattn.case import Case, Inputs
+    from effattn.case import Case
 
 #: options that only change scores, or what is visible
 _ALL_BUT_SINKS = ("causal", "window", "softcap", "alibi", "bias", "mask", "lengths", "scale")
-
-
-def _with(inputs: Inputs, **tensors: torch.Tensor) -> Inputs:
-    """The inputs with q, k or v replaced."""
-    return type(inputs)(
-        *(tensors.get(name, x) for name, x in zip("qkv", inputs, strict=True)), extras=inputs.extras
-    )
 
 
 def _for_heads(case: Case, x: torch.Tensor) -> torch.Tensor:
@@ -55,7 +48,7 @@ def one_key_returns_its_value(it: Trial) -> None:
 def equal_values_are_returned(it: Trial) -> None:
     """Where all values are the same row, every query that sees a key gets this row."""
     inputs = it.inputs()
-    inputs = _with(inputs, v=inputs.v[:, :, :1].expand_as(inputs.v))
+    inputs = with_tensors(inputs, v=inputs.v[:, :, :1].expand_as(inputs.v))
     seen = visible(it.case, inputs).any(-1, keepdim=True)
     want = _for_heads(it.case, inputs.v)[:, :, :1].double().masked_fill(~seen, 0.0)
     it.close("out", it(inputs).out, want, it.bounds(inputs)["out"], "all keys have this V")
@@ -100,7 +93,7 @@ def _extreme(column: torch.Tensor, seen: torch.Tensor, top: bool) -> torch.Tenso
 def equal_scores_average_the_values(it: Trial) -> None:
     """A query of zeros gives every key the same score: the output is the mean of the V seen, the LSE log of how many."""
     inputs = it.inputs()
-    inputs = _with(inputs, q=inputs.q * 0.0)
+    inputs = with_tensors(inputs, q=inputs.q * 0.0)
     seen = visible(it.case, inputs).double()
     count = seen.sum(-1, keepdim=True)
     mean = seen @ _for_heads(it.case, inputs.v).double() / count.clamp(min=1.0)
@@ -145,7 +138,7 @@ def a_dominant_key_wins(it: Trial) -> None:
     rows = seen[..., key].unsqueeze(-1)
     v = inputs.v
     want = _for_heads(it.case, v)[:, :, key].unsqueeze(2).double()
-    out = it(_with(inputs, q=q, k=k)).out
+    out = it(with_tensors(inputs, q=q, k=k)).out
     if not bool(rows.any()):
         return
     it.same(
@@ -163,7 +156,7 @@ def values_times_a_power_of_two_scale_the_output(it: Trial) -> None:
 
     inputs = it.inputs()
     one = it(inputs).out.double()
-    four = it(_with(inputs, v=inputs.v * 4.0)).out.double()
+    four = it(with_tensors(inputs, v=inputs.v * 4.0)).out.double()
     # Below the normal numbers a rounding does not scale, and above a sixteenth of the largest sums may overflow.
     info = torch.finfo(it.case.torch_dtype)
     fair = (one.abs() >= 64.0 * info.tiny) & (one.abs() <= info.max / 16.0)
@@ -182,7 +175,7 @@ def negated_values_negate_the_output(it: Trial) -> None:
     inputs = it.inputs()
     it.same(
         "out",
-        it(_with(inputs, v=-inputs.v)).out,
+        it(with_tensors(inputs, v=-inputs.v)).out,
         -it(inputs).out.double(),
         "V was negated, and so is the output",
         slack=lambda: 2.0 * it.bounds(inputs)["out"],
@@ -202,7 +195,7 @@ def a_power_of_two_moves_between_q_and_scale(it: Trial) -> None:
     """Q times 2 with half the scale is the same problem, to the bit: both multiplications are exact."""
     inputs, case = it.inputs(), it.case
     moved = replace(case, scale=case.softmax_scale / 2.0)
-    one, other = it(inputs), it(_with(inputs, q=inputs.q * 2.0), moved)
+    one, other = it(inputs), it(with_tensors(inputs, q=inputs.q * 2.0), moved)
     bounds = None
 
     def slack(name: str) -> torch.Tensor:
@@ -230,7 +223,7 @@ def a_vector_added_to_every_key_changes_nothing(it: Trial) -> None:
         return
     q, k = _grid(inputs.q, 0.25, 2.0), _grid(inputs.k, 0.125, 2.0)
     c = _grid(inputs.k[:, :, :1] * 0.0 + inputs.q[:1, :1, :1, :] * 1.0, 0.125, 1.0)
-    plain, moved = _with(inputs, q=q, k=k), _with(inputs, q=q, k=k + c)
+    plain, moved = with_tensors(inputs, q=q, k=k), with_tensors(inputs, q=q, k=k + c)
     one, other = it(plain), it(moved)
     first, second = it.bounds(plain), it.bounds(moved)
     why = "one vector was added to all keys"
@@ -248,7 +241,7 @@ def the_output_is_additive_in_the_values(it: Trial) -> None:
     inputs = it.inputs()
     v = _grid(inputs.v, 0.125, 2.0)
     w = v.flip(2)
-    three = [_with(inputs, v=x) for x in (v, w, v + w)]
+    three = [with_tensors(inputs, v=x) for x in (v, w, v + w)]
     outs = [it(x).out.double() for x in three]
     allowed = torch.stack([it.bounds(x)["out"] for x in three]).sum(0)
     it.close("out", outs[2], outs[0] + outs[1], allowed, "V is the sum of two, and so is the output")
@@ -266,7 +259,7 @@ def one_hot_values_show_weights_that_sum_to_one(it: Trial) -> None:
     case, inputs = it.case, it.inputs()
     wide = replace(case, v_dim=case.kv_len)
     eye = torch.eye(case.kv_len, dtype=case.torch_dtype, device=inputs.v.device)
-    inputs = _with(inputs, v=eye.expand(case.batch, case.kv_heads, -1, -1).contiguous())
+    inputs = with_tensors(inputs, v=eye.expand(case.batch, case.kv_heads, -1, -1).contiguous())
     if wide.backward:
         inputs.extras = replace(inputs.extras, d_out=None)
     seen = visible(case, inputs)
@@ -298,7 +291,7 @@ def columns_of_v_do_not_mix(it: Trial) -> None:
     inputs = it.inputs()
     it.same(
         "out",
-        it(_with(inputs, v=inputs.v.flip(-1))).out,
+        it(with_tensors(inputs, v=inputs.v.flip(-1))).out,
         it(inputs).out.flip(-1),
         "the columns of V were reversed",
         slack=lambda: 2.0 * it.bounds(inputs)["out"].flip(-1),
@@ -316,7 +309,7 @@ def columns_of_zeros_in_q_and_k_change_nothing(it: Trial) -> None:
 
     case, inputs = it.case, it.inputs()
     wide = replace(case, head_dim=case.head_dim + 8, v_dim=case.v_dim, scale=case.softmax_scale)
-    padded = _with(
+    padded = with_tensors(
         inputs, q=torch.nn.functional.pad(inputs.q, (0, 8)), k=torch.nn.functional.pad(inputs.k, (0, 8))
     )
     one, other = it(inputs), it(padded, wide)

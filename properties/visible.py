@@ -18,25 +18,23 @@ def visible(case: Case, inputs: Inputs) -> torch.Tensor:
     import torch
 
     extras, device = inputs.extras, inputs.q.device
-    shape = (case.batch, case.heads, case.q_len, case.kv_len)
     rows = torch.arange(case.q_len, device=device).view(1, 1, -1, 1)
     keys = torch.arange(case.kv_len, device=device).view(1, 1, 1, -1)
-    q_end = _lengths(extras.q_lengths, case.batch, case.q_len, device)
-    k_end = _lengths(extras.kv_lengths, case.batch, case.kv_len, device)
-    shift = k_end - q_end if case.alignment == "bottom-right" else torch.zeros_like(k_end)
-    seen = (keys < k_end) & (rows < q_end)
-    distance = keys - rows - shift  # from the query's own position
+    seen = (keys < _lengths(extras.kv_lengths, case.batch, case.kv_len, device)) & (
+        rows < _lengths(extras.q_lengths, case.batch, case.q_len, device)
+    )
+    away = distance(case, inputs)
     if case.causal != "none":
-        seen = seen & (distance <= 0)
+        seen = seen & (away <= 0)
     if case.window is not None:
         left, right = case.window
         if left >= 0:
-            seen = seen & (distance >= -left)
+            seen = seen & (away >= -left)
         if right >= 0:
-            seen = seen & (distance <= right)
+            seen = seen & (away <= right)
     if extras.mask is not None:
         seen = seen & extras.mask
-    return seen.expand(shape)
+    return seen.expand(case.batch, case.heads, case.q_len, case.kv_len)
 
 
 def distance(case: Case, inputs: Inputs) -> torch.Tensor:

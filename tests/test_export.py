@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,19 @@ def test_what_does_not_fail_is_not_exported(tmp_path: Path, effattn_command: Com
     code, _, err = effattn_command("replay", CASE.to_json(), "torch", "--no-isolation", "--export", out)
     assert code == 2
     assert "comes with effattn" in err
+
+
+def test_failures_of_gradients_are_not_exported(tmp_path: Path, effattn_command: Command) -> None:
+    out = tmp_path / "bug.py"
+    case = replace(CASE, backward=True).to_json()
+    for method, options in (
+        ("effattn.zoo:dq_not_scaled", ()),
+        ("effattn.zoo:dq_not_scaled", ("--law", "dq_and_dk_agree")),
+    ):
+        code, _, err = effattn_command("replay", case, method, *options, "--no-isolation", "--export", out)
+        assert code == 2
+        assert "the failure is one of gradients" in err
+        assert not out.exists()
 
 
 def test_tensors_too_large_for_a_report_are_refused(

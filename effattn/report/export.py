@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 #: characters of tensors that a script may hold; a bug report has room for so many
 MOST_TEXT = 400_000
 
+#: the quantities of a forward pass
+_FORWARD = ("out", "lse")
+
 _HEAD = '''"""{title}
 
 {message}
@@ -74,8 +77,8 @@ def script(case: Case, method: UserFunction, *, law: str | None = None, device: 
     """The script for a case that fails.
 
     Raises:
-        RequestError: the case does not fail; the function cannot be found by a script; the tensors are too large for a
-            bug report.
+        RequestError: the case does not fail, or in its gradients; the function cannot be found by a script; the tensors
+            are too large for a bug report.
     """
     from effattn import laws
     from effattn.properties.law import get
@@ -94,6 +97,17 @@ def script(case: Case, method: UserFunction, *, law: str | None = None, device: 
     if not summary.failed(verdict.outcome):
         raise RequestError(
             f"--export: the case does not fail ({verdict.outcome}), so there is nothing to report"
+        )
+    largest = max(
+        (q for q in verdict.quantities if q.fraction), key=lambda q: q.fraction or 0.0, default=None
+    )
+    of_gradients = (
+        get(law).gradients if law is not None else largest is not None and largest.name not in _FORWARD
+    )
+    if of_gradients:
+        raise RequestError(
+            "--export: the failure is one of gradients, and a script repeats forward passes only; give the line of"
+            " `effattn replay` instead"
         )
     return _text(verdict, recorder.calls, case, _load_lines(method))
 
@@ -184,17 +198,19 @@ def _literal(x: torch.Tensor) -> str:
 
 
 def _ending(verdict: Verdict, case: Case) -> list[str]:
-    """Runs the calls, and shows what is wrong; exits with 1 where it still is."""
+    """Runs the calls, and shows what is wrong; exits with 1 where an element still is."""
+    from effattn.verdict import Outcome
+
     lines = [
         "results = [call() for call in calls]",
         "outs = [r if isinstance(r, torch.Tensor) else r[0] for r in results]",
     ]
     worst = max(
-        (q for q in verdict.quantities if q.worst is not None and q.name in ("out", "lse")),
+        (q for q in verdict.quantities if q.worst is not None and q.name in _FORWARD),
         key=lambda q: q.fraction or 0.0,
         default=None,
     )
-    if verdict.law is None and worst is not None:
+    if verdict.outcome == Outcome.INACCURATE and worst is not None:
         value = "outs[0]" if worst.name == "out" else "results[0][1]"
         return [
             *lines,

@@ -64,6 +64,7 @@ def serve(connection: socket.socket) -> int:
         except RequestError as error:
             reply = {"refused": str(error)}
         except Exception:
+            # Not silenced: the side that asked raises it as `WorkerFault`, with this traceback.
             reply = {"fault": traceback.format_exc()}
         sys.stdout.flush()  # what the method printed stands before what is printed about it
         send(connection, reply)
