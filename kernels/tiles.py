@@ -69,7 +69,8 @@ def backward_tiles(
     if rich or width > 128:
         both = _gpu_tiles(32, 32, num_warps=8 if width > 128 else 4, num_stages=1)
         return both, both
-    # The keys kernel holds two accumulators; with larger blocks, which Hopper's wgmma would need, it spills.
+    # The keys kernel holds two accumulators; every larger block tried, which wgmma would need, spilled registers on
+    # compute capability 90. What these take is for `budget` to say.
     by_keys = _gpu_tiles(32, 32, num_warps=4 if width <= 64 else 8, num_stages=1)
     return by_keys, _gpu_tiles(128 if width <= 64 else 64, 64, num_warps=8, num_stages=2)
 

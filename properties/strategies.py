@@ -122,8 +122,9 @@ def _options(names: tuple[str, ...]) -> st.SearchStrategy[dict[str, Any]]:
     """Fields of none, one or two of these options."""
     if not names:
         return st.just({})
-    some = st.lists(st.sampled_from(names), unique=True, max_size=2)
-    fields = some.flatmap(
+    # Most cases have one: each option, with and without gradients, is a regime of its own.
+    some = st.lists(st.sampled_from(names), unique=True, min_size=1, max_size=2)
+    fields = st.one_of(some, some, some, st.just([])).flatmap(
         lambda chosen: st.tuples(*(st.sampled_from(menus.OPTIONS[name]) for name in chosen))
     )
     return fields.map(lambda parts: {name: value for part in parts for name, value in part.items()})
