@@ -20,10 +20,9 @@ import effattn.cpu
 def endless(flag, o):
     if tl.program_id(0) == 0:
         tl.device_print("running")
-    turns = 0
+    tl.store(o, -1)
     while tl.load(flag) == 0:
-        turns += 1
-    tl.store(o, turns)
+        tl.store(o, -1)
 
 @triton.jit
 def long(o, n):
@@ -154,17 +153,27 @@ print(o.item())
 
 
 def test_a_launch_in_another_thread_is_waited_for_and_can_be_given_up(tmp_path: Path) -> None:
-    """The main thread's launch waits for its turn behind one that never ends; Ctrl-C ends the waiting."""
+    """The main thread's launch waits for its turn behind one that never ends; Ctrl-C ends the waiting.
+
+    A signal that comes before the main thread has begun its own launch is answered by a line, and sent again.
+    """
     process = start(
         tmp_path,
         """
 import os
-def other():
-    endless[(5,)](flag, o)
-thread = threading.Thread(target=other, daemon=True)
+def handler(number, frame):
+    while frame is not None:
+        if frame.f_code.co_filename == effattn.cpu.launch.__file__:
+            raise KeyboardInterrupt
+        frame = frame.f_back
+    print("running, but not yet waiting", flush=True)
+signal.signal(signal.SIGINT, handler)
+thread = threading.Thread(target=lambda: endless[(5,)](flag, o), daemon=True)
 thread.start()
+while o.item() != -1:
+    pass
 try:
-    long[(100000,)](o, forever)
+    long[(100000,)](torch.zeros_like(o), forever)
 except KeyboardInterrupt:
     print("given up", flush=True)
     flag.fill_(1)
@@ -173,5 +182,8 @@ except KeyboardInterrupt:
         threads=2,
     )
     interrupt(process)
-    out, error = rest(process)
-    assert "given up\n" in out, error
+    assert process.stdout is not None
+    while (line := process.stdout.readline()) == "running, but not yet waiting\n":
+        process.send_signal(signal.SIGINT)
+    _, error = rest(process)
+    assert line == "given up\n", error
