@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer, smid
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from effattn.cpu.debug import DeviceAssertion
@@ -410,6 +413,77 @@ def test_assembly_that_looks_at_other_threads_is_refused_by_name() -> None:
         match=r"_unknown_assembly, .*test_cpu_extras.py:\d+: the PTX instruction shfl.sync.idx.b32",
     ):
         _unknown_assembly[(1,)](torch.zeros(16, dtype=torch.int32))
+
+
+@triton.jit
+def _one_thread(x, out, clock):
+    gdc_wait()
+    tl.inline_asm_elementwise("bar.sync 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    tl.store(out, tl.load(x) + smid())
+    tl.inline_asm_elementwise("fence.acq_rel.gpu;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    tl.store(clock, globaltimer())
+    gdc_launch_dependents()
+
+
+def test_waiting_for_other_threads_and_launches_is_nothing() -> None:
+    x, out = torch.tensor([7], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    clock = torch.zeros(1, dtype=torch.int64)
+    before = time.monotonic_ns()
+    _one_thread[(1,)](x, out, clock)
+    assert out.item() == 7
+    assert before <= clock.item() <= time.monotonic_ns()
+
+
+@triton.jit
+def _fp4(x, pairs, back, masked, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a = tl.load(x + i)
+    to: tl.constexpr = "{ .reg .b8 t; cvt.rn.satfinite.e2m1x2.f32 t, $2, $1; cvt.u32.u8 $0, t; }"
+    p = tl.inline_asm_elementwise(to, "=r,f,f", [a, -a], dtype=tl.int32, is_pure=True, pack=1)
+    tl.store(pairs + i, p)
+    of: tl.constexpr = "{ .reg .b8 t; cvt.u8.u32 t, $1; cvt.rn.f16x2.e2m1x2 $0, t; }"
+    tl.store(back + i, tl.inline_asm_elementwise(of, "=r,r", [p], dtype=tl.int32, is_pure=True, pack=1))
+    logic: tl.constexpr = "lop3.b32 $0, $1, $2, $3, $4;"
+    args: tl.constexpr = (0x000F000F, 0x64006400, 0xEA)  # (a & b) | c
+    tl.store(
+        masked + i,
+        tl.inline_asm_elementwise(
+            logic, "=r,r,n,n,n", [p, args[0], args[1], args[2]], dtype=tl.int32, is_pure=True, pack=1
+        ),
+    )
+
+
+def test_assembly_with_fp4_and_numbers() -> None:
+    """Every value of e2m1, the middles between them, and what lies beyond; constraints that ask for a number."""
+    grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    x = torch.cat([grid, (grid[1:] + grid[:-1]) / 2, torch.tensor([1e9])])
+    pairs, back, masked = (torch.zeros(16, dtype=torch.int32) for _ in range(3))
+    _fp4[(1,)](x, pairs, back, masked, 16)
+    even = torch.tensor([*range(8), 0, 2, 2, 4, 4, 6, 6, 7], dtype=torch.int32)
+    assert torch.equal(pairs, even | (even | 8) << 4)
+    values = back.view(torch.float16).view(16, 2).float()
+    assert torch.equal(values[:, 0], grid[even.long()])
+    assert torch.equal(values[:, 1], -grid[even.long()])
+    assert torch.equal(masked, pairs & 0x000F000F | 0x64006400)
+
+
+@triton.jit
+def _assembly_of_one_line(x, TEXT: tl.constexpr):
+    y = tl.inline_asm_elementwise(TEXT, "=r,r", [tl.load(x)], dtype=tl.int32, is_pure=True, pack=1)
+    tl.store(x, y)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("mov.u32 $0, %tid.x;", "the operand %tid.x"),
+        ("mov.b32 $0, undeclared;", "the operand undeclared"),
+        ("cvt.rs.f16x2.f32 $0, $1, $1, $1;", "the PTX instruction cvt.rs.f16x2.f32"),
+    ],
+)
+def test_assembly_that_is_not_known_is_refused_before_the_c_compiler(text: str, named: str) -> None:
+    with pytest.raises(UnsupportedKernel, match=re.escape(named)):
+        _assembly_of_one_line[(1,)](torch.zeros(1, dtype=torch.int32), text)
 
 
 # ------------------------------------------------------------------------------------- prints, assertions

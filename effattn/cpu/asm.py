@@ -2,7 +2,8 @@
 
 A register is its bits in an unsigned integer of its width; an instruction reads them as its own type says. What PTX leaves
 to an approximation (`ex2.approx`, `rcp.approx`, ...) gives the accurate result; `.ftz` flushes subnormals as told.
-Memory, branches and everything that looks beyond one thread are refused, by name.
+A program is one thread, so barriers are nothing and fences order the memory of the host. Accesses to memory, branches and
+everything that looks at other threads are refused, by name.
 """
 
 from __future__ import annotations
@@ -20,7 +21,22 @@ if TYPE_CHECKING:
 
 _WIDTH = {"pred": 8, "b8": 8, "u8": 8, "s8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "bf16": 16, "b32": 32, "u32": 32,
           "s32": 32, "f32": 32, "f16x2": 32, "bf16x2": 32, "b64": 64, "u64": 64, "s64": 64, "f64": 64}  # fmt: skip
-_CONSTRAINT = {"h": 16, "r": 32, "f": 32, "l": 64, "d": 64, "c": 8, "b": 8}
+#: letters of constraints; n is a number known when the kernel is compiled
+_CONSTRAINT = frozenset("hrfldcbn")
+#: instructions that hold threads until others have come to the same place, or wait for another launch
+_WAITS = ("bar", "barrier", "griddepcontrol", "nanosleep")
+_FENCES = ("fence", "membar")
+#: what PTX calls special registers -> C
+_SPECIAL = {
+    "%clock": "(uint32_t)host_ns()",
+    "%clock64": "host_ns()",
+    "%globaltimer": "host_ns()",
+    "%globaltimer_lo": "(uint32_t)host_ns()",
+    "%globaltimer_hi": "(uint32_t)(host_ns() >> 32)",
+    # Told as one multiprocessor that runs every program.
+    "%smid": "0u",
+    "%nsmid": "1u",
+}
 #: type -> (read a register, write a register)
 _FLOAT = {
     "f32": ("f32_of((uint32_t){})", "bits_of({})"),
@@ -40,6 +56,8 @@ _COMPARE = {
     "hi": ">",
     "hs": ">=",
 }
+#: formats that come in pairs -> bits of one
+_BITS = {"f16": 16, "bf16": 16, "e4m3": 8, "e5m2": 8, "e2m1": 4}
 _DIRECTION = {"rn": "rn", "rz": "rz", "rm": "rd", "rp": "ru"}
 
 
@@ -57,6 +75,7 @@ class Translator:
     def __init__(self, text: str, operands: list[str]) -> None:
         self.operands = operands
         self.lines: list[str] = []
+        self.declared: set[str] = set()
         text = re.sub(
             r"//[^\n]*|/\*.*?\*/",
             " ",
@@ -109,7 +128,9 @@ class Translator:
             return f"({_unsigned(bits)})UINT64_C({value % (1 << 64)})"
         if re.fullmatch(r"-?\d*\.\d*([eE][-+]?\d+)?", token) and type_ in ("f32", "f64"):
             return self.write(type_, f"({token})")
-        if re.fullmatch(r"%?[A-Za-z_$][\w$]*", token):
+        if token in _SPECIAL:
+            return _SPECIAL[token]
+        if re.fullmatch(r"%?[A-Za-z_$][\w$]*", token) and self.register(token) in self.declared:
             return self.register(token)
         raise Unsupported(f"inline assembly with the operand {token}")
 
@@ -158,13 +179,16 @@ class Translator:
             several = re.fullmatch(r"(%?[\w$]+)<(\d+)>", name)
             names = [f"{several.group(1)}{i}" for i in range(int(several.group(2)))] if several else [name]
             for one in names:
+                self.declared.add(self.register(one))
                 self.lines.append(f"{_unsigned(_WIDTH[match.group(1)])} {self.register(one)} = 0;")
 
     def instruction(self, name: str, tokens: list[str]) -> str:
         opcode, *mods = name.split(".")
         handler = getattr(self, f"op_{opcode}", None) or (self.simple if opcode in _SIMPLE else None)
-        if opcode == "griddepcontrol":
-            return ""  # programs of one launch never wait for the next
+        if opcode in _WAITS and "red" not in mods:
+            return ""
+        if opcode in _FENCES:
+            return "__atomic_thread_fence(ATOMIC);"
         if handler is None or not mods:
             raise Unsupported(f"the PTX instruction {name} in inline assembly")
         try:
@@ -361,11 +385,13 @@ class Translator:
         """Two values in one register: the first source is the upper half."""
         from effattn.cpu import fp8
 
+        if "rs" in flags:
+            raise KeyError("rs")
         kinds = {**{k: v for k, v in _FLOAT.items() if k in ("f16", "bf16")}, **fp8.PTX}
         if source == "f32":
             kind = target.removesuffix("x2")
-            load, store = kinds[kind]
-            bits = 16 if kind in ("f16", "bf16") else 8
+            _, store = kinds[kind]
+            bits = _BITS[kind]
             high, low = (self.read("f32", t) for t in tokens[1:3])
             if "relu" in flags:
                 high, low = f"RELU({high})", f"RELU({low})"
@@ -374,8 +400,7 @@ class Translator:
             )
         from_, to = source.removesuffix("x2"), target.removesuffix("x2")
         (load, _), (_, store) = kinds[from_], kinds[to]
-        size = 16 if from_ in ("f16", "bf16") else 8
-        out = 16 if to in ("f16", "bf16") else 8
+        size, out = _BITS[from_], _BITS[to]
         bits = self.operand(tokens[1], "b32")
         low, high = (store.format(load.format(f"({bits} >> {h * size})")) for h in (0, 1))
         return self.set(tokens[0], f"(uint32_t){low} | (uint32_t){high} << {out}")
@@ -530,7 +555,7 @@ def _body(op: Op, element: list[list[str]]) -> tuple[list[str], list[list[str]]]
 
 def check(op: Op) -> None:
     constraints = [c.strip() for c in op.attrs["constraints"].strip('"').split(",")]
-    if any(c.startswith("~") or not set(c.lstrip("=&+")) <= set(_CONSTRAINT) for c in constraints):
+    if any(c.startswith("~") or not set(c.lstrip("=&+")) <= _CONSTRAINT for c in constraints):
         raise Unsupported(f"inline assembly with the constraints {','.join(constraints)}")
     pack, _ = _layout(op)
     _body(op, [["0"] * pack for _ in op.operands])

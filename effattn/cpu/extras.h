@@ -2,6 +2,7 @@
 
 #include <fenv.h>
 #include <stdio.h>
+#include <time.h>
 
 /* ------------------------------------------------------------------------------------------------ atomics */
 
@@ -49,6 +50,13 @@ DEFINE_ATOMIC_FLOAT(f16, float, uint16_t, f16_load, f16_store, round_f16)
 DEFINE_ATOMIC_FLOAT(bf16, float, uint16_t, bf16_load, bf16_store, round_bf16)
 DEFINE_ATOMIC_FLOAT(f32, float, uint32_t, f32_of, bits_of, UNROUNDED)
 DEFINE_ATOMIC_FLOAT(f64, double, uint64_t, f64_of, bits64_of, UNROUNDED)
+
+/* The host's clock, for %globaltimer and its like. */
+INLINE uint64_t host_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
 
 /* --------------------------------------------------------------------------------- rounding in a direction */
 
@@ -284,6 +292,12 @@ INLINE float truncate_f64_f32(double x) {
 INLINE float e2m1_load(uint8_t c) {
     static const float value[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
     return f32_of(bits_of(value[c & 7u]) | (uint32_t)(c & 8u) << 28);
+}
+/* To nearest, ties to even, saturating; NaN becomes the largest, as PTX's cvt.rn.satfinite says. */
+INLINE uint8_t e2m1_store(float x) {
+    float a = __builtin_fabsf(x);
+    uint8_t c = !(a <= 5.0f) ? 7 : a >= 3.5f ? 6 : a > 2.5f ? 5 : a >= 1.75f ? 4 : a > 1.25f ? 3 : a >= 0.75f ? 2 : a > 0.25f;
+    return x != x ? 7 : (uint8_t)(c | (bits_of(x) >> 28 & 8u));
 }
 /* A power of two, from 2^-127 on; 255 is NaN. For 16-bit products it is made as Triton makes it. */
 INLINE float e8m0_f32(uint8_t c) { return c == 255 ? __builtin_nanf("") : f32_of(c ? (uint32_t)c << 23 : 0x00400000u); }

@@ -19,6 +19,7 @@ FORMATS = {"f8E4M3FN": "e4m3fn", "f8E5M2": "e5m2", "f8E4M3FNUZ": "e4m3fnuz", "f8
 PTX = {
     "e4m3": ("e4m3fn_load((uint8_t){})", "e4m3fn_store(round_e4m3fn({}))"),
     "e5m2": ("e5m2_load((uint8_t){})", "e5m2_store(round_e5m2({}))"),
+    "e2m1": ("e2m1_load((uint8_t){})", "e2m1_store({})"),
 }
 
 RTZ = 0

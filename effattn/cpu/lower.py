@@ -471,6 +471,8 @@ _HANDLERS: dict[str, Callable[[FunctionEmitter, Op], None]] = {
     "llvm.intr.assume": _nothing,
     "gpu.barrier": _nothing,  # a program is one thread
     "ttg.barrier": _nothing,
+    "tt.grid_dependency_wait": _nothing,  # one launch ends before the next begins
+    "tt.grid_dependency_launch_dependents": _nothing,
     **extras.HANDLERS,
 }
 
