@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from effattn.cpu.atomics import rows
 from effattn.cpu.formats import Unsupported, value_type
-from effattn.cpu.ir import Op, Value
+from effattn.cpu.ir import Op, Value, unescaped
 from effattn.cpu.nest import Expr, Index, Scope, linear
 
 if TYPE_CHECKING:
@@ -76,12 +76,9 @@ class Translator:
         self.operands = operands
         self.lines: list[str] = []
         self.declared: set[str] = set()
-        text = re.sub(
-            r"//[^\n]*|/\*.*?\*/",
-            " ",
-            text.replace("\\0A", "\n").replace("\\09", " ").replace("\\n", "\n"),
-            flags=re.DOTALL,
-        )
+        # Also as LLVM's own assembler reads what is between quotes: \n and \t that Python left alone.
+        text = text.replace("\\n", "\n").replace("\\t", " ")
+        text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", text, flags=re.DOTALL)
         self.statements(text)
 
     def statements(self, text: str) -> None:
@@ -547,8 +544,7 @@ def _body(op: Op, element: list[list[str]]) -> tuple[list[str], list[list[str]]]
                     for j in range(per)
                 ]
                 lines.append(f"{c_type} {name} = {' | '.join(packed)};")
-    text = op.attrs["asm_string"]
-    translated = Translator(text[1:-1], registers)
+    translated = Translator(unescaped(op.attrs["asm_string"][1:-1]), registers)
     lines += translated.lines
     return lines, [[_from_bits(v, t) for t in where[i]] for i, v in enumerate(op.results)]
 

@@ -7,12 +7,11 @@ that fails ends its program; the launch raises DeviceAssertion when the other pr
 from __future__ import annotations
 
 import ctypes
-import json
 from typing import TYPE_CHECKING, Any
 
 from effattn.cpu.atomics import rows
 from effattn.cpu.formats import store_expr, value_type
-from effattn.cpu.ir import Op, Value
+from effattn.cpu.ir import Op, Value, unescaped
 from effattn.cpu.nest import Expr, Scope
 
 if TYPE_CHECKING:
@@ -27,26 +26,13 @@ _SIZE = 1024
 
 
 def _text(op: Op, name: str) -> str:
-    raw = op.attrs.get(name, '""')
-    # MLIR escapes as \XX in hexadecimal.
-    body, out, i = raw[1:-1], bytearray(), 0
-    while i < len(body):
-        if body[i] == "\\" and len(body) > i + 1:
-            if body[i + 1] in '"\\':
-                out += body[i + 1].encode()
-                i += 2
-            else:
-                out.append(int(body[i + 1 : i + 3], 16))
-                i += 3
-        else:
-            out += body[i].encode()
-            i += 1
-    return out.decode(errors="replace")
+    return unescaped(op.attrs.get(name, '""')[1:-1])
 
 
-def _literal(text: str) -> str:
-    """A C string literal that printf prints as it is."""
-    return json.dumps(text.replace("%", "%%"), ensure_ascii=True).replace("\\u", "\\\\u").replace("?", "\\?")
+def _printed(text: str) -> str:
+    """What stands in a C string literal that printf prints as this text, in UTF-8."""
+    plain = set(range(0x20, 0x7F)) - set(b'"\\%?')
+    return "".join(chr(c) if c in plain else "%%" if c == ord("%") else f"\\{c:03o}" for c in text.encode())
 
 
 def _format(value: Value, as_hex: bool, signed: bool) -> tuple[str, str]:
@@ -79,12 +65,12 @@ def print_(emitter: FunctionEmitter, op: Op) -> None:
     signs = op.ints_attr("isSigned") if "isSigned" in op.attrs else [1] * len(op.operands)
     pids = "pid_x, pid_y, pid_z"
     if not op.operands:
-        emitter.line(f'printf("pid (%d, %d, %d){_literal(prefix)[1:-1]}\\n", {pids});')
+        emitter.line(f'printf("pid (%d, %d, %d){_printed(prefix)}\\n", {pids});')
     for number, value in enumerate(op.operands):
         form, cast = _format(value, as_hex, bool(signs[number]))
         note = f"(operand {number}) " if len(op.operands) > 1 else ""
         close = ")" if cast.endswith("(") else ""
-        words = f"{_literal(prefix)[1:-1]}{note}{form}"
+        words = f"{_printed(prefix)}{note}{form}"
         if not value.type.is_tensor:
             emitter.line(
                 f'printf("pid (%d, %d, %d) idx (){words}\\n", {pids}, {cast}{emitter.scalar(value)}{close});'
@@ -107,10 +93,11 @@ def print_(emitter: FunctionEmitter, op: Op) -> None:
 def assert_(emitter: FunctionEmitter, op: Op) -> None:
     condition = op.operands[0]
     kernel = emitter.function.attrs["sym_name"].strip('"')
-    words = f"device_assert failed: {_text(op, 'message')}; kernel {kernel}, {op.loc}, program (%d, %d, %d)"
+    words = _printed(f"device_assert failed: {_text(op, 'message')}; kernel {kernel}, {op.loc}, program ")
+    words += "(%d, %d, %d)"
     pids = "pid_x, pid_y, pid_z"
     if not condition.type.is_tensor:
-        emitter.line(f"if (!{emitter.scalar(condition)}) {{ FAIL({_percent(words)}, {pids}); return; }}")
+        emitter.line(f'if (!{emitter.scalar(condition)}) {{ FAIL("{words}", {pids}); return; }}')
         return
     nest, axis, index = rows(emitter, condition.type)
     inner = Scope()
@@ -122,17 +109,11 @@ def assert_(emitter: FunctionEmitter, op: Op) -> None:
         nest.loop(
             axis,
             inner,
-            [f"if (!{holds.text}) {{ FAIL({_percent(words)}, {pids}{at}); return; }}"],
+            [f'if (!{holds.text}) {{ FAIL("{words}", {pids}{at}); return; }}'],
             independent=False,
         )
     )
     emitter.close()
-
-
-def _percent(words: str) -> str:
-    """A format: only the numbers that we put there are conversions."""
-    kept = words.replace("%", "%%").replace("%%ld", "%ld").replace("(%%d, %%d, %%d)", "(%d, %d, %d)")
-    return json.dumps(kept, ensure_ascii=True).replace("\\u", "\\\\u")
 
 
 #: address of a loaded kernel -> where it reports failed assertions

@@ -133,6 +133,8 @@ class Value:
     owner: Op | Block
     index: int
     uses: list[tuple[Op, int]] = field(default_factory=list)
+    #: of an argument: its name in the source, which MLIR spells in ASCII
+    label: str = ""
 
     @property
     def op(self) -> Op | None:
@@ -314,6 +316,17 @@ def _attributes(text: str) -> dict[str, str]:
     return out
 
 
+_ESCAPE = re.compile(rb"\\(?:([0-9A-Fa-f]{2})|(.))", re.DOTALL)
+
+
+def unescaped(text: str) -> str:
+    """What stands between the quotes of an MLIR string: a backslash and two hexadecimal digits are a byte of UTF-8."""
+    if "\\" not in text:
+        return text
+    found = _ESCAPE.sub(lambda m: bytes([int(m[1], 16)]) if m[1] else m[2], text.encode())
+    return found.decode(errors="replace")
+
+
 _LOC_LINE = re.compile(r"^(#loc\d*) = loc\((.*)\)$")
 _HEAD = re.compile(r'\s*(?:(%[^=]*?) = )?"([\w.$]+)"\(([^)]*)\)')
 _RESULT = re.compile(r"%([\w.$-]+)(?::(\d+))?")
@@ -343,10 +356,10 @@ class _Locations:
         if text.startswith("loc("):
             return self.get(text[4:-1])
         if match := re.match(r'"((?:[^"\\]|\\.)*)":(\d+):\d+', text):
-            return Loc(match.group(1), int(match.group(2)))
+            return Loc(unescaped(match.group(1)), int(match.group(2)))
         if match := re.match(r'"((?:[^"\\]|\\.)*)"(?:\((.*)\))?$', text):
             inner = self.get(match.group(2)) if match.group(2) else Loc()
-            return Loc(inner.file, inner.line, match.group(1))
+            return Loc(inner.file, inner.line, unescaped(match.group(1)))
         if text.startswith("callsite("):
             callee, _, caller = text[9:-1].partition(" at ")
             # The user's line is the caller's, unless the callee is the user's own function.
@@ -474,7 +487,9 @@ class _Parser:
                 name, _, rest = item.partition(": ")
                 where = rest.find(" loc(")
                 type_text = rest if where < 0 else rest[:where]
-                block.args.append(self.define(name[1:], parse_type(type_text), block, i))
+                arg = self.define(name[1:], parse_type(type_text), block, i)
+                arg.label = (self.locations.get(rest[where + 5 : -1]).name if where >= 0 else "") or arg.name
+                block.args.append(arg)
         return block
 
 

@@ -231,7 +231,7 @@ class Probes:
         return {
             "sites": [site.row() for site in self.sites],
             "undefined": [[op.loc.file, op.loc.line] for op in undefined],
-            "arguments": [arg.name for arg in self.function.regions[0].blocks[0].args],
+            "arguments": [arg.label for arg in self.function.regions[0].blocks[0].args],
             "steered": self._steered(undefined),
             "takes_minima": any("min" in op.name for op in walk(self.function)),
             "float_atomics": [
