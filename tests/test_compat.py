@@ -314,6 +314,31 @@ def test_custom_operations_registered_for_cuda_run(cuda: None) -> None:
         assert torch.equal(out.cpu(), torch.full((3,), 2.0))
 
 
+def test_kernels_wrapped_for_tracing_run(cuda: None) -> None:
+    x = torch.randn(70, device="cuda")
+    y = torch.empty_like(x)
+    torch.library.wrap_triton(doubled)[(2,)](x, y, 70, BLOCK=64)
+    assert torch.equal(y.cpu(), x.cpu() * 2)
+
+    @torch.library.triton_op("effattn_test_compat::doubled", mutates_args={})
+    def operation(x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        assert out.is_cuda
+        torch.library.wrap_triton(doubled)[lambda meta: (triton.cdiv(70, meta["BLOCK"]),)](
+            x, out, 70, BLOCK=64
+        )
+        return out
+
+    operation.register_autograd(lambda ctx, grad: grad * 2)
+    a = x.clone().requires_grad_()
+    out = operation(a)
+    assert out.is_cuda
+    assert torch.equal(out.cpu(), x.cpu() * 2)
+    out.sum().backward()
+    assert a.grad is not None
+    assert torch.equal(a.grad.cpu(), torch.full((70,), 2.0))
+
+
 def test_other_threads_see_the_device(cuda: None) -> None:
     seen: list[bool] = []
     thread = threading.Thread(target=lambda: seen.append((torch.ones(2, device="cuda") * 2).is_cuda))

@@ -202,6 +202,17 @@ def test_a_cooperative_grid_is_refused_since_its_barriers_would_never_be_passed(
     assert torch.equal(o, x * 0.5 + 1)
 
 
+def test_tuning_options_of_gpus_are_accepted_and_change_nothing() -> None:
+    x, o = torch.full((64,), 4.0), torch.zeros(64)
+    amd = {"waves_per_eu": 2, "matrix_instr_nonkdim": 16, "kpack": 2, "num_stages": 1}
+    compiled = work[(1,)](x, o, 1, N=64, **amd)
+    assert torch.equal(o, x * 0.5 + 1)
+    assert work[(1,)](x, o, 1, N=64, ptx_options="-O1").hash == work[(1,)](x, o, 1, N=64).hash
+    assert compiled.metadata.waves_per_eu is None
+    with pytest.raises(KeyError, match="waves_per_ue was specified but unrecognised"):
+        work[(1,)](x, o, 1, N=64, waves_per_ue=2)
+
+
 # ------------------------------------------------------------------------------- compiler, cache, processes
 
 KERNEL = """

@@ -129,6 +129,7 @@ def _do_bench_without_graph(
 
 def install(patch: Patch, capability: tuple[int, int], autotune: str) -> None:
     """Choose the emulated driver, let the CPU backend answer for its target, and limit autotuners."""
+    import torch._library.triton
     from triton.backends import backends
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.driver import driver
@@ -139,6 +140,8 @@ def install(patch: Patch, capability: tuple[int, int], autotune: str) -> None:
     for name, backend in list(backends.items()):
         if name == "nvidia":
             patch(backend.compiler, "supports_target", staticmethod(lambda target: False))
+    # torch.library.wrap_triton makes a kernel something that torch.compile can trace; nothing is traced here.
+    patch(torch._library.triton, "is_wrap_triton_enabled", lambda: False)
     # It would capture a graph, which is not emulated.
     patch(triton.testing, "do_bench_cudagraph", _do_bench_without_graph)
     if autotune == "first":

@@ -32,7 +32,25 @@ def _min_dot_size(lhs: Any, rhs: Any) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True)
-class CPUOptions:
+class _TuningOptions:
+    """Options of Triton's backends for NVIDIA and AMD that kernels name at a launch. They change nothing here."""
+
+    enable_reflect_ftz: Any = None
+    min_shared_mem: Any = None
+    ptx_options: Any = None
+    ptx_version: Any = None
+    allow_flush_denorm: Any = None
+    instruction_sched_variant: Any = None
+    kpack: Any = None
+    llvm_fn_attrs: Any = None
+    matrix_instr_nonkdim: Any = None
+    schedule_hint: Any = None
+    waves_per_eu: Any = None
+    wgp_cu_mode: Any = None
+
+
+@dataclass(frozen=True)
+class CPUOptions(_TuningOptions):
     """What Triton's front end reads, and what launches pass. Names follow Triton's GPU backends.
 
     num_warps, num_stages, num_ctas and maxnreg are accepted and change nothing: a program runs on one
@@ -122,6 +140,8 @@ class CPUBackend(BaseBackend):
         known = {k: v for k, v in options.items() if k in CPUOptions.__dataclass_fields__ and v is not None}
         # Libraries of device bitcode mean nothing here; extern symbols are answered by name.
         known.pop("extern_libs", None)
+        for name in _TuningOptions.__dataclass_fields__.keys() & known.keys():
+            known[name] = None  # one kernel for all of them
         known["checked"] = session.wants_checked_kernels()
         if known.get("launch_cooperative_grid"):
             raise RequestError(
