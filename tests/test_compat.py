@@ -60,6 +60,28 @@ def test_a_wrapper_written_for_a_gpu_runs(cuda: None) -> None:
     assert torch.equal(x.grad.cpu(), torch.full((5, 30), 2.0))
 
 
+class Halves(torch.autograd.Function):
+    """Two outputs; the backward pass launches a kernel on the gradients of both."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x[:32].clone(), x[32:].clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        out = torch.empty(64, device="cuda")
+        for i, grad in enumerate(grads):
+            doubled[(1,)](grad.contiguous(), out[32 * i :], 32, BLOCK=32)
+        return out / 2
+
+
+def test_gradients_of_outputs_that_were_not_used_are_on_the_device(cuda: None) -> None:
+    x = torch.randn(64, device="cuda", requires_grad=True)
+    Halves.apply(x)[1].sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad.cpu(), torch.cat([torch.zeros(32), torch.ones(32)]))
+
+
 def test_nothing_is_left_behind() -> None:
     owners = (
         torch,

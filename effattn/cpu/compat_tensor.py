@@ -208,6 +208,36 @@ def moved(x: torch.Tensor, to_cuda: bool) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------------ patched functions
 
+
+def _noting_outputs(original: Any) -> Any:
+    """`autograd.Function.apply` that notes in the graph which outputs are on the device."""
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        out = original(cls, *args, **kwargs)
+        outputs = out if isinstance(out, tuple) else (out,)
+        on_device = [i for i, x in enumerate(outputs) if isinstance(x, CudaTensor)]
+        node = next((outputs[i].grad_fn for i in on_device if outputs[i].grad_fn is not None), None)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            node._effattn_on_device = on_device  # pyright: ignore[reportAttributeAccessIssue]
+        return out
+
+    return classmethod(apply)
+
+
+def _with_gradients_on_the_device(original: Any) -> Any:
+    """A backward pass is handed zeros that autograd makes for outputs without a gradient: they belong where the output is."""
+
+    def apply(self: Any, *grads: Any) -> Any:
+        there = getattr(self, "_effattn_on_device", ())
+        placed = (
+            tag(g) if i in there and type(g) is torch.Tensor and not g.requires_grad else g
+            for i, g in enumerate(grads)
+        )
+        return original(self, *placed)
+
+    return apply
+
+
 #: factories that look at data which may be the caller's own memory
 _SHARING = ("as_tensor", "asarray")
 _LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
@@ -371,6 +401,10 @@ def install(patch: Patch) -> None:
     patch(torch.Tensor, "cpu", _cpu)
     patch(torch.Tensor, "type", _type(torch.Tensor.type))
     patch(torch, "Generator", _generator_class())
+    function = torch.autograd.Function
+    patch(function, "apply", _noting_outputs(vars(function)["apply"].__func__))
+    node = torch.autograd.function.BackwardCFunction
+    patch(node, "apply", _with_gradients_on_the_device(node.apply))
 
     inside = devices.DeviceContext.__torch_function__
 
