@@ -8,20 +8,37 @@ bit, and in the end memory holds what the first run left.
 from __future__ import annotations
 
 import ctypes
-import gc
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from effattn.cpu import probes, session
+from effattn.cpu.checked_memory import (
+    LARGE,
+    NAN,
+    SMALL,
+    ZERO,
+    Fill,
+    Slot,
+    Stale,
+    alive,
+    copied,
+    difference,
+    index_of,
+    memcmp,
+    memory,
+    merged,
+    slot_of,
+    stale_of,
+    unmoved,
+)
 from effattn.cpu.sanitizer import Checks, Fault, Finding, Traffic
 from effattn.errors import RequestError
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from numpy.typing import NDArray
 
     from effattn.cpu.launch import Launcher
@@ -35,8 +52,8 @@ _CAPACITY = 64  # different findings of one launch
 _lock = threading.Lock()
 
 if TYPE_CHECKING:
-    #: a further run: (what undefined elements hold, the order of programs, that order in words) -> findings
-    _Again = Callable[["_Fill", NDArray[np.int64] | None, str], list[Finding]]
+    #: makes a further run and gives what it finds
+    _Again = Callable[["_Trial"], list[Finding]]
 
 
 class _Extent(ctypes.Structure):
@@ -44,7 +61,9 @@ class _Extent(ctypes.Structure):
 
 
 class _Site(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in ("kind", "base", "size", "flags")]
+    _fields_ = [
+        (name, ctypes.c_int32) for name in ("kind", "base", "size", "flags", "choice_at", "choice_count")
+    ]
 
 
 class _Region(ctypes.Structure):
@@ -82,113 +101,43 @@ class _State(ctypes.Structure):
         )
     ] + [
         (name, ctypes.c_void_p)
-        for name in ("args", "known", "sites", "region_of", "regions", "traffic", "order", "findings")
+        for name in (
+            "args",
+            "known",
+            "sites",
+            "choices",
+            "region_of",
+            "regions",
+            "traffic",
+            "order",
+            "findings",
+        )
     ]
 
 
 @dataclass(frozen=True)
-class _Fill:
-    """What undefined elements hold in one run."""
+class _Trial:
+    """One further run: what is other than in the first."""
 
-    float_: float
-    half: float
-    eighth: float
-    integer: int
-    words: str
-
-
-#: Numbers that each float format has: large enough to win any maximum.
-_ZERO = _Fill(0.0, 0.0, 0.0, 0, "zeros")
-_NAN = _Fill(float("nan"), float("nan"), float("nan"), 0x5A5A5A5A5A5A5A5A, "NaN (0x5a... for integers)")
-_LARGE = _Fill(2.0**100, 2.0**15, 240.0, -0x5A5A5A5A5A5A5A5B, "a large number (0xa5... for integers)")
-_SMALL = _Fill(-(2.0**100), -(2.0**15), -240.0, -0x5A5A5A5A5A5A5A5B, "a large negative number")
-
-
-@dataclass
-class _Slot:
-    """A pointer argument: the tensor that was passed for it."""
-
-    name: str
-    value: Any
-    lo: int = 0
-    hi: int = -1  #: lo > hi: an address of which no more is known
-    size: int = 1  #: bytes of an element
+    #: what elements that masked loads leave undefined hold
+    fill: Fill = NAN
+    #: the order of the programs, and that order in words
+    order: NDArray[np.int64] | None = None
     words: str = ""
+    #: what elements hold that nobody has written; None: what they held in the first run
+    stale: Fill | None = None
 
+    @property
+    def instrument(self) -> str:
+        return "order" if self.words else "poison"
 
-def _slot(name: str, value: Any) -> _Slot:
-    shape: Any = getattr(value, "shape", None)
-    stride: Any = getattr(value, "stride", None)
-    if stride is None and hasattr(getattr(value, "base", None), "stride"):
-        # A tensor under another element type, triton.reinterpret: the same memory.
-        inner = _slot(name, value.base)
-        return _Slot(name, value.base, inner.lo, inner.hi, inner.size, inner.words)
-    if not callable(stride) or shape is None or isinstance(value, int):
-        return _Slot(name, None)
-    size, lo = int(value.element_size()), int(value.data_ptr())
-    shape, strides = tuple(int(n) for n in shape), tuple(int(n) for n in value.stride())
-    if 0 in shape:
-        return _Slot(name, value, lo, lo, size, f"no access: the tensor has shape {shape}, so no element")
-    last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    words = f"an element from 0 to {last} (shape {shape}, strides {strides})"
-    return _Slot(name, value, lo, lo + (last + 1) * size, size, words)
-
-
-def _alive() -> list[tuple[int, int]]:
-    """The memory of all tensors that this process holds, as disjoint sorted spans."""
-    import torch
-
-    spans = set()
-    with torch._C.DisableTorchFunctionSubclass():
-        for x in gc.get_objects():
-            if not issubclass(type(x), torch.Tensor):
-                continue
-            try:
-                if not (x.is_cpu or getattr(x, "_effattn_in_host_memory", False)):
-                    continue
-                storage = x.untyped_storage()
-                spans.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
-            except (RuntimeError, NotImplementedError):
-                continue  # a tensor without memory of its own
-    return _merged(spans)
-
-
-def _merged(spans: Any) -> list[tuple[int, int]]:
-    out: list[tuple[int, int]] = []
-    for lo, hi in sorted(span for span in spans if span[0] < span[1]):
-        if out and lo <= out[-1][1]:
-            out[-1] = (out[-1][0], max(out[-1][1], hi))
-        else:
-            out.append((lo, hi))
-    return out
-
-
-def _memory(lo: int, hi: int) -> NDArray[np.uint8]:
-    import numpy as np
-
-    return np.ctypeslib.as_array((ctypes.c_uint8 * (hi - lo)).from_address(lo))
-
-
-#: Copies of memory, kept from launch to launch: fresh pages cost more than the copy. Larger ones are not kept.
-_copies: dict[int, NDArray[np.uint8]] = {}
-_MOST_KEPT = 1 << 26
-
-_memcmp = ctypes.CDLL(None).memcmp
-_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-
-
-def _kept(number: int, lo: int, hi: int) -> NDArray[np.uint8]:
-    """A copy of memory; `number` tells those of one launch apart."""
-    import numpy as np
-
-    size = hi - lo
-    buffer = _copies.get(number)
-    if buffer is None or buffer.size < size:
-        buffer = np.empty(size, dtype=np.uint8)
-        if size <= _MOST_KEPT:
-            _copies[number] = buffer
-    ctypes.memmove(buffer.ctypes.data, lo, size)
-    return buffer[:size]
+    @property
+    def how(self) -> str:
+        if self.words:
+            return f"with the programs {self.words}"
+        if self.stale is not None:
+            return f"with {self.stale.words} in elements that were never written"
+        return f"with {self.fill.words} in undefined elements"
 
 
 def run(launcher: Launcher, function: int, grid: tuple[int, int, int], args: Sequence[Any]) -> None:
@@ -219,24 +168,29 @@ class _Launch:
         self.packed = launcher.packed(function, grid, args)
         self.grid = tuple(int(n) for n in grid)
         assert launcher.probes is not None
-        table, objects = launcher.probes
-        self.sites = [probes.Site(*row) for row in table["sites"]]
+        table, objects, names = launcher.probes
+        self.sites = [probes.Site(*row[:-1], choice=tuple(row[-1])) for row in table["sites"]]
         self.undefined: list[tuple[str, int]] = [tuple(place) for place in table["undefined"]]
         self.float_atomics: list[tuple[str, int]] = [tuple(place) for place in table["float_atomics"]]
-        self.takes_minima = bool(table["takes_minima"])
         self.steered = bool(table["steered"])
-        names = table["arguments"]
-        self.slots = [_slot(name, x) for name, x in zip(names, objects(*args), strict=True)]
+        #: what is tried in undefined elements beside NaN
+        self.fills = [LARGE, *([ZERO] if table["computed"] else []), *([SMALL] if table["ordered"] else [])]
+        self.slots = [slot_of(name, x) for name, x in zip(names, objects(*args), strict=True)]
         accesses = [s for s in self.sites if s.kind in (probes.LOAD, probes.STORE, probes.ATOMIC)]
-        self.loose = any(s.base < 0 or self.slots[s.base].hi < self.slots[s.base].lo for s in accesses)
+        self.loose = any(self._anywhere(s) for s in accesses)
         self.written = self._written(accesses)
 
-    def _written(self, accesses: list[probes.Site]) -> list[_Slot]:
+    def _written(self, accesses: list[probes.Site]) -> list[Slot]:
         """The tensors that the kernel may write to."""
-        bases = {s.base for s in accesses if s.kind != probes.LOAD}
-        if -1 in bases or any(self.slots[b].hi < self.slots[b].lo for b in bases):
+        writes = [s for s in accesses if s.kind != probes.LOAD]
+        bases = {b for s in writes for b in s.slots}
+        if any(self._anywhere(s) for s in writes):
             bases = set(range(len(self.slots)))
         return [self.slots[b] for b in sorted(bases) if self.slots[b].lo < self.slots[b].hi]
+
+    def _anywhere(self, site: probes.Site) -> bool:
+        """Whether an access may be to any tensor, as far as is known."""
+        return not site.slots or any(self.slots[b].hi < self.slots[b].lo for b in site.slots)
 
     # -- the runs
 
@@ -247,42 +201,55 @@ class _Launch:
         poisons = "poison" in self.asked and bool(self.undefined)
         count = self.grid[0] * self.grid[1] * self.grid[2]
         orders = "order" in self.asked and count > 1
-        self.spans = _merged((slot.lo, slot.hi) for slot in self.written)
+        self.stale = self._stale()
+        read = [(s.slot.lo, s.slot.hi) for s in self.stale]
+        self.spans = merged([(slot.lo, slot.hi) for slot in self.written] + read)
         # Nothing that is written is read: each run begins alike by itself, and a digest says whether it ends alike.
-        fresh = not self._reads_what_it_writes() and not (poisons and self.steered)
-        before = (
-            [_kept(k, *span) for k, span in enumerate(self.spans)]
-            if (poisons or orders) and not fresh
-            else None
-        )
+        fresh = not self.stale and not self._reads_what_it_writes() and not (poisons and self.steered)
+        again = poisons or orders or bool(self.stale)
+        before = [copied(k, *span) for k, span in enumerate(self.spans)] if again and not fresh else None
         state = self._state()
         if "races" in self.asked:
             state.flags |= _RACES
         if "traffic" in self.asked:
             state.flags |= _TRAFFIC
-        first = _NAN if "poison" in self.asked else _ZERO
-        found = self._once(state, first, None)
+        first = _Trial(NAN if "poison" in self.asked else ZERO)
+        found = self._once(state, first)
         self._count_traffic()
         if checks.allocations is not None:
             for slot in self.written:
                 checks.allocations.stored(slot.lo, slot.hi, self.kernel, slot.name)
-        if not (poisons or orders) or any(f.instrument == "bounds" for f in found):
+        if not again or any(f.instrument == "bounds" for f in found):
             return found
         # Each further run leaves memory as the first one did.
-        again = self._afresh(first) if before is None else self._restored(before)
-        if poisons:
-            for fill in (_LARGE, *([_SMALL] if self.takes_minima else [])):
-                found += again(fill, None, "")
-        if orders:
-            for words, order in self._orders(count):
-                found += again(first, order, words)
+        repeat = self._afresh(first) if before is None else self._restored(before)
+        for trial in self._trials(first, poisons, count if orders else 0):
+            found += repeat(trial)
         return _distinct(found)
+
+    def _trials(self, first: _Trial, poisons: bool, count: int) -> Iterator[_Trial]:
+        """The further runs. `count`: programs, where their order is looked at."""
+        if self.stale:
+            yield from (replace(first, stale=fill) for fill in (LARGE, SMALL, ZERO))
+        if poisons:
+            yield from (replace(first, fill=fill) for fill in self.fills)
+        if count:
+            yield from (replace(first, words=words, order=order) for words, order in self._orders(count))
+
+    def _stale(self) -> list[Stale]:
+        """Of the tensors that may be read, the elements that nobody has written."""
+        allocations = self.checks.allocations
+        if allocations is None:
+            return []
+        read = {b for s in self.sites if s.kind in (probes.LOAD, probes.ATOMIC) for b in s.slots}
+        found = (stale_of(self.slots[b], allocations) for b in sorted(read))
+        return [x for x in found if x is not None]
 
     def _reads_what_it_writes(self) -> bool:
         """Whether a kernel may read memory that it may also write to."""
         if self.loose:
             return True
-        read = [self.slots[s.base] for s in self.sites if s.kind in (probes.LOAD, probes.ATOMIC)]
+        read = [self.slots[b] for s in self.sites if s.kind in (probes.LOAD, probes.ATOMIC) for b in s.slots]
         return any(slot.lo < hi and lo < slot.hi for slot in read for lo, hi in self.spans)
 
     def _orders(self, count: int) -> Iterator[tuple[str, NDArray[np.int64]]]:
@@ -294,70 +261,77 @@ class _Launch:
 
     def _restored(self, before: list[NDArray[np.uint8]]) -> _Again:
         """One more run from the memory of before, compared with copies of what the first run has left."""
-        after = [_kept(k + len(self.spans), *span) for k, span in enumerate(self.spans)]
+        after = [copied(k + len(self.spans), *span) for k, span in enumerate(self.spans)]
 
-        def again(fill: _Fill, order: NDArray[np.int64] | None, words: str) -> list[Finding]:
+        def again(trial: _Trial) -> list[Finding]:
             for (lo, hi), kept in zip(self.spans, before, strict=True):
                 ctypes.memmove(lo, kept.ctypes.data, hi - lo)
-            found = self._stopped(fill, order, words)
+            if trial.stale is not None:
+                for stale in self.stale:
+                    stale.refill(trial.stale)
+            found = self._stopped(trial)
             if not found:
                 for (lo, hi), kept in zip(self.spans, after, strict=True):
-                    if not found and _memcmp(lo, kept.ctypes.data, hi - lo):
-                        found = self._compared(lo, hi, kept, _memory(lo, hi), fill, words)
+                    if not found and memcmp(lo, kept.ctypes.data, hi - lo):
+                        found = self._compared(lo, hi, kept, memory(lo, hi), trial)
             for (lo, hi), kept in zip(self.spans, after, strict=True):
                 ctypes.memmove(lo, kept.ctypes.data, hi - lo)
             return found
 
         return again
 
-    def _afresh(self, first: _Fill) -> _Again:
+    def _afresh(self, first: _Trial) -> _Again:
         """One more run over the memory as it is; only where the digests differ is anything copied and compared."""
         digests = [self.library.effattn_digest(lo, hi - lo) for lo, hi in self.spans]
 
-        def again(fill: _Fill, order: NDArray[np.int64] | None, words: str) -> list[Finding]:
-            found = self._stopped(fill, order, words)
+        def again(trial: _Trial) -> list[Finding]:
+            found = self._stopped(trial)
             now = [self.library.effattn_digest(lo, hi - lo) for lo, hi in self.spans]
             if now == digests:
                 return found
-            others = [_kept(k, *span) for k, span in enumerate(self.spans)]
-            self._once(self._state(), first, None)
+            others = [copied(k, *span) for k, span in enumerate(self.spans)]
+            self._once(self._state(), first)
             for (lo, hi), other in zip(self.spans, others, strict=True):
-                if not found and _memcmp(lo, other.ctypes.data, hi - lo):
-                    found = self._compared(lo, hi, _memory(lo, hi), other, fill, words)
+                if not found and memcmp(lo, other.ctypes.data, hi - lo):
+                    found = self._compared(lo, hi, memory(lo, hi), other, trial)
             return found
 
         return again
 
-    def _stopped(self, fill: _Fill, order: NDArray[np.int64] | None, words: str) -> list[Finding]:
+    def _stopped(self, trial: _Trial) -> list[Finding]:
         """Run once more; the findings of a program that was stopped in this run and in no other."""
-        how = f" (with the programs {words})" if words else f" (with {fill.words} in undefined elements)"
-        found = self._once(self._state(), fill, order)
-        return [_because(f, "order" if words else "poison", how) for f in found]
+        found = self._once(self._state(), trial)
+        return [replace(f, instrument=trial.instrument, done=f"{f.done} ({trial.how})") for f in found]
 
     def _compared(
-        self, lo: int, hi: int, first: NDArray[np.uint8], second: NDArray[np.uint8], fill: _Fill, words: str
+        self, lo: int, hi: int, first: NDArray[np.uint8], second: NDArray[np.uint8], trial: _Trial
     ) -> list[Finding]:
         """The first element of each tensor in a span of memory that two runs have left different."""
         found = []
         for slot in self.written:
             if lo <= slot.lo and slot.hi <= hi:
                 there = slice(slot.lo - lo, slot.hi - lo)
-                difference = _difference(slot, first[there], second[there])
-                if difference is not None:
-                    found.append(self._differs(slot, *difference, fill, words))
+                left = second[there]
+                if trial.stale is not None:
+                    left = unmoved(slot, first[there], left, trial.stale)
+                different = difference(slot, first[there], left)
+                if different is not None:
+                    found.append(self._differs(slot, *different, trial))
         return found[:1]
 
-    def _differs(self, slot: _Slot, at: int, first: str, second: str, fill: _Fill, words: str) -> Finding:
-        index = _index(slot, at)
+    def _differs(self, slot: Slot, at: int, first: str, second: str, trial: _Trial) -> Finding:
+        index = index_of(slot, at)
         common = {
             "kernel": self.kernel,
             "argument": slot.name,
             "offset": at,
             "offset_bytes": at * slot.size,
         }
-        if words:
+        if trial.stale is not None:
+            return self._never_written(f"element {index} of {slot.name}", first, second, trial.stale, common)
+        if trial.words:
             writers = [s for s in self.sites if s.size and s.kind != probes.LOAD]
-            here = [s for s in writers if s.base >= 0 and self.slots[s.base] is slot] or writers
+            here = [s for s in writers if any(self.slots[b] is slot for b in s.slots)] or writers
             file, line = (here[0].file, here[0].line) if here else ("", 0)
             why = (
                 "; the kernel adds floating-point numbers atomically, and the rounding of their sum depends on the order"
@@ -368,7 +342,7 @@ class _Launch:
                 instrument="order",
                 file=file,
                 line=line,
-                done=f"element {index} of {slot.name} is {first} with the programs in order and {second} with them {words}",
+                done=f"element {index} of {slot.name} is {first} with the programs in order and {second} with them {trial.words}",
                 expected=f"the same bits in any order{why}",
                 **common,
             )
@@ -378,9 +352,28 @@ class _Launch:
             instrument="poison",
             file=file,
             line=line,
-            done=f"element {index} of {slot.name} is {first} with NaN and {second} with {fill.words} in the elements that "
+            done=f"element {index} of {slot.name} is {first} with NaN and {second} with {trial.fill.words} in the elements that "
             f"masked loads without `other` leave undefined (line {lines})",
             expected="no undefined element to reach an output: give the load an `other`, or mask what is computed from it",
+            **common,
+        )
+
+    def _never_written(
+        self, element: str, first: str, second: str, fill: Fill, common: dict[str, Any]
+    ) -> Finding:
+        """An output that depends on memory without contents."""
+        slots = [s.slot for s in self.stale]
+        loads = [s for s in self.sites if s.kind in (probes.LOAD, probes.ATOMIC)]
+        here = [s for s in loads if any(self.slots[b] in slots for b in s.slots)]
+        lines = ", ".join(sorted({str(s.line) for s in here}, key=int))
+        of = " and ".join(f"{s.slot.name} ({s.origin})" for s in self.stale)
+        return Finding(
+            instrument="poison",
+            file=here[0].file,
+            line=here[0].line,
+            done=f"{element} is {first} with NaN (0x5a... for integers) and {second} with {fill.words} in the "
+            f"elements of {of} that nobody has written (read in line {lines})",
+            expected="every element that reaches an output to be written before it is read",
             **common,
         )
 
@@ -392,13 +385,21 @@ class _Launch:
         state.max_nanoseconds = int(checks.max_seconds * 1e9)
         return state
 
-    def _once(self, state: _State, fill: _Fill, order: NDArray[np.int64] | None) -> list[Finding]:
+    def _once(self, state: _State, trial: _Trial) -> list[Finding]:
         """Run the grid once."""
+        order = trial.order
         count = self.grid[0] * self.grid[1] * self.grid[2]
         extents = (_Extent * max(1, len(self.slots)))(*((s.lo, s.hi) for s in self.slots))
-        sites = (_Site * max(1, len(self.sites)))(*((s.kind, s.base, s.size, s.flags) for s in self.sites))
-        known = _alive() if self.loose else []
-        alive = (_Extent * max(1, len(known)))(*known)
+        choices: list[int] = []
+        rows: list[tuple[int, ...]] = []
+        for s in self.sites:
+            choice = () if self._anywhere(s) else s.choice
+            rows.append((s.kind, s.base, s.size, s.flags, len(choices), len(choice)))
+            choices += choice
+        sites = (_Site * max(1, len(self.sites)))(*rows)
+        chosen = (ctypes.c_int32 * max(1, len(choices)))(*choices)
+        known = alive() if self.loose else []
+        living = (_Extent * max(1, len(known)))(*known)
         regions, region_of = self._regions(state.flags & _RACES)
         self.counts = (_Counts * max(1, len(self.sites)))(*((0, 0, -1) for _ in self.sites))
         findings = (_Found * _CAPACITY)()
@@ -411,12 +412,13 @@ class _Launch:
         state.slots, state.known_count = len(self.slots), len(known)
         state.site_count, state.region_count = len(self.sites), len(regions)
         state.capacity = _CAPACITY
-        state.args, state.known = ctypes.addressof(extents), ctypes.addressof(alive)
+        state.args, state.known = ctypes.addressof(extents), ctypes.addressof(living)
         state.sites, state.traffic = ctypes.addressof(sites), ctypes.addressof(self.counts)
+        state.choices = ctypes.addressof(chosen)
         state.regions, state.region_of = ctypes.addressof(regions), ctypes.addressof(region_of)
         state.findings = ctypes.addressof(findings)
         state.order = None if order is None else order.ctypes.data
-        self._fill(fill)
+        self._fill(trial.fill)
         status = self.library.effattn_launch_checked(self.packed, ctypes.byref(state))
         if status == _INTERRUPTED:
             raise KeyboardInterrupt(f"the launch of {self.kernel} ended before all its programs were done")
@@ -426,7 +428,7 @@ class _Launch:
             )
         return [self._finding(f) for f in findings[: state.finding_count]]
 
-    def _fill(self, fill: _Fill) -> None:
+    def _fill(self, fill: Fill) -> None:
         for name, value in (
             ("effattn_fill_float", fill.float_),
             ("effattn_fill_half", fill.half),
@@ -442,12 +444,12 @@ class _Launch:
         """
         slots = [s for s in self.slots if s.lo < s.hi] if wanted else []
         accesses = [s for s in self.sites if s.size]
-        anywhere = [s for s in accesses if s.base < 0 or self.slots[s.base].hi < self.slots[s.base].lo]
+        anywhere = [s for s in accesses if self._anywhere(s)]
         region_of = (ctypes.c_int64 * max(1, len(self.slots)))(*(-1 for _ in self.slots))
         found = []
-        for lo, hi in _merged((s.lo, s.hi) for s in slots):
+        for lo, hi in merged((s.lo, s.hi) for s in slots):
             inside = [k for k, s in enumerate(self.slots) if s.lo < s.hi and lo <= s.lo < hi]
-            touching = [s for s in accesses if s.base in inside] + anywhere
+            touching = [s for s in accesses if not set(s.slots).isdisjoint(inside)] + anywhere
             kinds = {s.kind for s in touching}
             if probes.STORE not in kinds:
                 continue
@@ -464,7 +466,8 @@ class _Launch:
         for site, counts in zip(self.sites, self.counts, strict=False):
             if site.kind not in (probes.LOAD, probes.STORE, probes.ATOMIC):
                 continue
-            argument = self.slots[site.base].name if site.base >= 0 else "(addresses from memory)"
+            names = [self.slots[b].name for b in site.slots]
+            argument = " or ".join(names) if names else "(addresses from memory)"
             t = self.checks.report.traffic.setdefault((self.kernel, argument), Traffic())
             if site.kind != probes.STORE:
                 t.loaded += counts.bytes
@@ -482,9 +485,13 @@ class _Launch:
     def _finding(self, f: _Found) -> Finding:
         site = self.sites[f.site] if f.site >= 0 else probes.Site(-1, "", 0)
         slot = self.slots[f.slot] if f.slot >= 0 else None
+        if f.kind == _WILD and not self._anywhere(site):
+            # Of the arguments that the address is chosen from, the one that it misses by least.
+            choice = [self.slots[b] for b in site.slots]
+            slot = min(choice, key=lambda x: max(x.lo - f.address, f.address + site.size - x.hi))
         offset = offset_bytes = None
-        element = f"address {f.address:#x}"
-        if slot is not None and f.kind in (_OUTSIDE, _RACE, _WAITS):
+        element = f"address {f.address % (1 << 64):#x}"
+        if slot is not None and f.kind in (_OUTSIDE, _WILD, _RACE, _WAITS):
             offset_bytes = f.address - slot.lo
             offset = offset_bytes // slot.size
             element = f"element {offset} of {slot.name} (byte {offset_bytes} from its first element)"
@@ -506,17 +513,20 @@ class _Launch:
             expected=expected,
         )
 
-    def _words(self, f: _Found, site: probes.Site, slot: _Slot | None, element: str) -> tuple[str, str]:
+    def _words(self, f: _Found, site: probes.Site, slot: Slot | None, element: str) -> tuple[str, str]:
         verb = _VERBS.get(site.kind, "access to")
-        if f.kind == _OUTSIDE:
-            assert slot is not None
-            return f"{verb} {element}", slot.words
+        if f.kind in (_OUTSIDE, _WILD) and slot is not None:
+            others = [x.name for b in site.slots if (x := self.slots[b]) is not slot]
+            beside = f", or an element of {' or '.join(others)}" if others else ""
+            return f"{verb} {element}", slot.words + beside
         if f.kind == _WILD:
             return f"{verb} {element}", "an address in a tensor of the launch or in another one that is alive"
         if f.kind == _WRAPPED:
             to = f", which goes to an address in {slot.name}" if slot is not None else ""
+            # The product of two unsigned numbers of 32 bits has 64.
+            value = f.value % (1 << 64) if site.flags and site.what == "*" else f.value
             return (
-                f"the result of `{site.what}` is {f.value}{to}; as an integer of 32 bits or less it wraps around",
+                f"the result of `{site.what}` is {value}{to}; as an integer of 32 bits or less it wraps around",
                 "offsets that fit: compute them in 64 bits, as by .to(tl.int64)",
             )
         if f.kind == _ZERO_DIVISOR:
@@ -535,7 +545,7 @@ class _Launch:
         if f.kind == _SIGNAL:
             name = signal.Signals(f.value).name
             return (
-                f"the program was stopped by {name} at address {f.address:#x}, in or after this access",
+                f"the program was stopped by {name} at address {f.address % (1 << 64):#x}, in or after this access",
                 "memory that can be accessed: the tensor says more than it has",
             )
         other = self.sites[f.other_site]
@@ -550,12 +560,6 @@ _VERBS = {probes.LOAD: "load of", probes.STORE: "store to", probes.ATOMIC: "atom
 _PAST = {probes.LOAD: "loaded", probes.STORE: "stored to", probes.ATOMIC: "updated atomically"}
 
 
-def _because(finding: Finding, instrument: str, how: str) -> Finding:
-    from dataclasses import replace
-
-    return replace(finding, instrument=instrument, done=finding.done + how)
-
-
 def _distinct(found: list[Finding]) -> list[Finding]:
     """One finding for each argument that differs, and no more."""
     kept: dict[tuple[str, str, int, str], Finding] = {}
@@ -564,36 +568,6 @@ def _distinct(found: list[Finding]) -> list[Finding]:
             (f.instrument, f.argument, f.line, f.done if f.instrument in ("bounds", "races") else ""), f
         )
     return list(kept.values())
-
-
-def _difference(slot: _Slot, first: Any, second: Any) -> tuple[int, str, str] | None:
-    """The first element that differs, and both values. Two NaN are the same: their bits are not specified."""
-    rows = (first.reshape(-1, slot.size) != second.reshape(-1, slot.size)).any(1)
-    a, b = (_elements(slot.value, x, rows) for x in (first, second))
-    for place, x, y in zip(rows.nonzero()[0].tolist(), a.tolist(), b.tolist(), strict=True):
-        if x == x or y == y:
-            return place, repr(x), repr(y)
-    return None
-
-
-def _elements(like: torch.Tensor, raw: Any, rows: Any) -> torch.Tensor:
-    import torch
-
-    size = like.element_size()
-    chosen = torch.from_numpy(raw.reshape(-1, size)[rows].copy()).reshape(-1).view(like.dtype)
-    return chosen.to(torch.float64) if chosen.is_floating_point() else chosen
-
-
-def _index(slot: _Slot, at: int) -> str:
-    """The index of an element of a view, from its offset; the offset alone where strides overlap."""
-    shape, strides = tuple(slot.value.shape), tuple(slot.value.stride())
-    rest, index = at, [0] * len(shape)
-    for axis in sorted(range(len(shape)), key=lambda d: -strides[d]):
-        if shape[axis] > 1 and strides[axis] > 0:
-            index[axis], rest = divmod(rest, strides[axis])
-    if rest or any(i >= n for i, n in zip(index, shape, strict=True)):
-        return f"at offset {at}"
-    return "[" + ", ".join(map(str, index)) + "]"
 
 
 __all__ = ["Fault", "run"]

@@ -15,7 +15,8 @@ enum { RACES = 1, TRAFFIC = 2, WRAPS = 4 };
 enum { OUTSIDE = 1, WILD, WRAPPED, ZERO_DIVISOR, ENDLESS, WAITS, SIGNAL, RACE };
 
 typedef struct { int64_t lo, hi; } extent_t; /* addresses, hi exclusive; hi < lo: not known */
-typedef struct { int32_t kind, base, size, flags; } site_t;
+/* The argument whose tensor is accessed (-1: one of several, or none), and where in `choices` those several are. */
+typedef struct { int32_t kind, base, size, flags, choice_at, choice_count; } site_t;
 /* `kinds`: bits 1 << LOAD, 1 << STORE, 1 << ATOMIC of the sites that may touch it; only their cells exist. */
 typedef struct { int64_t lo, hi, shift, kinds; uint32_t *cells[3]; } region_t;
 typedef struct { int64_t bytes, sectors, last; } traffic_t;
@@ -30,6 +31,7 @@ typedef struct {
     int64_t slots, known_count, site_count, region_count, finding_count, capacity, stopped;
     const extent_t *args, *known;
     const site_t *sites;
+    const int32_t *choices;
     const int64_t *region_of; /* by slot; -1: none */
     region_t *regions;
     traffic_t *traffic; /* by site */
@@ -241,6 +243,15 @@ static int32_t slot_at(int64_t lo, int64_t hi) {
     return -1;
 }
 
+/* The same among the arguments that a site chooses from. */
+static int32_t chosen_at(const site_t *s, int64_t lo, int64_t hi) {
+    for (int32_t i = 0; i < s->choice_count; i++) {
+        int32_t slot = checks->choices[s->choice_at + i];
+        if (checks->args[slot].lo <= lo && hi <= checks->args[slot].hi) return slot;
+    }
+    return -1;
+}
+
 static int is_known(int64_t lo, int64_t hi) {
     int64_t a = 0, b = checks->known_count;
     while (a < b) { /* the first that begins after lo */
@@ -272,6 +283,10 @@ EXPORT void effattn_access(int32_t site, const char *first, int64_t step, int64_
         const extent_t *e = &checks->args[slot];
         if (__builtin_expect((lo < e->lo) | (hi > e->hi), 0))
             outside(site, slot, (int64_t)(intptr_t)first, step, count, e->lo, e->hi);
+    } else if (s->choice_count > 0) {
+        slot = chosen_at(s, lo, hi);
+        for (int64_t i = 0, at = (int64_t)(intptr_t)first; slot < 0 && i < count; i++, at += step)
+            if (chosen_at(s, at, at + s->size) < 0) outside(site, -1, at, 0, 1, 1, 0);
     } else {
         slot = slot_at(lo, hi);
         if (slot < 0 && !is_known(lo, hi)) {

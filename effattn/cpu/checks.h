@@ -8,8 +8,13 @@ extern float effattn_fill_float, effattn_fill_half, effattn_fill_eighth;
 
 #define EFFATTN_TICK(site) \
     if (__builtin_expect(--effattn_ticks < 0, 0)) effattn_tick(site)
-#define EFFATTN_FITS(bits, site, exact)                                                                           \
+#define EFFATTN_FITS(type, site, exact)                                                                           \
     do {                                                                                                          \
-        int64_t effattn_exact = (exact);                                                                                  \
-        if (__builtin_expect(effattn_exact != (int##bits##_t)effattn_exact, 0)) effattn_fault(site, effattn_exact);                       \
+        int64_t effattn_exact = (exact);                                                                          \
+        if (__builtin_expect(effattn_exact != (type)effattn_exact, 0)) effattn_fault(site, effattn_exact);        \
     } while (0)
+/* The sum of two unsigned numbers. One in the last 256th of its range stands for a negative number, as -1 does. */
+#define EFFATTN_SIGNED(U, x) ((int64_t)(U)(x) - ((U)(x) >= (U)-1 - ((U)-1 >> 8) ? (int64_t)(U)-1 + 1 : 0))
+#define EFFATTN_SUM(U, a, b)                                                                                      \
+    ((int64_t)(U)(a) + (U)(b) <= (int64_t)(U)-1 ? (int64_t)(U)(a) + (U)(b)                                        \
+                                                : EFFATTN_SIGNED(U, a) + EFFATTN_SIGNED(U, b))

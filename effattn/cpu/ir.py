@@ -133,8 +133,6 @@ class Value:
     owner: Op | Block
     index: int
     uses: list[tuple[Op, int]] = field(default_factory=list)
-    #: of an argument: its name in the source, which MLIR spells in ASCII
-    label: str = ""
 
     @property
     def op(self) -> Op | None:
@@ -487,9 +485,7 @@ class _Parser:
                 name, _, rest = item.partition(": ")
                 where = rest.find(" loc(")
                 type_text = rest if where < 0 else rest[:where]
-                arg = self.define(name[1:], parse_type(type_text), block, i)
-                arg.label = (self.locations.get(rest[where + 5 : -1]).name if where >= 0 else "") or arg.name
-                block.args.append(arg)
+                block.args.append(self.define(name[1:], parse_type(type_text), block, i))
         return block
 
 

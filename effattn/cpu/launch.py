@@ -11,7 +11,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from effattn.cpu import debug, descriptors, toolchain
 from effattn.errors import ArgumentTypeError, RequestError
@@ -160,38 +160,43 @@ def address_of(value: Any) -> int:
     )
 
 
-def _slots(signature: Sequence[tuple[str, Any]]) -> tuple[list[str], list[str], list[str]]:
-    """Names for a kernel's bound arguments; for each run-time argument its struct code and an expression of them."""
-    codes: list[str] = []
-    values: list[str] = []
+class _Slot(NamedTuple):
+    """One run-time argument of a compiled kernel."""
 
-    def add(type_: Any, expr: str) -> None:
+    code: str  #: of struct
+    value: str  #: a Python expression of the kernel's bound arguments a0, a1, ...
+    words: str  #: how the kernel's author would name it
+
+
+def _slots(signature: Sequence[tuple[str, Any]]) -> list[_Slot]:
+    """The run-time arguments behind a kernel's bound arguments; constants have none, tuples and descriptors several."""
+    slots: list[_Slot] = []
+
+    def add(type_: Any, expr: str, words: str) -> None:
         if isinstance(type_, (tuple, list)):
+            fields = getattr(type_, "_fields", None)
             for i, inner in enumerate(type_):
-                add(inner, f"{expr}[{i}]")
+                add(inner, f"{expr}[{i}]", f"{words}.{fields[i]}" if fields else f"{words}[{i}]")
         elif type_ == "constexpr":
             return
         elif type_.startswith("*"):
-            codes.append("Q")
-            values.append(f"pointer({expr})")
+            slots.append(_Slot("Q", f"pointer({expr})", words))
         elif type_.startswith("tensordesc"):
-            for code, value in descriptors.parts(type_, expr):
-                codes.append(code)
-                values.append(value)
+            slots.extend(_Slot(code, value, words) for code, value in descriptors.parts(type_, expr))
         elif type_[0] in "fb":
-            codes.append("d")
-            values.append(expr)
+            slots.append(_Slot("d", expr, words))
         elif type_ == "u64":
-            codes.append("Q")
-            values.append(expr)
+            slots.append(_Slot("Q", expr, words))
         else:
-            codes.append("q")
-            values.append(f"int({expr})" if type_ in ("i1", "u1") else expr)
+            slots.append(_Slot("q", f"int({expr})" if type_ in ("i1", "u1") else expr, words))
 
-    names = [f"a{i}" for i in range(len(signature))]
-    for name, (_, type_) in zip(names, signature, strict=True):
-        add(type_, name)
-    return names, codes, values
+    for i, (name, type_) in enumerate(signature):
+        add(type_, f"a{i}", name)
+    return slots
+
+
+def _bound(signature: Sequence[tuple[str, Any]]) -> list[str]:
+    return [f"a{i}" for i in range(len(signature))]
 
 
 def _packer(
@@ -202,18 +207,20 @@ def _packer(
     It takes (function, grid x, y, z, threads, arena bytes, address of the cost) and then the kernel's bound arguments.
     Every one of these takes one slot of 8 bytes: an address, a 64-bit integer or a double.
     """
-    names, codes, values = _slots(signature)
+    slots = _slots(signature)
     head = ["function", "x", "y", "z", "threads", "arena", "cost"]
-    scope: dict[str, Any] = {"pack": struct.Struct("=Q5qQ" + "".join(codes)).pack, "pointer": pointer}
-    exec(f"def packed({', '.join(head + names)}):\n    return pack({', '.join(head + values)})", scope)
-    return scope["packed"], len(codes)
+    pack = struct.Struct("=Q5qQ" + "".join(s.code for s in slots)).pack
+    scope: dict[str, Any] = {"pack": pack, "pointer": pointer}
+    values = ", ".join(head + [s.value for s in slots])
+    exec(f"def packed({', '.join(head + _bound(signature))}):\n    return pack({values})", scope)
+    return scope["packed"], len(slots)
 
 
 def _objects(signature: Sequence[tuple[str, Any]]) -> Callable[..., list[Any]]:
     """A function from a kernel's bound arguments to what was passed for each slot: tensors for addresses."""
-    names, _, values = _slots(signature)
+    values = ", ".join(s.value for s in _slots(signature))
     scope: dict[str, Any] = {"pointer": lambda value: value}
-    exec(f"def objects({', '.join(names)}):\n    return [{', '.join(values)}]", scope)
+    exec(f"def objects({', '.join(_bound(signature))}):\n    return [{values}]", scope)
     return scope["objects"]
 
 
@@ -266,13 +273,13 @@ class Launcher:
         self.cost_at = ctypes.addressof(self.cost)
         self.library = _runtime()
         self.run = self.library.effattn_launch
-        #: of an instrumented kernel: its table of sites, and what was passed for each slot; None for any other
-        self.probes: tuple[dict[str, Any], Callable[..., list[Any]]] | None = None
+        #: of an instrumented kernel: its table of sites, what was passed for each slot, the slots' names; None for any other
+        self.probes: tuple[dict[str, Any], Callable[..., list[Any]], list[str]] | None = None
         if metadata.cpu_probes is not None:
             from effattn.cpu import probes
 
             table = probes.moved(metadata.cpu_probes, _files(src))
-            self.probes = table, _objects(list(src.signature.items()))
+            self.probes = table, _objects(self.signature), [s.words for s in _slots(self.signature)]
 
     def __call__(
         self,

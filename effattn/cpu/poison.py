@@ -40,6 +40,14 @@ def _bits(x: torch.Tensor) -> tuple[torch.dtype, int] | None:
     return None
 
 
+def mark(x: torch.Tensor) -> tuple[torch.dtype, int] | None:
+    """The integer type of the same size and the pattern, where no number would be met that has it by chance."""
+    import torch
+
+    small = x.element_size() == 1 or x.dtype == torch.int16
+    return None if small else _bits(x)
+
+
 def _plain(x: torch.Tensor) -> bool:
     """A dense tensor in host memory."""
     import torch
@@ -72,6 +80,14 @@ def _caller() -> str:
     return "an unknown line"
 
 
+def _storage(x: torch.Tensor) -> int:
+    """Where the storage of a tensor begins."""
+    import torch
+
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.untyped_storage().data_ptr()
+
+
 class Allocations:
     """The tensors that were made without contents since `begin`."""
 
@@ -79,6 +95,8 @@ class Allocations:
         self._undo = ExitStack()
         #: id -> (tensor, what made it and where)
         self._made: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
+        #: where a storage begins -> what made it and where
+        self._storages: dict[int, str] = {}
         #: spans of memory that kernels store to: addresses -> kernel, argument
         self._stored: dict[tuple[int, int], tuple[str, str]] = {}
 
@@ -109,10 +127,16 @@ class Allocations:
         def empty(*args: Any, **kwargs: Any) -> Any:
             made = make(*args, **kwargs)
             if fill(made):
-                self._made[id(made)] = (weakref.ref(made), f"torch.{name} at {_caller()}")
+                origin = f"torch.{name} at {_caller()}"
+                self._made[id(made)] = (weakref.ref(made), origin)
+                self._storages[_storage(made)] = origin
             return made
 
         return empty
+
+    def origin_of(self, x: torch.Tensor) -> str | None:
+        """What made the memory of a tensor without contents, and where; None for any other memory."""
+        return self._storages.get(_storage(x))
 
     def stored(self, lo: int, hi: int, kernel: str, argument: str) -> None:
         """Note that a kernel stores to a tensor that lies at these addresses."""
@@ -135,8 +159,8 @@ class Allocations:
                     1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
                 )
                 writers = [who for (a, b), who in self._stored.items() if a < hi and lo < b]
-                pattern = _bits(x)
-                if not writers or pattern is None or x.element_size() == 1 or x.dtype == torch.int16:
+                pattern = mark(x)
+                if not writers or pattern is None:
                     continue
                 left = x.detach().view(pattern[0]) == pattern[1]
                 count = int(left.sum())

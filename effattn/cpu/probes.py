@@ -36,12 +36,20 @@ _EXACT = {
     "arith.muli": "(int64_t){a} * {b}",
     "arith.shli": "(int64_t){a} << ({b} & 31)",
 }
+#: The same where the result is used as an unsigned number, of C type {U}. Differences are left alone: they may be negative
+#: for a while, and one that still is at the address is far outside of the tensor.
+_EXACT_UNSIGNED = {
+    "arith.addi": "EFFATTN_SUM({U}, {a}, {b})",
+    "arith.muli": "(int64_t)((uint64_t)({U}){a} * ({U}){b})",
+    "arith.shli": "(int64_t)(uint64_t)({U}){a} << ({b} & 31)",
+}
 _SYMBOL = {"arith.addi": "+", "arith.subi": "-", "arith.muli": "*", "arith.shli": "<<"}
 #: what an offset goes through on its way to an address without becoming another number. No select: the arm that is not
 #: taken may be anything.
 _THROUGH = frozenset(
     {
         "arith.extsi",
+        "arith.extui",
         "arith.index_cast",
         "tt.splat",
         "tt.broadcast",
@@ -53,6 +61,17 @@ _THROUGH = frozenset(
 _POINTER_VIEWS = frozenset(
     {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.trans", "tt.reshape", "tt.bitcast", "tt.unsplat"}
 )
+
+
+#: what leaves a number as it is, or rounds it
+_MOVES = frozenset(
+    {
+        *_POINTER_VIEWS, "tt.store", "tt.join", "tt.split", "tt.cat", "tt.gather", "arith.select", "arith.extf", "arith.truncf",
+        "tt.fp_to_fp", "arith.bitcast", "scf.for", "scf.if", "scf.yield",
+    }
+)  # fmt: skip
+#: what has a function of its own for elements
+_COMBINING = frozenset({"tt.reduce", "tt.scan", "tt.map_elementwise"})
 
 
 def header() -> str:
@@ -71,12 +90,29 @@ class Site:
     base: int = -1
     #: bytes of an element
     size: int = 0
+    #: of atomic sites RELEASES and ACQUIRES; of overflows 1 where the number is used as an unsigned one
     flags: int = 0
     #: what is done there, in the IR's words: "tt.load", "*"
     what: str = ""
+    #: slots of the arguments between which the address is chosen, where there are several
+    choice: tuple[int, ...] = ()
 
     def row(self) -> list[Any]:
-        return [self.kind, self.file, self.line, self.base, self.size, self.flags, self.what]
+        return [
+            self.kind,
+            self.file,
+            self.line,
+            self.base,
+            self.size,
+            self.flags,
+            self.what,
+            list(self.choice),
+        ]
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Slots of all arguments that it may access; empty where that is not known."""
+        return (self.base,) if self.base >= 0 else self.choice
 
 
 def moved(table: dict[str, Any], files: Sequence[str]) -> dict[str, Any]:
@@ -98,41 +134,42 @@ class Probes:
     def __init__(self) -> None:
         self.sites: list[Site] = []
         self._known: dict[tuple[Op, int], int] = {}
-        self._bases: dict[Value, int | None] = {}
-        #: operations whose wrapped results would reach an address -> slot of the argument that is addressed
-        self._offsets: dict[Op, int] = {}
+        self._origins: dict[Value, tuple[int, ...]] = {}
+        #: operations whose wrapped results would reach an address -> slot of the argument that is addressed, and whether
+        #: the result is used as an unsigned number
+        self._offsets: dict[Op, tuple[int, bool]] = {}
 
     def prepare(self, function: Op) -> None:
         """Find what reaches addresses; after the last rewriting of the IR, before anything is emitted."""
         self.function = function
         for op in walk(self.function):
             if op.name == "tt.addptr":
-                self._collect(op.operands[1], self.base(op.operands[0]), set())
+                self._collect(op.operands[1], self.base(op.operands[0]), False, set())
 
     # -- analysis
 
+    def origins(self, pointer: Value) -> tuple[int, ...]:
+        """Slots of the arguments that an address may be made from; -1 among them for an address from memory."""
+        found = self._origins.get(pointer)
+        if found is None:
+            slots: set[int] = set()
+            todo, seen = [pointer], set[Value]()
+            while todo:
+                value = todo.pop()
+                if value not in seen:
+                    seen.add(value)
+                    sources = self._sources(value)
+                    if isinstance(sources, list):
+                        todo += sources
+                    else:
+                        slots.add(-1 if sources is None else sources)
+            found = self._origins[pointer] = tuple(sorted(slots))
+        return found
+
     def base(self, pointer: Value) -> int:
         """Slot of the argument that an address is made from; -1 where that is not one argument."""
-        found = self._base(pointer, set())
-        return found if found is not None and found >= 0 else -1
-
-    def _base(self, value: Value, above: set[Value]) -> int | None:
-        """None: nothing but itself, as in a loop; -1: several, or an address from memory."""
-        if value in above:
-            return None
-        if value in self._bases:
-            return self._bases[value]
-        sources = self._sources(value)
-        if sources is None:
-            found: int | None = -1
-        elif isinstance(sources, int):
-            found = sources
-        else:
-            parts = {self._base(x, above | {value}) for x in sources} - {None}
-            found = parts.pop() if len(parts) == 1 else (-1 if parts else None)
-        if not above:
-            self._bases[value] = found
-        return found
+        found = self.origins(pointer)
+        return found[0] if len(found) == 1 else -1
 
     def _sources(self, value: Value) -> list[Value] | int | None:
         """The pointers that a pointer is made from; a slot for an argument of the kernel; None for anything else."""
@@ -174,7 +211,7 @@ class Probes:
             return [parent.operands[value.index // parent.int_attr("pack")]]
         return None
 
-    def _collect(self, value: Value, base: int, seen: set[Value]) -> None:
+    def _collect(self, value: Value, base: int, unsigned: bool, seen: set[Value]) -> None:
         if value in seen or not value.type.is_int or value.type.bits == 1:
             return
         seen.add(value)
@@ -182,31 +219,43 @@ class Probes:
         if op is None:
             sources = self._sources_of_argument(value)
             for source in sources if isinstance(sources, list) else []:
-                self._collect(source, base, seen)
+                self._collect(source, base, unsigned, seen)
             return
         if op.name in _EXACT:
-            if value.type.bits < 64:
-                self._offsets.setdefault(op, base)
+            if value.type.bits < 64 and not (unsigned and op.name not in _EXACT_UNSIGNED):
+                self._offsets.setdefault(op, (base, unsigned))
             inputs = op.operands if op.name != "arith.shli" else op.operands[:1]
         elif op.name in ("scf.for", "scf.if", "scf.while", calls.INLINED):
             inputs = self._sources(value) or []
             assert not isinstance(inputs, int)
         elif op.name in _THROUGH:
             inputs = op.operands[:1]
+            if op.name in ("arith.extsi", "arith.extui"):
+                unsigned = op.name == "arith.extui"
         else:
             return
         for source in inputs:
-            self._collect(source, base, seen)
+            self._collect(source, base, unsigned, seen)
 
     # -- sites
 
     def _site(
-        self, op: Op, kind: int, *, base: int = -1, size: int = 0, flags: int = 0, what: str = ""
+        self,
+        op: Op,
+        kind: int,
+        *,
+        base: int = -1,
+        size: int = 0,
+        flags: int = 0,
+        what: str = "",
+        choice: tuple[int, ...] = (),
     ) -> int:
         key = (op, kind)
         if key not in self._known:
             self._known[key] = len(self.sites)
-            self.sites.append(Site(kind, op.loc.file, op.loc.line, base, size, flags, what or op.name))
+            self.sites.append(
+                Site(kind, op.loc.file, op.loc.line, base, size, flags, what or op.name, choice)
+            )
         return self._known[key]
 
     def access(self, op: Op) -> int:
@@ -222,7 +271,9 @@ class Probes:
                 sem in (_ACQUIRE, _ACQ_REL) and waits
             )
         size = memory_size(pointer.type.pointee)
-        return self._site(op, kind, base=self.base(pointer), size=size, flags=flags)
+        origins = self.origins(pointer)
+        choice = origins if len(origins) > 1 and -1 not in origins else ()
+        return self._site(op, kind, base=self.base(pointer), size=size, flags=flags, choice=choice)
 
     def table(self) -> dict[str, Any]:
         """What a launch needs to know, for the kernel's metadata."""
@@ -231,9 +282,7 @@ class Probes:
         return {
             "sites": [site.row() for site in self.sites],
             "undefined": [[op.loc.file, op.loc.line] for op in undefined],
-            "arguments": [arg.label for arg in self.function.regions[0].blocks[0].args],
-            "steered": self._steered(undefined),
-            "takes_minima": any("min" in op.name for op in walk(self.function)),
+            **self._reached(undefined),
             "float_atomics": [
                 [op.loc.file, op.loc.line]
                 for op in walk(self.function)
@@ -241,33 +290,46 @@ class Probes:
             ],
         }
 
-    def _steered(self, undefined: list[Op]) -> bool:
-        """Whether undefined elements may decide where something is stored, and not only what."""
+    def _reached(self, undefined: list[Op]) -> dict[str, bool]:
+        """What becomes of undefined elements.
+
+        steered: they may decide where something is stored, and not only what. computed: numbers are computed from them,
+        so two values may give the same. ordered: one is compared with another, so a small one may matter.
+        """
         todo = [result for op in undefined for result in op.results]
         seen: set[Value] = set()
+        names: set[str] = set()
+        steered = False
         while todo:
             value = todo.pop()
             if value in seen:
                 continue
             seen.add(value)
             for user, position in value.uses:
+                names.add(user.name)
+                if user.name in _COMBINING:
+                    names.update(inner.name for inner in walk(user))
                 if user.name == "tt.store":
-                    if position != 1:
-                        return True
+                    steered |= position != 1
                 elif user.name == "scf.yield":
                     parent = user.block.region.parent
                     if parent is None or parent.name not in ("scf.for", "scf.if"):
-                        return True
+                        steered = True
+                        continue
                     todo.append(parent.results[position])
                     if parent.name == "scf.for":
                         todo.append(parent.body.args[1 + position])
                 elif user.name == "scf.for" and position >= 3:
                     todo += [user.results[position - 3], user.body.args[position - 2]]
                 elif user.name.startswith(("scf.", "cf.", "tt.atomic")) or user.successors:
-                    return True
+                    steered = True
                 else:
                     todo += user.results
-        return False
+        return {
+            "steered": steered,
+            "computed": steered or not names <= _MOVES,
+            "ordered": steered or any("cmp" in name or "min" in name for name in names),
+        }
 
     # -- C
 
@@ -305,9 +367,12 @@ class Probes:
         return [self._overflow(op, operands)] if op in self._offsets else []
 
     def _overflow(self, op: Op, operands: list[str]) -> str:
-        site = self._site(op, OVERFLOW, base=self._offsets[op], what=_SYMBOL[op.name])
-        exact = _EXACT[op.name].format(a=operands[0], b=operands[1])
-        return f"EFFATTN_FITS({op.results[0].type.bits}, {site}, {exact});"
+        base, unsigned = self._offsets[op]
+        site = self._site(op, OVERFLOW, base=base, flags=int(unsigned), what=_SYMBOL[op.name])
+        bits = op.results[0].type.bits
+        forms = _EXACT_UNSIGNED if unsigned else _EXACT
+        exact = forms[op.name].format(a=operands[0], b=operands[1], U=f"uint{bits}_t")
+        return f"EFFATTN_FITS({'u' * unsigned}int{bits}_t, {site}, {exact});"
 
     def tensor_overflow(self, nest: Nest, pointer: Value, index: Index, inner: Scope) -> list[str]:
         """For one element of a tensor of addresses: whether the integers that it is computed from have wrapped.
