@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from effattn import cli_lists, cli_report, cli_runs, cli_sweep
+from effattn import cli_certify, cli_lists, cli_report, cli_runs, cli_sweep
 from effattn.errors import RequestError
 from effattn.study.cli import study
 
 if TYPE_CHECKING:
-    from effattn.case import Case
     from effattn.gate import Progress
     from effattn.run.executor import Local
     from effattn.run.isolation import Isolated
@@ -354,7 +353,7 @@ def replay(
     """
     from effattn.report import summary, terminal
 
-    found = _case(case, run_folder)
+    found = cli_certify.find_case(case, run_folder)
     checks = _checks(check_names, device)
     if law is not None:
         from effattn.properties.law import get
@@ -435,6 +434,7 @@ def doctor() -> int:
 
 for listing in cli_lists.COMMANDS:
     cli.add_command(listing)
+cli.add_command(cli_certify.certify)
 cli.add_command(cli_runs.runs)
 cli.add_command(cli_sweep.sweep)
 cli.add_command(cli_report.report)
@@ -462,23 +462,6 @@ def _announce_capture(value_names: Sequence[str]) -> None:
     for model in sorted(models & real.MODELS.keys()):
         if not real.is_cached(model):
             click.echo(f"effattn: running {real.MODELS[model].title} once to capture Q, K and V", err=True)
-
-
-def _case(given: str, run_folder: Path | None) -> Case:
-    from effattn.case import Case
-    from effattn.run import store
-
-    text = given.strip()
-    if text.startswith("{"):
-        return Case.from_json(text)
-    if run_folder is None and (text.endswith(".json") or "/" in text or Path(text).exists()):
-        return Case.load(text)
-    if not text or not all(c in "0123456789abcdef" for c in text) or len(text) < 4:
-        raise RequestError(
-            f"{given!r} is no case; expected a file with a case as JSON, the JSON itself, or at least four "
-            "digits of the id of a case in a run folder"
-        )
-    return store.find_case(text, run_folder if run_folder is not None else store.newest_run())
 
 
 def _dtypes(given: Sequence[str]) -> tuple[str, ...]:

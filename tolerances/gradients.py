@@ -296,7 +296,7 @@ def _pairs(
     numerics, u, one = size.numerics, size.u, size.one
     scale = options.scale_for(block.q.shape[-1])
     found = pair_errors(block, lse, numerics=numerics, errors=errors, options=options)
-    w = block.weights(lse)
+    w, _ = block.normalised(lse)
     d_s, difference = score_gradient(block, w, g, d_lse)
     factor = 1.0 if block.factor is None else block.factor
     o, finite_lse = block.read(exact.out), torch.where(lse == -math.inf, 0.0, lse)
@@ -538,7 +538,7 @@ def known_gradient_errors(
         sums = HeadSums(q, options)
         for block in score_blocks(q, k, v, options):
             g = block.read(d_out).double()
-            w = block.weights(block.read(exact.lse))
+            w, _ = block.normalised(block.read(exact.lse))
             d_s, _ = score_gradient(block, w, g, None if d_lse is None else block.read(d_lse).double())
             d_t = (d_s if block.slope is None else d_s * block.slope) * before
             off = (ds.round(d_t) - d_t) * (scale / before) if numerics.rounds_ds else torch.zeros_like(d_t)

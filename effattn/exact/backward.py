@@ -162,7 +162,7 @@ def gradients(
     sums.per_key["v"] = q.new_zeros((q.shape[0] * q.shape[1], v.shape[2], v.shape[3]), dtype=torch.float64)
     for block in score_blocks(q, k, v, options, most_scores=most_scores):
         lse, g = block.read(exact.lse), block.read(d_out).double()
-        w = block.weights(lse)
+        w, w_sink = block.normalised(lse)
         d_s, _ = score_gradient(block, w, g, None if d_lse is None else block.read(d_lse).double())
         if options.bias is not None:
             sums.add_bias("bias", block, d_s)
@@ -170,7 +170,7 @@ def gradients(
             common = -(g * block.read(exact.out)).sum(-1, keepdim=True)
             if d_lse is not None:
                 common = common + block.read(d_lse).double()
-            sinks.view(-1)[block.pairs] += (block.sink_weight(lse) * common).sum((1, 2))
+            sinks.view(-1)[block.pairs] += (w_sink * common).sum((1, 2))
         d_t = d_s if block.slope is None else d_s * block.slope
         d_t = d_t * scale
         block.write(dq, torch.bmm(d_t, _seen(block.k)))

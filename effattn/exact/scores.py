@@ -118,6 +118,16 @@ class Block:
             ~self.visible, 0.0
         )
 
+    def normalised(self, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights of the keys and of the sink that sum to 1 to their last digits.
+
+        The rounding of lse is common to a row. Without it the mean of dP is one, and equal weights are 1/n.
+        """
+        w, sink = self.weights(lse), self.sink_weight(lse)
+        total = w.sum(-1, keepdim=True) + sink
+        total = torch.where(total > 0.0, total, 1.0)
+        return w / total, sink / total
+
     def sink_weight(self, lse: torch.Tensor) -> torch.Tensor:
         """That of the sink, (P, m, 1)."""
         if self.sink is None:

@@ -73,14 +73,14 @@ def print_rows(out: Console, rows: Sequence[Row], labels: Sequence[str]) -> None
     """The rows as one table, or as two below each other where the terminal is narrow."""
     whole = _table(labels, (*VERDICT_COLUMNS[:-1], *ACCURACY_COLUMNS, VERDICT_COLUMNS[-1]), rows)
     if _fits(out, whole):
-        _print_table(out, whole)
+        print_table(out, whole)
         return
     for columns in (VERDICT_COLUMNS, ACCURACY_COLUMNS):
         table = _table(labels, columns, rows)
         if not _fits(out, table):
             # Very narrow: headers and cells on several lines, at their blanks.
             table = _table(labels, columns, rows, wrap=True)
-        _print_table(out, table)
+        print_table(out, table)
 
 
 def _fits(out: Console, table: Table) -> bool:
@@ -88,7 +88,7 @@ def _fits(out: Console, table: Table) -> bool:
     return Measurement.get(out, out.options.update(max_width=PIPED_WIDTH), table).maximum <= out.width
 
 
-def _print_table(out: Console, table: Table) -> None:
+def print_table(out: Console, table: Table) -> None:
     """Print a table, without the blanks at the end of its lines where it goes into a file."""
     if out.is_terminal:
         out.print(table)
@@ -101,12 +101,12 @@ def _print_table(out: Console, table: Table) -> None:
 
 def print_plain(out: Console, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Any texts as a table."""
-    table = _plain_table(*map(text.one_line, names), wrap=True)
+    table = plain_table(*map(text.one_line, names), wrap=True)
     for column in table.columns:
         column.justify = "left"
     for row in rows:
         table.add_row(*(Text(text.one_line(cell)) for cell in row))
-    _print_table(out, table)
+    print_table(out, table)
 
 
 #: Changes of each kind that are shown; the rest is counted.
@@ -205,10 +205,10 @@ def print_details(out: Console, verdict: Verdict, *, folder: Path | None = None)
     for line in text.plain(verdict.message).splitlines():
         out.print(Text(f"         {line}"))
     if verdict.quantities:
-        table = _plain_table("", *(q.name for q in verdict.quantities))
+        table = plain_table("", *(q.name for q in verdict.quantities))
         for label, cell in _QUANTITY_ROWS:
             table.add_row(label, *(cell(q) for q in verdict.quantities))
-        _print_table(out, table)
+        print_table(out, table)
     for finding in verdict.findings:
         out.print(
             Text(
@@ -246,7 +246,7 @@ def _exactly(x: float | None) -> str:
     return text.MISSING if x is None else repr(x)
 
 
-def _plain_table(*columns: str, wrap: bool = False) -> Table:
+def plain_table(*columns: str, wrap: bool = False) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0)
     )
@@ -258,7 +258,7 @@ def _plain_table(*columns: str, wrap: bool = False) -> Table:
 def _table(
     labels: Sequence[str], columns: Sequence[str], rows: Sequence[Row], *, wrap: bool = False
 ) -> Table:
-    table = _plain_table(*labels, *columns, wrap=wrap)
+    table = plain_table(*labels, *columns, wrap=wrap)
     for row in rows:
         style = "red" if row.failed else "yellow" if row.judged == 0 else None
         table.add_row(
