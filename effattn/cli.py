@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from effattn import cli_certify, cli_lists, cli_report, cli_runs, cli_sweep
+from effattn import cli_baseline, cli_certify, cli_lists, cli_report, cli_runs, cli_sweep
 from effattn.errors import RequestError
 from effattn.study.cli import study
 
@@ -206,6 +206,13 @@ def cli(context: click.Context) -> None:
 @_isolation_options
 @click.option("--by-values", is_flag=True, help="Show one more row for each value distribution.")
 @click.option("--against", metavar="RUN", help="Also compare with this run: what broke, what was mended.")
+@click.option(
+    "--baseline",
+    "baseline_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Fail where errors have become larger than `effattn baseline` recorded, by more than chance.",
+)
 @click.option("--report", "with_report", is_flag=True, help="Also write report.html into the run folder.")
 def gate(
     method: str,
@@ -223,6 +230,7 @@ def gate(
     isolation: bool,
     by_values: bool,
     against: str | None,
+    baseline_file: Path | None,
     with_report: bool,
 ) -> int:
     """Judge METHOD on generated cases: pass or fail, with evidence."""
@@ -255,6 +263,14 @@ def gate(
             checks=checks,
         ) as judge,
     ):
+        committed = None
+        if baseline_file is not None:
+            committed = cli_baseline.load(
+                baseline_file,
+                method=judge.name,
+                kind=cli_baseline.kind(device, multiplied, profile),
+                values=chosen_values,
+            )
         request = gates.Request(
             judge=judge,
             dtypes=wanted,
@@ -306,9 +322,12 @@ def gate(
     if before is not None:
         cli_report.print_against(console, before, folder)
     console.print(f"Written to {folder}/", markup=False, soft_wrap=True)
+    as_before = True
+    if committed is not None and baseline_file is not None:
+        as_before = cli_baseline.report(committed, result.verdicts, file=baseline_file, folder=folder)
     if with_report:
         console.print(f"Report: {cli_report.write_report(folder, against)}", markup=False, soft_wrap=True)
-    return result.exit_code
+    return result.exit_code if as_before else FAILED
 
 
 @cli.command()
@@ -434,6 +453,7 @@ def doctor() -> int:
 
 for listing in cli_lists.COMMANDS:
     cli.add_command(listing)
+cli.add_command(cli_baseline.baseline)
 cli.add_command(cli_certify.certify)
 cli.add_command(cli_runs.runs)
 cli.add_command(cli_sweep.sweep)
