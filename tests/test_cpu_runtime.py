@@ -70,9 +70,9 @@ def test_any_number_of_threads_gives_the_same(threads: Callable[[int], None], co
             assert torch.equal(o, torch.full_like(o, 2.0))
 
 
-@pytest.mark.parametrize("count", [0, -1])
-def test_a_number_of_threads_below_one_is_refused(count: int) -> None:
-    with pytest.raises(RequestError, match="at least 1"):
+@pytest.mark.parametrize("count", [0, -1, 1 << 17, 2.5, "2"])
+def test_a_number_of_threads_that_cannot_be_is_refused(count: int) -> None:
+    with pytest.raises(RequestError, match="expected a whole number from 1 to 65536"):
         effattn.cpu.set_num_threads(count)
 
 
@@ -256,6 +256,23 @@ def script(path: Path, text: str) -> str:
     path.write_text(text)
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return str(path)
+
+
+def test_a_command_with_open_quotes_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "gcc -DX='1")
+    with pytest.raises(
+        toolchain.CompileError, match=r'CC is set to "gcc -DX=.1", which is no command .* set CC to'
+    ):
+        toolchain.compiler()
+
+
+def test_a_compiler_in_a_folder_with_a_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "my compiler"
+    folder.mkdir()
+    path = script(folder / "cc", '#!/bin/sh\necho "fake 7"\n')
+    for given in (path, f"'{path}' -O1"):
+        monkeypatch.setenv("CC", given)
+        assert (toolchain.compiler().command[0], toolchain.compiler().version) == (path, "fake 7")
 
 
 FAKE = '#!/bin/sh\ncase "$*" in *--version*) echo "fake 1.0"; exit 0;; esac\n'
@@ -475,7 +492,9 @@ print("both done")
     assert out == "both done\n", error
 
 
-@pytest.mark.parametrize(("value", "right"), [("3", True), ("0", False), ("two", False), ("-1", False)])
+@pytest.mark.parametrize(
+    ("value", "right"), [("3", True), ("0", False), ("two", False), ("-1", False), ("9" * 20, False)]
+)
 def test_the_number_of_threads_comes_from_the_environment(value: str, right: bool, tmp_path: Path) -> None:
     code = "import effattn.cpu; print(effattn.cpu.get_num_threads())"
     out, error = python(code, tmp_path, EFFATTN_CPU_THREADS=value).communicate()

@@ -44,6 +44,7 @@ _WRONG_ARGUMENT = (AttributeError, TypeError, RuntimeError, struct.error)
 _loading = threading.local()
 
 _threads: int | None = None
+_MOST_THREADS = 1 << 16
 
 
 def c_type(ty: str) -> str:
@@ -59,17 +60,19 @@ def get_num_threads() -> int:
     global _threads
     if _threads is None:
         given = os.environ.get("EFFATTN_CPU_THREADS")
-        if given is not None and not (given.isdigit() and int(given) >= 1):
-            raise RequestError(f"EFFATTN_CPU_THREADS is {given!r}; expected a whole number from 1")
+        if given is not None and not (given.isdecimal() and 1 <= int(given) <= _MOST_THREADS):
+            raise RequestError(
+                f"EFFATTN_CPU_THREADS is {given!r}; expected a whole number from 1 to {_MOST_THREADS}"
+            )
         _threads = len(os.sched_getaffinity(0)) if given is None else int(given)
     return _threads
 
 
 def set_num_threads(count: int) -> None:
-    """Set the number of threads of later launches (at least 1)."""
+    """Set the number of threads of later launches, from 1 to 65536. Raises RequestError for any other."""
     global _threads
-    if count < 1:
-        raise RequestError(f"set_num_threads({count}): expected at least 1")
+    if not (isinstance(count, int) and 1 <= count <= _MOST_THREADS):
+        raise RequestError(f"set_num_threads({count!r}): expected a whole number from 1 to {_MOST_THREADS}")
     _threads = int(count)
 
 

@@ -56,7 +56,14 @@ class Compiler:
 def _candidates() -> list[tuple[str, ...]]:
     given = os.environ.get("CC")
     if given:
-        return [tuple(shlex.split(given))]
+        if Path(given).is_file():  # in a folder with a space, perhaps
+            return [(given,)]
+        try:
+            return [tuple(shlex.split(given))]
+        except ValueError as error:
+            raise CompileError(
+                f"CC is set to {given!r}, which is no command ({error}); set CC to a C compiler such as gcc or clang, or unset it"
+            ) from error
     found: list[tuple[str, ...]] = [
         (path,) for name in ("cc", "gcc", "clang") if (path := shutil.which(name))
     ]
