@@ -343,6 +343,53 @@ def test_integer_division_by_zero_is_found():
 
 
 @triton.jit
+def _quotient(a, b):
+    return a // b
+
+
+@triton.jit
+def combined_quotients(x_ptr, y_ptr, SCAN: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, 8))
+    if SCAN:
+        tl.store(y_ptr + tl.arange(0, 8), tl.associative_scan(x, 0, _quotient))
+    else:
+        tl.store(y_ptr, tl.reduce(x, 0, _quotient))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_division_by_zero_in_a_combine_function_is_found(scan: bool):
+    x, y = torch.ones(8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+    with cpu.checks("bounds"):
+        combined_quotients[(1,)](x, y, SCAN=scan)
+    x[5] = 0
+    with cpu.checks("bounds", raise_=False) as report:
+        combined_quotients[(1,)](x, y, SCAN=scan)
+    assert "integer division by zero (`//`)" in only(report).done
+    assert only(report).line == line_of(_quotient, "a // b")
+
+
+@triton.jit
+def masked_quotients(x_ptr, y_ptr, o_ptr, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < n)
+    y = tl.load(y_ptr + at, mask=at < n)
+    tl.store(o_ptr + at, x // y + x % y, mask=at < n)
+
+
+@pytest.mark.parametrize(
+    "instruments", [("bounds",), ("bounds", "poison"), ("bounds", "races", "poison", "order")]
+)
+def test_undefined_divisors_that_are_masked_off_are_none(instruments: tuple[str, ...]):
+    x, y, o = torch.arange(10), torch.arange(1, 11), torch.zeros(10, dtype=torch.int64)
+    with cpu.checks(*instruments):
+        masked_quotients[(1,)](x, y, o, 10, BLOCK=16)
+    assert torch.equal(o, x // y + x % y)
+    with cpu.checks(*instruments, raise_=False) as report:
+        masked_quotients[(1,)](x, x, o, 10, BLOCK=16)
+    assert "integer division by zero" in only(report).done
+
+
+@triton.jit
 def endless(x_ptr, step):
     x = tl.load(x_ptr)
     while x > 0:

@@ -173,8 +173,15 @@ class _Launch:
         self.undefined: list[tuple[str, int]] = [tuple(place) for place in table["undefined"]]
         self.float_atomics: list[tuple[str, int]] = [tuple(place) for place in table["float_atomics"]]
         self.steered = bool(table["steered"])
+        #: what undefined elements hold where they are not looked at: what they hold without checks. On a GPU nothing happens
+        #: where one is divided by and masked off afterwards, so none is a zero then.
+        self.zero = replace(ZERO, integer=1, words="zeros (1 for integers)") if table["divided"] else ZERO
         #: what is tried in undefined elements beside NaN
-        self.fills = [LARGE, *([ZERO] if table["computed"] else []), *([SMALL] if table["ordered"] else [])]
+        self.fills = [
+            LARGE,
+            *([self.zero] if table["computed"] else []),
+            *([SMALL] if table["ordered"] else []),
+        ]
         self.slots = [slot_of(name, x) for name, x in zip(names, objects(*args), strict=True)]
         accesses = [s for s in self.sites if s.kind in (probes.LOAD, probes.STORE, probes.ATOMIC)]
         self.loose = any(self._anywhere(s) for s in accesses)
@@ -213,7 +220,7 @@ class _Launch:
             state.flags |= _RACES
         if "traffic" in self.asked:
             state.flags |= _TRAFFIC
-        first = _Trial(NAN if "poison" in self.asked else ZERO)
+        first = _Trial(NAN if "poison" in self.asked else self.zero)
         found = self._once(state, first)
         self._count_traffic()
         if checks.allocations is not None:

@@ -294,7 +294,8 @@ class Probes:
         """What becomes of undefined elements.
 
         steered: they may decide where something is stored, and not only what. computed: numbers are computed from them,
-        so two values may give the same. ordered: one is compared with another, so a small one may matter.
+        so two values may give the same. ordered: one is compared with another, so a small one may matter. divided: integers
+        are divided by them.
         """
         todo = [result for op in undefined for result in op.results]
         seen: set[Value] = set()
@@ -329,6 +330,7 @@ class Probes:
             "steered": steered,
             "computed": steered or not names <= _MOVES,
             "ordered": steered or any("cmp" in name or "min" in name for name in names),
+            "divided": not names.isdisjoint(_DIVISIONS),
         }
 
     # -- C

@@ -207,6 +207,8 @@ def combine_lines(
             continue
         rule = elementwise.RULES[inner.name]
         args = [names[x] if x in names else emitter.scalar(x) for x in inner.operands]
+        if emitter.probes is not None:
+            lines += emitter.probes.division(inner, args[-1])
         name = nest.name(inner.results[0].name)
         lines.append(f"const {value_type(inner.results[0].type.elem)} {name} = {rule(inner, args)};")
         names[inner.results[0]] = name
