@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported, as the command line does: threads that wait do not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -72,8 +73,18 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
         recording.passed(item.path.name)
 
 
-def pytest_sessionfinish(exitstatus: int) -> None:
-    recording.write(all_passed=exitstatus == 0)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    output = getattr(session.config, "workeroutput", None)  # pytest-xdist's, in a process that it started
+    if output is None:
+        recording.write(all_passed=exitstatus == 0)
+    else:
+        output["effattn_recording"] = recording.found()
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+def pytest_testnodedown(node: Any) -> None:
+    # A process that crashed has no output: its tests count as failed.
+    recording.add(getattr(node, "workeroutput", {}).get("effattn_recording", recording.NOTHING))
 
 
 @pytest.hookimpl(tryfirst=True)

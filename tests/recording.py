@@ -4,7 +4,8 @@
     EFFATTN_RECORD_COVERAGE=FILE pytest ...     which of Triton's IR operations each test file compiled
 
 Tests call `compared` after their assertion, and conftest.py writes the first file only where every test passed. In the
-second file is what tests that passed compiled.
+second file is what tests that passed compiled. With `pytest -n`, the processes hand over what they noted (`found`), and the
+one that started them adds it up (`add`) and writes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import Any
 
 EXACTNESS = "EFFATTN_RECORD_EXACTNESS"
 COVERAGE = "EFFATTN_RECORD_COVERAGE"
+
+#: what a process that ended early found
+NOTHING: dict[str, Any] = {"rows": [], "compiled": {}, "refused": []}
 
 #: (operation, types, reference) -> values compared, largest error in ulp (0 for bit-exact), unit of that error
 _compared: dict[tuple[str, str, str], dict[str, Any]] = {}
@@ -32,9 +36,13 @@ def compared(
     operation: str, types: str, reference: str, values: int, *, ulp: float = 0.0, unit: str = ""
 ) -> None:
     """Note that `values` results were compared. `ulp`: the largest error; 0 means that every bit was equal."""
-    entry = _compared.setdefault((operation, types, reference), {"values": 0, "ulp": 0.0, "unit": unit})
-    entry["values"] += int(values)
-    entry["ulp"] = max(entry["ulp"], float(ulp))
+    _note((operation, types, reference), {"values": int(values), "ulp": float(ulp), "unit": unit})
+
+
+def _note(row: tuple[str, str, str], new: dict[str, Any]) -> None:
+    entry = _compared.setdefault(row, {"values": 0, "ulp": 0.0, "unit": new["unit"]})
+    entry["values"] += new["values"]
+    entry["ulp"] = max(entry["ulp"], new["ulp"])
 
 
 def many() -> bool:
@@ -91,22 +99,37 @@ def watch_compilations() -> None:
     support.UnsupportedKernel.__init__ = noted_refusal
 
 
+def found() -> dict[str, Any]:
+    """What this process noted, as JSON: the rows of comparisons, the operations compiled, the refusals."""
+    rows = [
+        {"operation": o, "types": t, "reference": r, **entry}
+        for (o, t, r), entry in sorted(_compared.items())
+    ]
+    compiled = {name: sorted(files) for name, files in sorted(_compiled.items())}
+    return {"rows": rows, "compiled": compiled, "refused": sorted(map(list, _refused))}
+
+
+def add(other: dict[str, Any]) -> None:
+    """Add what another process found."""
+    for row in other["rows"]:
+        _note((row["operation"], row["types"], row["reference"]), row)
+    for name, files in other["compiled"].items():
+        _compiled.setdefault(name, set()).update(files)
+    _refused.update((reason, file) for reason, file in other["refused"])
+
+
 def write(all_passed: bool) -> None:
     """Write what the environment asks for."""
     import torch
     import triton
 
     versions = {"triton": triton.__version__, "torch": torch.__version__.partition("+")[0]}
+    noted = found()
     path = os.environ.get(EXACTNESS)
     if path and all_passed:  # what a failed run compared is no evidence
-        rows = [
-            {"operation": o, "types": t, "reference": r, **entry}
-            for (o, t, r), entry in sorted(_compared.items())
-        ]
-        _write(path, {"versions": versions, "rows": rows})
+        _write(path, {"versions": versions, "rows": noted["rows"]})
     if path := os.environ.get(COVERAGE):
-        compiled = {name: sorted(files) for name, files in sorted(_compiled.items())}
-        _write(path, {"versions": versions, "compiled": compiled, "refused": sorted(map(list, _refused))})
+        _write(path, {"versions": versions, "compiled": noted["compiled"], "refused": noted["refused"]})
 
 
 def _write(path: str, value: Any) -> None:

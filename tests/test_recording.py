@@ -25,9 +25,15 @@ def recorded(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProce
     return done, exactness, coverage
 
 
-def test_a_run_records_what_it_compared_and_compiled(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_records_what_it_compared_and_compiled(processes: int, tmp_path: Path) -> None:
     names = ("test_negation_and_abs_touch_the_sign_alone[fp16]", "test_an_exchange_moves_every_bit")
-    done, exactness, coverage = recorded(tmp_path, *(f"tests/test_cpu_nan.py::{name}" for name in names))
+    # pytest-xdist gives each of two processes one of the two tests.
+    done, exactness, coverage = recorded(
+        tmp_path,
+        *(["-n", "2"] if processes == 2 else []),
+        *(f"tests/test_cpu_nan.py::{name}" for name in names),
+    )
     assert done.returncode == 0, done.stdout
     (row,) = json.loads(exactness.read_text())["rows"]
     assert (row["operation"], row["types"], row["values"], row["ulp"]) == (
