@@ -10,8 +10,10 @@ one that started them adds it up (`add`) and writes.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -66,11 +68,11 @@ def passed(test_file: str) -> None:
 def watch_compilations() -> None:
     """Note the operations of each kernel that is compiled, with the test file, before and after Triton's passes; and each
     refusal. Every kernel is compiled anew: what comes from Triton's cache is not seen."""
-    import triton.knobs
-
     from effattn.cpu import compiler, support
 
-    triton.knobs.cache.dir = tempfile.mkdtemp(prefix="effattn-coverage-")
+    # In the environment, so that tests can choose a cache of their own as they always do.
+    folder = os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="effattn-coverage-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     make_ttir, make_c, refuse = compiler.make_ttir, compiler.make_c, support.UnsupportedKernel.__init__
     pending: set[str] = set()
 
