@@ -68,6 +68,8 @@ def passed(test_file: str) -> None:
 def watch_compilations() -> None:
     """Note the operations of each kernel that is compiled, with the test file, before and after Triton's passes; and each
     refusal. Every kernel is compiled anew: what comes from Triton's cache is not seen."""
+    import triton  # noqa: F401, first: it imports the backend's modules itself
+
     from effattn.cpu import compiler, support
 
     # In the environment, so that tests can choose a cache of their own as they always do.
