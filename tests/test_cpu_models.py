@@ -200,7 +200,8 @@ def _ieee(a, b, c, o, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
     i, j, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     at = i[:, None] * N + j[None, :]
     x, y = tl.load(a + i[:, None] * K + k[None, :]), tl.load(b + k[:, None] * N + j[None, :])
-    tl.store(o + at, tl.dot(x, y, tl.load(c + at), input_precision="ieee"))
+    acc = tl.load(c + at)
+    tl.store(o + at, tl.dot(x, y, acc, input_precision="ieee", out_dtype=acc.dtype))
 
 
 def _ieee_product(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, model: str) -> Any:
