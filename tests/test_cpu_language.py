@@ -10,10 +10,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.compiler.errors import CompilationError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from effattn.cpu.ir import parse
 from effattn.cpu.lower import kernel_source
+from effattn.errors import RequestError
+
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 # ------------------------------------------------------------------------------------- pointers of pointers
 
@@ -101,6 +105,44 @@ def test_descriptors_gather_and_scatter_rows() -> None:
     want = torch.zeros(32, 32)
     want[rows.long(), 8:24] = x[rows.long(), :16] * 2
     assert torch.equal(y, want)
+
+
+# -------------------------------------------------------------------------------------------- block pointers
+
+
+@triton.jit
+def _blocks(x, o, m, n, B: tl.constexpr, PAD: tl.constexpr):
+    source = tl.make_block_ptr(x, (m, n), (n, 1), (m - 4, 0), (B, B), (1, 0))
+    target = tl.make_block_ptr(o, (m, n), (n, 1), (m - 4, 0), (B, B), (1, 0))
+    total = tl.zeros([B, B], tl.float32)
+    for _ in range(tl.cdiv(n, B)):
+        v = tl.load(source, boundary_check=(0, 1), padding_option=PAD)
+        total += v
+        tl.store(target, v * 2, boundary_check=(0, 1))
+        source = tl.advance(source, (0, B))
+        target = tl.advance(target, (0, B))
+    i = tl.arange(0, B)
+    tl.store(o + i[:, None] * n + i[None, :], total)
+
+
+@pytest.mark.parametrize("padding", ["zero", "nan"])
+def test_block_pointers_that_stick_out(padding: str) -> None:
+    """Their last rows and columns lie outside. Triton 3.9 has removed them, and says so."""
+    m, n, b = 20, 20, 8
+    x, o = torch.randn(m, n, generator=torch.Generator().manual_seed(2)), torch.zeros(m, n)
+    if TRITON >= (3, 9):
+        with pytest.raises(CompilationError, match="Block pointers have been removed"):
+            _blocks[(1,)](x, o, m, n, b, padding)
+        return
+    _blocks[(1,)](x, o, m, n, b, padding)
+    padded = torch.full((m + 4, 24), 0.0 if padding == "zero" else math.nan)
+    padded[:m, :n] = x
+    want = torch.zeros(m, n)
+    want[m - 4 :] = 2 * x[m - 4 :]
+    tiles = padded[m - 4 :].split(b, 1)
+    want[:b, :b] = tiles[0] + tiles[1] + tiles[2]
+    assert torch.equal(torch.nan_to_num(o, nan=99.0), torch.nan_to_num(want, nan=99.0))
+    assert bool(o.isnan().any()) == (padding == "nan")
 
 
 # -------------------------------------------------------------------------------------------- random numbers
@@ -288,6 +330,93 @@ def test_assorted_functions_of_the_language() -> None:
     # Rows in groups of two, columns fastest within a group: (1, 2) is the seventh of 16, row 0 of column 3.
     assert oi[n + 2].item() == 3
     assert oi[n + 4 : n + 20].tolist() == np.bincount(whole[:20] & 15, minlength=16).tolist()
+
+
+@triton.jit
+def _single(x, o, N: tl.constexpr):
+    first = tl.load(x + tl.arange(0, 1))
+    tl.store(o, first.item() * 2)
+    total = tl.sum(tl.load(x + tl.arange(0, N))[None, :], 1)
+    if total.item() > 0:
+        tl.store(o + 1, total.item())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_tensor_of_one_element_is_a_number(sign: int) -> None:
+    x, o = sign * torch.arange(1.0, 9.0), torch.zeros(2)
+    _single[(1,)](x, o, 8)
+    assert o.tolist() == [2.0 * sign, 36.0 if sign > 0 else 0.0]
+
+
+since_3_9 = pytest.mark.skipif(TRITON < (3, 9), reason="Triton has this since 3.9")
+
+
+@triton.jit
+def _loads_and_stores(x, o, flag, N: tl.constexpr):
+    i = tl.arange(0, N)
+    v = tl.atomic_load(x + i, mask=i != 2)
+    tl.atomic_store(o + i, tl.where(i == 2, v, v + v), mask=i != 3)
+    tl.atomic_store(o + N, tl.atomic_load(x, sem="relaxed"), sem="relaxed")
+    tl.atomic_store(flag, tl.atomic_load(flag) + 1, mask=tl.load(x + 1) > 0)
+
+
+@since_3_9
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32, torch.int64], ids=str)
+def test_atomic_loads_and_stores(dtype: torch.dtype) -> None:
+    x, o = torch.tensor([-5, 3, 7, 2, 9, 1, 0, 4], dtype=dtype), torch.full((9,), 77, dtype=dtype)
+    flag = torch.zeros(1, dtype=torch.int32)
+    _loads_and_stores[(2,)](x, o, flag, 8)
+    assert o.tolist() == [-10, 6, 0, 77, 18, 2, 0, 8, -5]
+    assert flag.item() in (1, 2)  # no indivisible update: two programs may both have read 0
+    x[1] = -3
+    _loads_and_stores[(2,)](x, o, flag.zero_(), 8)
+    assert flag.item() == 0
+
+
+@triton.jit
+def _hands_over(x, o, ready, N: tl.constexpr):
+    i = tl.arange(0, N)
+    if tl.program_id(0) == 0:
+        tl.store(x + i, i * i)
+        tl.atomic_store(ready, 1)
+    else:
+        while tl.atomic_load(ready) == 0:
+            pass
+        tl.store(o + i, tl.load(x + i))
+
+
+@since_3_9
+def test_an_atomic_store_hands_over_what_was_written_before() -> None:
+    x, o, ready = (torch.zeros(n, dtype=torch.int32) for n in (64, 64, 1))
+    _hands_over[(2,)](x, o, ready, 64)
+    assert o.tolist() == [k * k for k in range(64)]
+
+
+@triton.jit
+def _divides(x, y, o, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(o + i, tl.fdiv(tl.load(x + i), tl.load(y + i), approx=True))
+
+
+@since_3_9
+def test_an_approximate_division_is_rounded_once() -> None:
+    g = torch.Generator().manual_seed(6)
+    x, y, o = torch.randn(64, generator=g), torch.randn(64, generator=g), torch.zeros(64)
+    _divides[(1,)](x, y, o, 64)
+    assert np.array_equal(o.numpy(), x.numpy() / y.numpy())
+
+
+@triton.jit
+def _polls(flag):
+    tl.atomic_poll(flag, 1)
+
+
+@since_3_9
+def test_waiting_for_another_program_is_refused() -> None:
+    with pytest.raises(
+        RequestError, match=r"kernel _polls.*: the operation tt\.atomic_poll is not supported"
+    ):
+        _polls[(1,)](torch.ones(1, dtype=torch.int32))
 
 
 @triton.jit

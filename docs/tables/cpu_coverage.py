@@ -36,7 +36,8 @@ _OPERATIONS = """
     ttg.barrier gpu.barrier tt.join tt.split tt.cat tt.unsplat tt.dot_scaled tt.atomic_cas tt.print tt.assert
     tt.precise_divf tt.precise_sqrt tt.int_to_ptr tt.ptr_to_int tt.map_elementwise arith.maximumf arith.minimumf
     arith.remf math.sin math.cos math.erf math.rsqrt math.fma math.tanh ub.poison tt.make_tensor_ptr tt.advance
-    tt.descriptor_gather tt.descriptor_scatter
+    tt.descriptor_gather tt.descriptor_scatter tt.approx_divf tt.atomic_load tt.atomic_store tt.atomic_poll
+    tt.grid_dependency_wait tt.grid_dependency_launch_dependents
 """
 OPERATIONS = _OPERATIONS.split()
 

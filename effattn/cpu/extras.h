@@ -19,6 +19,7 @@
     INLINE T atomic_xor_##T(T *p, T v) { return __atomic_fetch_xor(p, v, ATOMIC); }                               \
     INLINE T atomic_add_##T(T *p, T v) { return __atomic_fetch_add(p, v, ATOMIC); }                               \
     INLINE T atomic_xchg_##T(T *p, T v) { return __atomic_exchange_n(p, v, ATOMIC); }                             \
+    INLINE T atomic_load_##T(T *p) { return __atomic_load_n(p, ATOMIC); }                                         \
     INLINE T atomic_max_##T(T *p, T v) { ATOMIC_SWAP(T, p, old, old > v ? old : v) }                              \
     INLINE T atomic_min_##T(T *p, T v) { ATOMIC_SWAP(T, p, old, old < v ? old : v) }                              \
     INLINE T atomic_umax_##T(T *p, T v) { ATOMIC_SWAP(T, p, old, (U)old > (U)v ? old : v) }                       \
@@ -40,6 +41,7 @@ DEFINE_ATOMIC_INT(int64_t, uint64_t)
         return VALUE(old);                                                                                        \
     }                                                                                                             \
     INLINE T atomic_xchg_##NAME(void *q, T v) { return VALUE(__atomic_exchange_n((U *)q, BITS(v), ATOMIC)); }     \
+    INLINE T atomic_load_##NAME(void *q) { return VALUE(__atomic_load_n((U *)q, ATOMIC)); }                       \
     INLINE T atomic_cas_##NAME(void *q, T old, T v) {                                                             \
         U bits = BITS(old);                                                                                       \
         __atomic_compare_exchange_n((U *)q, &bits, BITS(v), 0, ATOMIC, ATOMIC);                                   \

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 HANDLERS: dict[str, Callable[[FunctionEmitter, Op], None]] = {
     "tt.atomic_rmw": atomics.rmw,
     "tt.atomic_cas": atomics.cas,
+    "tt.atomic_load": atomics.load,
+    "tt.atomic_store": atomics.store,
     "tt.gather": gather.gather,
     "tt.histogram": gather.histogram,
     "tt.elementwise_inline_asm": asm.inline_asm,
@@ -31,6 +33,8 @@ HANDLERS: dict[str, Callable[[FunctionEmitter, Op], None]] = {
 CHECKS: dict[str, Callable[[Op], None]] = {
     "tt.atomic_rmw": atomics.check,
     "tt.atomic_cas": atomics.check,
+    "tt.atomic_load": atomics.check,
+    "tt.atomic_store": atomics.check,
     "tt.elementwise_inline_asm": asm.check,
 }
 
@@ -40,8 +44,8 @@ fp8.register()
 
 _NEED_HEADER = frozenset(
     {
-        "tt.atomic_rmw", "tt.atomic_cas", "tt.elementwise_inline_asm", "tt.print", "tt.assert", "tt.extern_elementwise",
-        "tt.fp_to_fp", decompose.SCALED,
+        "tt.atomic_rmw", "tt.atomic_cas", "tt.atomic_load", "tt.atomic_store", "tt.elementwise_inline_asm", "tt.print",
+        "tt.assert", "tt.extern_elementwise", "tt.fp_to_fp", decompose.SCALED,
     }
 )  # fmt: skip
 

@@ -28,7 +28,7 @@ _SCALAR = frozenset(
     {
         "arith.constant", "ub.poison", "scf.if", "scf.for", "scf.while", "scf.yield", "scf.condition", "cf.br", "cf.cond_br",
         "llvm.intr.assume", "effattn.inlined", "effattn.leave", "tt.get_program_id", "tt.get_num_programs", "tt.load", "tt.store",
-        "tt.atomic_rmw", "tt.atomic_cas", *RETURNS,
+        "tt.atomic_rmw", "tt.atomic_cas", "tt.atomic_load", "tt.atomic_store", *RETURNS,
     }
 )  # fmt: skip
 
