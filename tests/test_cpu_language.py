@@ -125,6 +125,7 @@ def _blocks(x, o, m, n, B: tl.constexpr, PAD: tl.constexpr):
     tl.store(o + i[:, None] * n + i[None, :], total)
 
 
+@pytest.mark.filterwarnings("ignore:tl.make_block_ptr is deprecated")
 @pytest.mark.parametrize("padding", ["zero", "nan"])
 def test_block_pointers_that_stick_out(padding: str) -> None:
     """Their last rows and columns lie outside. Triton 3.9 has removed them, and says so."""
