@@ -291,7 +291,7 @@ def _assorted(x, o, oi, N: tl.constexpr):
     tl.store(o + 2 * N + i, tl.clamp(v, -0.5, 0.5))
     tl.store(o + 3 * N + i, tl.math.div_rn(v, 3.0))
     tl.store(o + 4 * N + i, tl.math.sqrt_rn(tl.abs(v)))
-    tl.store(o + 5 * N + i, tl.flip(tl.floor(v) + tl.ceil(v)))
+    tl.store(o + 5 * N + i, tl.flip(tl.floor(v) + tl.ceil(v), 0))
     best, place = tl.max(v, 0, return_indices=True)
     tl.store(o + 6 * N + i, tl.where(i == place, best, 0.0))
     tl.store(o + 7 * N + tl.arange(0, 4), tl.topk(v, 4))
