@@ -153,7 +153,7 @@ def cli(context: click.Context) -> None:
     """Is an attention kernel still right, and by how much did its accuracy move?
 
     METHOD is a name that `effattn methods` lists, or a function of yours: path/to/file.py:function or
-    package.module:function.
+    package.module:function. METHOD@PRESET judges it by other arithmetic than it declares, see `effattn methods`.
 
     Exit codes: 0 pass, 1 the method failed, 2 the request or the environment is wrong or nothing was judged.
     """

@@ -13,7 +13,12 @@ def list_methods() -> int:
     from effattn import methods
 
     _print_pairs([(name, methods.describe(name)) for name in methods.names()])
+    from effattn.tolerances.numerics import PRESETS
+
     click.echo("\nA function of yours: path/to/file.py:function or package.module:function")
+    click.echo(
+        f"METHOD@PRESET judges by the arithmetic of {', '.join(PRESETS)} in place of what the method declares."
+    )
     return 0
 
 

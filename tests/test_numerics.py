@@ -12,8 +12,9 @@ from effattn.tolerances import numerics
 from effattn.tolerances.numerics import Numerics
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("preset", numerics.PRESETS)
+@pytest.mark.parametrize(
+    ("preset", "dtype"), [(name, dtype) for name in numerics.PRESETS for dtype in numerics.dtypes_of(name)]
+)
 def test_presets_exist_for_each_dtype(preset: str, dtype: str) -> None:
     found = numerics.for_dtype(dtype, preset)
     assert (found.input, found.output, found.acc) == (dtype, dtype, "fp32")
@@ -80,3 +81,40 @@ def test_a_record_cannot_be_changed_behind_the_judges_back() -> None:
     with pytest.raises(AttributeError):
         declared.p = "fp32"  # type: ignore[misc]
     assert isinstance(declared, Numerics)
+
+
+# Presets
+
+
+def test_a_method_is_judged_by_the_preset_behind_its_name() -> None:
+    from effattn import methods, zoo
+    from effattn.case import Case
+    from effattn.judge import judge
+    from effattn.verdict import Outcome
+
+    case = Case(heads=4, q_len=64, kv_len=192, head_dim=32, dtype="fp16")
+    coarse = "effattn.zoo:exp2_of_degree_3"
+    # Declared as FlashAttention-4 does it, a coarse exponential is no fault. In fp16 it drowns in P's rounding either way,
+    # but for the log-sum-exp, which is fp32.
+    assert judge(case, methods.get(f"{coarse}@fa4")).outcome == Outcome.PASS
+    assert methods.get(f"{coarse}@fa4").spec == f"{coarse}@fa4"
+    full = judge(case, methods.get(f"{zoo.get('p-in-e4m3').method().spec}@fa4"))
+    assert full.outcome in (Outcome.INACCURATE, Outcome.BIASED)
+    single = judge(Case(q_len=8, kv_len=8, head_dim=8, dtype="fp32"), methods.get("flash@fa4"))
+    assert single.message == "not supported: the preset 'fa4' is for fp16, bf16"
+    with pytest.raises(RequestError, match=r"unknown numerics 'fa5': expected one of .*; did you mean 'fa4'"):
+        methods.get("flash@fa5")
+
+
+@pytest.mark.parametrize("preset", sorted(numerics.PRESETS))
+def test_the_error_of_the_exponential_of_each_preset_is_allowed(preset: str) -> None:
+    """The largest error that a preset declares for exp is below its bound of the log-sum-exp of equal scores."""
+    import torch
+
+    from effattn.exact import attention
+    from effattn.tolerances.envelope import forward_envelope
+
+    for dtype, declared in numerics.PRESETS[preset].items():
+        q, k, v = (torch.ones(1, 1, n, 16, dtype=torch.float64) for n in (2, 64, 64))
+        envelope = forward_envelope(q, k, v, numerics=declared, exact=attention(q, k, v))
+        assert envelope.lse_bound.min() > declared.exp_ulps * 2.0**-23, dtype

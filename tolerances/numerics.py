@@ -217,12 +217,43 @@ TORCH_FLASH: dict[str, Numerics] = {
 #: multiply V, one rounding at the end.
 TORCH_MATH: dict[str, Numerics] = _presets("torch-math", p="fp32", normalise="before", sum_block=64)
 
+#: FlashAttention-2: as FLASH, at least 32 keys a step (its smallest tile).
+FA2: dict[str, Numerics] = {
+    dtype: preset.replace(name=f"fa2 {dtype}", smallest_block=32)
+    for dtype, preset in FLASH.items()
+    if dtype != "fp32"
+}
+
+#: FlashAttention-3 (arXiv 2407.08608): Hopper's matrix unit, at least 64 keys a step.
+FA3: dict[str, Numerics] = {
+    dtype: preset.replace(name=f"fa3 {dtype}", smallest_block=64, dot="hopper")
+    for dtype, preset in FA2.items()
+}
+
+#: FlashAttention-4: exp2 by a polynomial of degree 3 on ordinary units, off by up to 8.8e-5 relative; sums are rescaled
+#: only where the maximum grew by more than 8 (in log2), so P may be as large as 2^8 and is relative to a former maximum.
+FA4: dict[str, Numerics] = {
+    dtype: preset.replace(
+        name=f"fa4 {dtype}", smallest_block=128, dot="blackwell", exp_ulps=736.0, normalise="any"
+    )
+    for dtype, preset in FA2.items()
+}
+
+#: torch's FlexAttention: its Triton template, which is a flash kernel; scores of any form, in fp32.
+FLEX: dict[str, Numerics] = {
+    dtype: preset.replace(name=f"flex {dtype}", tanh_of="one") for dtype, preset in FLASH.items()
+}
+
 #: name -> dtype -> numerics
 PRESETS: dict[str, dict[str, Numerics]] = {
     "default": DEFAULT,
     "flash": FLASH,
     "torch-flash": TORCH_FLASH,
     "torch-math": TORCH_MATH,
+    "fa2": FA2,
+    "fa3": FA3,
+    "fa4": FA4,
+    "flex": FLEX,
 }
 
 
@@ -231,13 +262,19 @@ def for_dtype(dtype: str, preset: str = "default") -> Numerics:
 
     Raises RequestError for an unknown preset, or a dtype that it has no entry for.
     """
-    if preset not in PRESETS:
-        close = get_close_matches(str(preset), PRESETS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise RequestError(f"unknown numerics {preset!r}: expected one of {', '.join(PRESETS)}{hint}")
+    dtypes_of(preset)
     try:
         return PRESETS[preset][dtype]
     except KeyError:
         raise RequestError(
             f"no numerics for dtype {dtype!r}: {preset} is declared for {', '.join(PRESETS[preset])}"
         ) from None
+
+
+def dtypes_of(preset: str) -> tuple[str, ...]:
+    """The dtypes that a preset is for; RequestError for an unknown one."""
+    if preset not in PRESETS:
+        close = get_close_matches(str(preset), PRESETS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise RequestError(f"unknown numerics {preset!r}: expected one of {', '.join(PRESETS)}{hint}")
+    return tuple(PRESETS[preset])

@@ -55,8 +55,14 @@ def describe(name: str) -> str:
 def get(spec: str) -> Method:
     """A method by its name, or a user's function: `path/to/file.py:function`, `package.module:function`.
 
+    `@PRESET` at the end judges it by that preset of `effattn.tolerances.numerics` in place of what it declares.
     Raises `RequestError`, with close matches, for what is neither.
     """
+    method, at, preset = spec.rpartition("@")
+    if at and not set("/:.") & set(preset):
+        from effattn.methods.declared import Declared
+
+        return Declared(get(method), preset)
     if ":" in spec:
         from effattn.methods import user
 
