@@ -156,6 +156,9 @@ class CPUBackend(BaseBackend):
         return CPUOptions(**known)
 
     def get_codegen_implementation(self, options: CPUOptions) -> dict[str, Any]:
+        from effattn.cpu import block_pointers
+
+        block_pointers.install()  # before the front end reads the kernel
         return {"min_dot_size": lambda lhs, rhs: _min_dot_size(lhs, rhs)}
 
     def get_module_map(self) -> dict[str, ModuleType]:
