@@ -21,14 +21,19 @@ _PUBLIC: dict[str, str] = {
     "parametrize_with_laws": "effattn.laws",
 }
 
+#: packages that are used as attributes: `effattn.cpu.checks`
+_PACKAGES = ("cpu", "kernels")
+
 __all__ = ["__version__", *sorted(_PUBLIC)]  # pyright: ignore[reportUnsupportedDunderAll] one list, not two
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _PACKAGES:
+        return importlib.import_module(f"effattn.{name}")
     raise AttributeError(f"module 'effattn' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted((*__all__, *_PACKAGES))
