@@ -77,6 +77,48 @@ def test_a_finding_that_the_program_swallows_still_makes_the_exit_code_1(tmp_pat
     assert "checked bounds, races in 2 launches: 1 finding" in done.stderr
 
 
+@pytest.mark.parametrize("ending", ["os._exit(7)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_a_process_that_ends_at_once_is_counted(ending: str, tmp_path: Path):
+    (tmp_path / "script.py").write_text(f"{KERNEL}\nimport os, signal\nlaunch('cuda', 100)\n{ending}\n")
+    done = effattn_cpu("--check", "bounds,traffic", "--", "script.py", cwd=tmp_path)
+    assert done.returncode == (7 if "exit" in ending else 128 + 9), done.stderr
+    assert "checked bounds, traffic in 1 launch: nothing found" in done.stderr
+    assert any(line.split()[:4] == ["shift", "x_ptr", "400", "B"] for line in done.stderr.splitlines())
+
+
+WORKERS = (
+    KERNEL
+    + """
+import multiprocessing
+
+def unwritten(n):
+    y = torch.empty(100, device="cuda")
+    shift[(2,)](torch.ones(100, device="cuda"), y, n, BLOCK=64)
+    global kept
+    kept = y
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    workers = [context.Process(target=unwritten, args=(n,)) for n in (100, 90)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+"""
+)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_multiprocessing_say_what_they_find_when_they_end(method: str, tmp_path: Path):
+    (tmp_path / "workers.py").write_text(WORKERS)
+    done = effattn_cpu("--check", "poison,traffic", "--", "workers.py", method, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "checked poison, traffic in 2 launches: 1 finding" in done.stderr
+    assert "element (90,) of y_ptr, of shape (100,), was never written" in done.stderr
+    assert any(line.split()[:4] == ["shift", "x_ptr", "760", "B"] for line in done.stderr.splitlines())
+
+
 @pytest.mark.parametrize("option", [["--check", "bonds"], ["--check", ""]])
 def test_unknown_checks_are_a_wrong_request(option: list[str], tmp_path: Path):
     done = effattn_cpu(*option, "--", "python", "-c", "pass", cwd=tmp_path)

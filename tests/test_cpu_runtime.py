@@ -525,7 +525,9 @@ def test_triton_and_effattn_can_be_imported_in_any_order(first: str, tmp_path: P
     assert out == "launched\n", error
 
 
-@pytest.mark.parametrize("name", ["effattn.cpu.checks", "effattn.cpu.active", "effattn.kernels.flash_attention"])
+@pytest.mark.parametrize(
+    "name", ["effattn.cpu.checks", "effattn.cpu.active", "effattn.kernels.flash_attention"]
+)
 def test_packages_need_no_import_of_their_own(name: str, tmp_path: Path) -> None:
     out, error = python(f"import effattn\nprint(callable({name}))", tmp_path).communicate()
     assert out == "True\n", error

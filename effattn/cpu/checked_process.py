@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +32,39 @@ class _Process(Checks):
     def __init__(self, *instruments: str, folder: str) -> None:
         super().__init__(*instruments)
         self.folder = folder
+        self._file: int | None = None
+        self._ended = False
 
     def record(self, found: list[Finding]) -> None:
         """Take the findings of one launch, and write them down."""
-        self.write({"findings": [asdict(f) for f in found]} if found else {})
+        traffic = [[*key, asdict(t)] for key, t in self.report.traffic.items()]
+        self.report.traffic.clear()
+        self.write({"launches": 1, "traffic": traffic, "findings": [asdict(f) for f in found]})
         super().record(found)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append to this process's file."""
-        if entry:
-            with Path(self.folder, f"{os.getpid()}.jsonl").open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+        if self._file is None:
+            path = Path(self.folder, f"{os.getpid()}.jsonl")
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.write(self._file, (json.dumps(entry) + "\n").encode())
 
     def last_words(self) -> None:
         """What is only known when the process ends."""
-        entry: dict[str, Any] = {"launches": self.report.launches}
-        entry["traffic"] = [[*key, asdict(t)] for key, t in self.report.traffic.items()]
-        entry["findings"] = [asdict(f) for f in self.end()]
-        self.write(entry)
+        if self._ended:
+            return
+        self._ended = True
+        self.write({"findings": [asdict(f) for f in self.end()]})
 
     def forget(self) -> None:
-        """In a forked child: what was counted before is the parent's."""
-        self.report.launches = 0
-        self.report.traffic.clear()
+        """In a forked child: what was written before is the parent's."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def in_worker(self) -> None:
+        """In a process of `multiprocessing`, which ends without what `atexit` is told."""
+        util.Finalize(None, self.last_words, exitpriority=0)
 
 
 def begin_from_environment() -> None:
@@ -66,6 +77,7 @@ def begin_from_environment() -> None:
     checks.begin()
     atexit.register(checks.last_words)
     os.register_at_fork(after_in_child=checks.forget)
+    util.register_after_fork(checks, _Process.in_worker)
 
 
 def run(command: Sequence[str], env: Mapping[str, str], checks: Sequence[str]) -> int:
