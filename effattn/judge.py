@@ -82,6 +82,7 @@ def judge(case: Case, method: Method, *, device: str = "cpu", checks: Sequence[s
     if report is not None and report.findings:
         return _short(case, method, Outcome.FAULTY, _found(report), seconds, checks)
     notes = _notes_of_kernels()
+    _check_declared_output(method, output, numerics)
     changed = _changed(inputs, kept)
     if changed is not None:
         message = f"the method wrote to its input {changed}; expected it to be left as it was: callers go on using it"
@@ -260,6 +261,22 @@ def _wrong_form(case: Case, inputs: Inputs, output: Output, numerics: Numerics) 
         if x.layout != torch.strided:
             return f"{name} is a {str(x.layout).removeprefix('torch.')} tensor; expected a dense one"
     return None
+
+
+def _check_declared_output(method: Method, output: Output, numerics: Numerics) -> None:
+    """RequestError where a method gives another dtype than it declares: nothing else that it declares can be believed."""
+    import torch
+
+    from effattn.tolerances import formats
+
+    given, declared = getattr(output.out, "dtype", None), numerics.format("output")
+    if method.declares and isinstance(given, torch.dtype) and given != declared.torch_dtype:
+        name = str(given).removeprefix("torch.")
+        name = next((fmt.name for fmt in formats.FORMATS.values() if fmt.torch_name == name), name)
+        raise RequestError(
+            f"{method.spec!r} returned {name}, but its numerics {numerics.name!r} declare an output of {declared.name}; "
+            f"declare output={name!r}, or return {declared.name}"
+        )
 
 
 def _changed(inputs: Inputs, kept: Inputs) -> str | None:

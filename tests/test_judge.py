@@ -385,3 +385,23 @@ def test_rows_that_share_their_partial_sums_share_their_luck(kernel: str) -> Non
     )
     verdict = judge(case, zoo.get(kernel).method())
     assert verdict.outcome == Outcome.PASS, verdict.message
+
+
+def test_an_output_of_another_dtype_than_declared_is_a_wrong_request() -> None:
+    """Without a declaration it is a wrong output; with one, either may be wrong, and nothing else can be believed."""
+    import effattn
+    from effattn.methods.user import UserFunction
+    from effattn.tolerances.numerics import for_dtype
+
+    def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
+
+    case = Case(q_len=4, kv_len=4, head_dim=8, dtype="fp16")
+    assert judge(case, UserFunction(single)).outcome == Outcome.WRONG_SHAPE
+    declared = effattn.method(numerics="flash")(single)
+    with pytest.raises(
+        RequestError, match="returned fp32, but its numerics 'flash fp16' declare an output of fp16"
+    ):
+        judge(case, UserFunction(declared))
+    right = effattn.method(numerics=for_dtype("fp16").replace(output="fp32", p="fp32"))(single)
+    assert judge(case, UserFunction(right)).outcome == Outcome.PASS

@@ -45,6 +45,8 @@ class Method(ABC):
     same_bits: bool = True
     #: whether NaN and infinity in what a row does not see leave the row alone; laws hide finite numbers only where not
     nan_safe: bool = True
+    #: whether `numerics` is somebody's statement about this method, or what is held against any
+    declares: bool = False
 
     @abstractmethod
     def numerics(self, case: Case) -> Numerics:

@@ -21,7 +21,7 @@ class Declared(Method):
         self._dtypes = numerics.dtypes_of(preset)
         self._method, self._preset = method, preset
         self.name, self.spec = f"{method.name}@{preset}", f"{method.spec}@{preset}"
-        self.same_bits, self.nan_safe = method.same_bits, method.nan_safe
+        self.same_bits, self.nan_safe, self.declares = method.same_bits, method.nan_safe, True
 
     def numerics(self, case: Case) -> Numerics:
         return numerics.for_dtype(case.dtype, self._preset)

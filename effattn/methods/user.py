@@ -70,6 +70,7 @@ class UserFunction(Method):
         self.keywords = _keywords(function, self.spec)
         self._declared = declared
         self.same_bits, self.nan_safe = declared.same_bits, declared.nan_safe
+        self.declares = declared.numerics is not None
         # A case that names no scale is there to see that the function's own, for None, is the right one.
         scale = _signature(function).parameters.get("scale")
         self._own_scale = scale is not None and scale.default is None
