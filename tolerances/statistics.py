@@ -121,6 +121,50 @@ class Errors:
         """Expected variance of each row, over its elements."""
         return np.einsum("ij,ij->i", self.sigma, self.sigma) / self.sigma.shape[1]
 
+    @cached_property
+    def slopes(self) -> dict[str, tuple[float, float]]:
+        """Direction -> t and p, at first sight: all rows taken for independent, nothing taken off."""
+        return {
+            name: _slope(self.error, direction, self, None) for name, direction in self.directions.items()
+        }
+
+    @cached_property
+    def explained(self) -> Explained:
+        """What a correct kernel may do on these inputs, worked out."""
+        return Explained(self)
+
+
+class Explained:
+    """The errors with everything taken off that a correct kernel may do: known roundings, rows that round alike."""
+
+    def __init__(self, errors: Errors) -> None:
+        self.cells = _cells(errors)
+        self.known = list(errors.predictions())
+        self._errors = errors
+
+    @property
+    def rows(self) -> float:
+        """How many independent rows there are, at least."""
+        return len(self._errors.error) / self.cells.largest
+
+    @cached_property
+    def squares(self) -> float:
+        """The smallest mean of z^2, of several that are each explained by what a correct kernel may do."""
+        return min(float(z2.mean()) for z2 in _explained_squares(self._errors, self.known))
+
+    def slope(self, name: str) -> tuple[float, float]:
+        """t and p of a direction: those of the variant that says least; 0 where variants have different signs."""
+        errors = self._errors
+        rounding = errors.format.round(errors.exact) - errors.exact
+        variants = [errors.error, errors.error - rounding]
+        for p in self.known:
+            variants.append(errors.error - p.error)
+            variants.append(errors.exact + errors.error - errors.format.round(errors.exact + p.error))
+        results = [_slope(v, errors.directions[name], errors, self.cells) for v in variants]
+        weakest = max(results, key=lambda r: r[1])
+        signs = {math.copysign(1.0, t) for t, _ in results}
+        return weakest if len(signs) == 1 else (0.0, 1.0)
+
 
 def examine(errors: Errors, *, alarm: float = ALARM / TESTS) -> list[Finding]:
     """The tests that fail, each at the false-alarm probability `alarm`. Needs at least one row and finite numbers."""
@@ -129,34 +173,23 @@ def examine(errors: Errors, *, alarm: float = ALARM / TESTS) -> list[Finding]:
     z2 *= z2
     size = _size(z2, None, alarm)
     largest = _largest(errors.error, errors, alarm)
-    slopes = [
-        (name, *_slope(errors.error, direction, errors, None, alarm))
-        for name, direction in errors.directions.items()
-    ]
-    if not (size or largest or any(p < alarm for _, _, p in slopes)):
+    if not (size or largest or any(p < alarm for _, p in errors.slopes.values())):
         return findings
     # Something looks wrong. From here on time is no matter.
-    cells = _cells(errors)
-    known = list(errors.predictions())
-    rounding = errors.format.round(errors.exact) - errors.exact
+    explained = errors.explained
     if size:
-        finding = _size_in_spite(errors, cells, known, alarm)
+        finding = _size_in_spite(errors, explained, alarm)
         if finding is not None:
             findings.append(finding)
     if largest:
-        found = [_largest(errors.error - p.error, errors, alarm) for p in known]
+        found = [_largest(errors.error - p.error, errors, alarm) for p in explained.known]
         if all(found):
             findings.append(_weakest([largest, *filter(None, found)]))
-    variants = [errors.error, errors.error - rounding]
-    for p in known:
-        variants.append(errors.error - p.error)
-        variants.append(errors.exact + errors.error - errors.format.round(errors.exact + p.error))
-    for name, t, p in slopes:
+    for name, (t, p) in errors.slopes.items():
         if p >= alarm:
             continue
-        results = [_slope(v, errors.directions[name], errors, cells, alarm) for v in variants]
-        weakest = max(results, key=lambda r: r[1])
-        if weakest[1] < alarm and all(math.copysign(1.0, r[0]) == math.copysign(1.0, t) for r in results):
+        weakest = explained.slope(name)
+        if weakest[1] < alarm and math.copysign(1.0, weakest[0]) == math.copysign(1.0, t):
             findings.append(Finding(name=name, statistic=weakest[0], p_value=weakest[1], threshold=alarm))
     return findings
 
@@ -178,8 +211,14 @@ def _size(z2: Floats, cells: Cells | None, alarm: float) -> Finding | None:
     return Finding(name="size", statistic=math.sqrt(x), p_value=math.exp(log_p), threshold=alarm)
 
 
-def _size_in_spite(errors: Errors, cells: Cells, known: Sequence[Prediction], alarm: float) -> Finding | None:
+def _size_in_spite(errors: Errors, explained: Explained, alarm: float) -> Finding | None:
     """The size test with cells, and with each known error taken out along with its variance."""
+    found = [_size(z2, explained.cells, alarm) for z2 in _explained_squares(errors, explained.known)]
+    return None if None in found else _weakest([f for f in found if f is not None])
+
+
+def _explained_squares(errors: Errors, known: Sequence[Prediction]) -> Iterator[Floats]:
+    """z^2 as it is, with P's roundings at their own spacings, and with them gone: each explains a correct kernel."""
     even = errors.format.ulp(errors.exact)
     even *= even
     even /= 12.0
@@ -189,18 +228,13 @@ def _size_in_spite(errors: Errors, cells: Cells, known: Sequence[Prediction], al
         return np.maximum(even, (errors.format.round(exact) - exact) ** 2)
 
     as_it_is = rounded(errors.exact)
-    found = [_size(errors.error**2 / (errors.noise + as_it_is), cells, alarm)]
+    yield errors.error**2 / (errors.noise + as_it_is)
     for p in known:
-        # P's rounding with its own spacings, and P's rounding gone: either explains a correct kernel.
-        found.append(_size(errors.error**2 / (errors.inner + as_it_is + p.variance), cells, alarm))
-        rest = (errors.error - p.error) ** 2 / (errors.inner + rounded(errors.exact + p.error))
-        found.append(_size(rest, cells, alarm))
-    return None if None in found else _weakest([f for f in found if f is not None])
+        yield errors.error**2 / (errors.inner + as_it_is + p.variance)
+        yield (errors.error - p.error) ** 2 / (errors.inner + rounded(errors.exact + p.error))
 
 
-def _slope(
-    error: Floats, direction: Floats, errors: Errors, cells: Cells | None, alarm: float
-) -> tuple[float, float]:
+def _slope(error: Floats, direction: Floats, errors: Errors, cells: Cells | None) -> tuple[float, float]:
     """t of the errors along a direction, and the limit of its two-sided p.
 
     Rows are weighted by their expected deviation and the length of the direction. Without cells, a quick look that errs
