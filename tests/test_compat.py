@@ -170,6 +170,11 @@ def test_tensors_of_the_cpu_stay_what_they_are(cuda: None) -> None:
         lambda: torch.ones(2, device="cuda")[0],
         lambda: torch.ones(2, device="cuda") + 1,
         lambda: torch.ones(2, device="cuda").new_empty(4),
+        lambda: torch.ones(2, device="cuda").new_tensor([1.0, 2.0]),
+        lambda: torch.ones(2, device="cuda").new_tensor(range(3), dtype=torch.float16),
+        lambda: torch.ones(2, device="cuda").new(3),
+        lambda: torch.ones(2).type_as(torch.ones(1, device="cuda")),
+        lambda: torch.nn.utils.rnn.pad_sequence([torch.ones(n, device="cuda") for n in (1, 2)]),
         lambda: torch.nn.Parameter(torch.ones(2, device="cuda")),
         lambda: torch.cat([torch.ones(2, device="cuda")] * 2),
     ],
@@ -193,6 +198,9 @@ def test_every_way_to_the_device(cuda: None, make) -> None:
         lambda x: x.to(torch.ones(1)),
         lambda x: torch.zeros_like(x, device="cpu"),
         lambda x: x.new_zeros(2, device="cpu"),
+        lambda x: x.new_tensor([1.0], device="cpu"),
+        lambda x: x.type_as(torch.ones(1)),
+        lambda x: torch.nn.utils.rnn.pad_sequence([x.cpu()]),
     ],
 )
 def test_every_way_back(cuda: None, make) -> None:

@@ -249,12 +249,13 @@ def _factory(fn: Any, name: str) -> Any:
     """`fn` with a `device` that may be the emulated one."""
     method = name in _NEW
     follows = method or name in _LIKE  # without a device: where its argument is
+    from_data = name == "new_tensor"  # its data, not its argument, goes through torch's dispatch
 
     @functools.wraps(fn)
     def made(*args: Any, **kwargs: Any) -> Any:
         device = kwargs.get("device")
         if device is None:
-            wanted = state.default_device and not follows
+            wanted = isinstance(args[0], CudaTensor) if from_data else state.default_device and not follows
         else:
             wanted = is_cuda_device(device)
         if not wanted:
@@ -344,6 +345,26 @@ def _type(original: Any) -> Any:
     return type_
 
 
+def _type_as(original: Any) -> Any:
+    @functools.wraps(original)
+    def type_as(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return moved(original(self, other), isinstance(other, CudaTensor))
+
+    return type_as
+
+
+def _where_the_first_is(original: Any) -> Any:
+    """A function that makes its result past torch's dispatch: the result goes where the first tensor is."""
+
+    @functools.wraps(original)
+    def made(first: Any, *args: Any, **kwargs: Any) -> Any:
+        out = original(first, *args, **kwargs)
+        one = first[0] if isinstance(first, (list, tuple)) and first else first
+        return moved(out, True) if isinstance(one, CudaTensor) else out
+
+    return made
+
+
 def _generator_class() -> Any:
     original: Any = torch.Generator
 
@@ -400,6 +421,9 @@ def install(patch: Patch) -> None:
     patch(torch.Tensor, "cuda", _cuda)
     patch(torch.Tensor, "cpu", _cpu)
     patch(torch.Tensor, "type", _type(torch.Tensor.type))
+    patch(torch.Tensor, "type_as", _type_as(torch.Tensor.type_as))
+    patch(torch.Tensor, "new", _where_the_first_is(torch.Tensor.new))
+    patch(torch.nn.utils.rnn, "pad_sequence", _where_the_first_is(torch.nn.utils.rnn.pad_sequence))
     patch(torch, "Generator", _generator_class())
     function = torch.autograd.Function
     patch(function, "apply", _noting_outputs(vars(function)["apply"].__func__))
