@@ -170,3 +170,19 @@ def test_an_index_that_nobody_has_written_is_found() -> None:
     assert found.done.endswith(
         "(with a large number (0xa5... for integers) in elements that were never written)"
     )
+
+
+@pytest.mark.parametrize("torch_dtype", _TYPES)
+def test_memory_nobody_has_written_on_an_emulated_gpu_that_is_the_default_device(
+    torch_dtype: torch.dtype,
+) -> None:
+    def launch() -> None:
+        x, y = torch.empty(8, dtype=torch_dtype), torch.zeros(8)
+        assert x.is_cuda
+        assert y.is_cuda
+        _write[(1,)](x, 6, BLOCK=8)
+        _twice[(1,)](x, y, 8, BLOCK=8)
+
+    with cpu.as_cuda(), torch.device("cuda"):
+        (found,) = _found(launch)
+    assert (found.argument, found.offset) == ("y_ptr", 6)

@@ -27,15 +27,16 @@ class Fill:
 
     def bits(self, like: torch.Tensor) -> Any:
         """The bits of an element of a tensor's type, as a NumPy integer of its size."""
+        import numpy as np
         import torch
 
+        size = like.element_size()
+        if not like.is_floating_point():
+            return np.array(self.integer).astype(f"i{size}")
+        if like.dtype == torch.bfloat16:
+            return np.array(self.float_, "f4").view("i4")[()].astype("i4") >> 16
         number = self.half if like.dtype == torch.float16 else self.float_
-        value = torch.tensor([number if like.is_floating_point() else 0], dtype=like.dtype)
-        if like.is_floating_point():
-            return value.view(_integer(like)).numpy()[0]
-        limit = 1 << 8 * like.element_size()
-        whole = self.integer % limit
-        return value.numpy().dtype.type(whole - limit if whole >= limit // 2 else whole)
+        return np.array(number, f"f{size}").view(f"i{size}")[()]
 
 
 #: Numbers that each float format has: large enough to win any maximum.
@@ -43,12 +44,6 @@ ZERO = Fill(0.0, 0.0, 0.0, 0, "zeros")
 NAN = Fill(float("nan"), float("nan"), float("nan"), 0x5A5A5A5A5A5A5A5A, "NaN (0x5a... for integers)")
 LARGE = Fill(2.0**100, 2.0**15, 240.0, -0x5A5A5A5A5A5A5A5B, "a large number (0xa5... for integers)")
 SMALL = Fill(-(2.0**100), -(2.0**15), -240.0, 1, "a large negative number (1 for integers)")
-
-
-def _integer(like: torch.Tensor) -> torch.dtype:
-    import torch
-
-    return {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[like.element_size()]
 
 
 @dataclass
@@ -184,9 +179,7 @@ class Stale:
 
 def _integers(raw: NDArray[np.uint8], slot: Slot) -> NDArray[Any]:
     """Memory of a slot as integers of the size of its elements."""
-    import torch
-
-    return raw.view(torch.empty(0, dtype=_integer(slot.value)).numpy().dtype)
+    return raw.view(f"i{slot.size}")
 
 
 def stale_of(slot: Slot, allocations: poison.Allocations) -> Stale | None:
