@@ -20,15 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = (
-    "README.md",
-    "docs/ci.md",
-    "docs/gate.md",
-    "docs/report.md",
-    "docs/runs.md",
-    "docs/sanitizer.md",
-    "docs/sweep.md",
-)
+DOCUMENTS = ("README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"<!-- (run|file): (.+?) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 

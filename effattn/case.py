@@ -87,9 +87,9 @@ class Case:
     head_dim: int
     #: None means head_dim
     v_dim: int = cast(int, None)
-    #: one of DTYPES
+    #: one of DTYPES: fp16, bf16, fp32
     dtype: str
-    #: one of CAUSAL
+    #: one of CAUSAL: none, bottom-right, top-left
     causal: str = "none"
     #: None means head_dim ** -0.5, and that number becomes None; `softmax_scale` has the number
     scale: float | None = None
@@ -97,7 +97,7 @@ class Case:
     window: tuple[int, int] | None = None
     #: scores become softcap * tanh(score / softcap)
     softcap: float | None = None
-    #: one of `options.ALIBI`
+    #: one of `options.ALIBI`: none, geometric (the usual slopes), drawn
     alibi: str = "none"
     #: "none", or the axes along which it varies, some of b, h, q, k; in the dtype of q, or with ":fp32" in that
     bias: str = "none"
@@ -105,7 +105,7 @@ class Case:
     mask: str = "none"
     #: whether each head has one more logit, without a value
     sinks: bool = False
-    #: one of `options.LENGTHS`
+    #: one of `options.LENGTHS`: none, kv (keys are padded), both (queries too)
     lengths: str = "none"
     #: the probability with which a weight is dropped
     dropout: float = 0.0

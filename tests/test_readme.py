@@ -14,11 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = {
-    name: (ROOT / name).read_text(encoding="utf-8")
-    for name in (
-        "README.md",
-        *(f"docs/{page}.md" for page in ("ci", "gate", "report", "runs", "sanitizer", "sweep")),
-    )
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 
 
@@ -164,7 +161,7 @@ def test_every_command_and_option_exists(name: str) -> None:
 
     text = re.sub(r"\\\n", " ", DOCUMENTS[name])
     lines = re.findall(r"(?:^|^ {4}|`|bin/|\$ )effattn ([a-z]+[^`\n]*)", text, re.MULTILINE)
-    assert lines
+    assert lines or name != "README.md"
     for line in lines:
         command, *rest = line.split()
         assert command in cli.commands, line

@@ -23,6 +23,7 @@ tensor. Outside of such a block nothing of this exists: kernels and launches are
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -150,7 +151,9 @@ def parse(names: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
     given = [name for name in given if name]
     for name in given:
         if name not in INSTRUMENTS:
-            raise RequestError(f"unknown check {name!r}; expected some of {', '.join(INSTRUMENTS)}")
+            close = get_close_matches(name, INSTRUMENTS, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise RequestError(f"unknown check {name!r}; expected some of {', '.join(INSTRUMENTS)}{hint}")
     if not given:
         raise RequestError(f"no check was named; expected some of {', '.join(INSTRUMENTS)}")
     return tuple(name for name in INSTRUMENTS if name in given)
