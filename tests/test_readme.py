@@ -155,6 +155,14 @@ def options_of(command: click.Command) -> set[str]:
     return own.union(*map(options_of, inner))
 
 
+#: what the plugins add to pytest, as their sources name it
+PYTEST_OPTIONS = {
+    option
+    for path in ("effattn/pytest_plugin.py", "effattn/cpu/pytest_plugin.py")
+    for option in re.findall(r'"(--effattn-[a-z-]+)"', (ROOT / path).read_text(encoding="utf-8"))
+}
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_command_and_option_exists(name: str) -> None:
     from effattn.cli import cli
@@ -163,19 +171,20 @@ def test_every_command_and_option_exists(name: str) -> None:
     lines = re.findall(r"(?:^|^ {4}|`|bin/|\$ )effattn ([a-z]+[^`\n]*)", text, re.MULTILINE)
     assert lines or name != "README.md"
     for line in lines:
-        command, *rest = line.split()
+        command, *rest = line.split(" -- ")[0].split()
         assert command in cli.commands, line
         options = options_of(cli.commands[command])
         for given in re.findall(r"--[a-z-]+", " ".join(rest)):
             assert given in options | {"--help"}, line
     for option in re.findall(r"`(--[a-z-]+)", text):
-        assert option in options_of(cli) | {"--no-deps"}, option
+        assert option in options_of(cli) | {"--no-deps"} | PYTEST_OPTIONS, option
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_somewhere(name: str) -> None:
     text = re.sub(r"```.*?```", "", DOCUMENTS[name], flags=re.DOTALL)
     text = re.sub(r"^ {4}.*$", "", text, flags=re.MULTILINE)  # code, where x[i](...) is a launch
+    text = re.sub(r"`[^`\n]*`", "", text)
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert ((ROOT / name).parent / target).exists(), target
 
