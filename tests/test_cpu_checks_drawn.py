@@ -10,7 +10,6 @@ import triton.language as tl
 
 from effattn import cpu
 
-
 _PLAIN = ["x", "o", "sx", "sy", "shift_x", "shift_y", "nx", "ny", "so"]
 
 
