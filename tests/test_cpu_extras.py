@@ -439,7 +439,8 @@ def _fp4(x, pairs, back, masked, N: tl.constexpr):
     i = tl.arange(0, N)
     a = tl.load(x + i)
     to: tl.constexpr = "{ .reg .b8 t; cvt.rn.satfinite.e2m1x2.f32 t, $2, $1; cvt.u32.u8 $0, t; }"
-    p = tl.inline_asm_elementwise(to, "=r,f,f", [a, -a], dtype=tl.int32, is_pure=True, pack=1)
+    # Not -a, which is 0 - a in Triton 3.6 and 3.7, and so no negative zero.
+    p = tl.inline_asm_elementwise(to, "=r,f,f", [a, a * -1], dtype=tl.int32, is_pure=True, pack=1)
     tl.store(pairs + i, p)
     of: tl.constexpr = "{ .reg .b8 t; cvt.u8.u32 t, $1; cvt.rn.f16x2.e2m1x2 $0, t; }"
     tl.store(back + i, tl.inline_asm_elementwise(of, "=r,r", [p], dtype=tl.int32, is_pure=True, pack=1))

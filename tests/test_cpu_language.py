@@ -337,6 +337,18 @@ def test_assorted_functions_of_the_language(reorder: bool) -> None:
 
 
 @triton.jit
+def _addresses(x, o, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(o + i, (x + i).to(tl.int64))
+
+
+def test_addresses_are_numbers() -> None:
+    x, o = torch.zeros(8, dtype=torch.float64), torch.zeros(8, dtype=torch.int64)
+    _addresses[(1,)](x, o, 8)
+    assert o.tolist() == [x[k].data_ptr() for k in range(8)]
+
+
+@triton.jit
 def _single(x, o, N: tl.constexpr):
     first = tl.load(x + tl.arange(0, 1))
     tl.store(o, first.item() * 2)

@@ -66,6 +66,25 @@ def test_what_did_not_pass_is_no_evidence(tmp_path: Path) -> None:
     assert json.loads(coverage.read_text())["compiled"] == {}
 
 
+def test_a_refusal_is_named_and_a_second_run_adds_to_the_first(tmp_path: Path) -> None:
+    test = "tests/test_cpu_control.py::test_{}"
+    done, _, coverage = recorded(tmp_path, test.format("a_refusal_reaches_the_user_from_a_launch"))
+    assert done.returncode == 0, done.stdout
+    first = json.loads(coverage.read_text())
+    assert first["refused"] == [
+        ["the PTX instruction activemask.b32 in inline assembly", "test_cpu_control.py"]
+    ]
+    assert "scf.while" not in first["compiled"]
+    # The second refuses IR that Triton never makes, which is no refusal of a kernel.
+    done, _, coverage = recorded(
+        tmp_path, test.format("while_loops"), test.format("a_loop_made_of_branches_is_refused")
+    )
+    assert done.returncode == 0, done.stdout
+    second = json.loads(coverage.read_text())
+    assert second["refused"] == first["refused"]
+    assert {"scf.while", *first["compiled"]} <= set(second["compiled"])
+
+
 @pytest.fixture
 def coverage_table() -> ModuleType:
     spec = importlib.util.spec_from_file_location(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ _OPERATIONS = """
     math.floor math.ceil scf.for scf.if scf.while scf.yield scf.condition cf.br cf.cond_br llvm.intr.assume
     ttg.barrier gpu.barrier tt.join tt.split tt.cat tt.unsplat tt.dot_scaled tt.atomic_cas tt.print tt.assert
     tt.precise_divf tt.precise_sqrt tt.int_to_ptr tt.ptr_to_int tt.map_elementwise arith.maximumf arith.minimumf
-    arith.remf math.sin math.cos math.erf math.rsqrt math.fma math.tanh ub.poison tt.make_tensor_ptr tt.advance
+    arith.remf math.sin math.cos math.erf math.rsqrt math.fma ub.poison tt.make_tensor_ptr tt.advance
     tt.descriptor_gather tt.descriptor_scatter tt.approx_divf tt.atomic_load tt.atomic_store tt.atomic_poll
     tt.grid_dependency_wait tt.grid_dependency_launch_dependents
 """
@@ -52,7 +53,8 @@ def _cell(found: Any, name: str) -> str:
         return "not run"
     if name in found["compiled"]:
         return "yes"
-    return "refused" if any(name in reason for reason, _ in found["refused"]) else "-"
+    whole = re.compile(rf"(?<![\w.]){re.escape(name)}(?![\w.])")
+    return "refused" if any(whole.search(reason) for reason, _ in found["refused"]) else "-"
 
 
 def operations() -> str:
