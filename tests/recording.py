@@ -4,8 +4,9 @@
     EFFATTN_RECORD_COVERAGE=FILE pytest ...     which of Triton's IR operations each test file compiled
 
 Tests call `compared` after their assertion, and conftest.py writes the first file only where every test passed. In the
-second file is what tests that passed compiled; a run adds to a file of the same versions, so a suite can be run in parts. With `pytest -n`, the processes hand over what they noted (`found`), and the
-one that started them adds it up (`add`) and writes.
+second file is what tests that passed compiled; a run adds to a file of the same versions, so that a suite can be run in
+parts. With `pytest -n`, the processes hand over what they noted (`found`), and the one that started them adds it up (`add`)
+and writes.
 """
 
 from __future__ import annotations

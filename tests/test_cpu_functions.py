@@ -79,7 +79,8 @@ FUNCTIONS = [
     Function("rsqrt", lambda x: x.rsqrt(), POSITIVE, (1.5, 1.5), source="tl"),
     Function("sigmoid", lambda x: 1 / (1 + (-x).exp()), [(-80.0, 80.0)], (3.0, 3.0), source="tl"),
     Function("acos", lambda x: x.acos(), UNIT, (1.0, 1.0)),
-    Function("acosh", lambda x: x.acosh(), [(1.0, INF), (1.0, 2.0)], (2.0, 2.0)),
+    # glibc 2.36 in fp32, all values tried: acosh of 1 to 8 is off by up to 2.0002 ulp, tanh by up to 2.189.
+    Function("acosh", lambda x: x.acosh(), [(1.0, INF), (1.0, 2.0)], (2.1, 2.0)),
     Function("asin", lambda x: x.asin(), UNIT, (1.0, 1.0)),
     Function("asinh", lambda x: x.asinh(), [*ALL, *SMALL], (2.0, 2.0)),
     Function("atan", lambda x: x.atan(), [*ALL, *SMALL], (1.0, 1.0)),
@@ -116,7 +117,7 @@ FUNCTIONS = [
     Function("cos", lambda x: x.cos(), ANGLE, (1.0, 1.0)),
     Function("sinh", lambda x: x.sinh(), [(-89.0, 89.0), (-1.0, 1.0)], (2.0, 2.0)),
     Function("tan", lambda x: x.tan(), ANGLE, (1.0, 1.0)),
-    Function("tanh", lambda x: x.tanh(), SMALL, (2.0, 2.0)),
+    Function("tanh", lambda x: x.tanh(), SMALL, (2.2, 2.0)),
     Function("tgamma", lambda x: x.gamma(), [(0.01, 30.0)], (8.0, 8.0)),
     Function("fast_expf", lambda x: x.exp(), EXPONENT, (0.95, None)),
     Function("fast_exp10f", lambda x: (x * arb.const_log10()).exp(), [(-45.0, 38.0)], (1.0, None)),
