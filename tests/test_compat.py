@@ -369,6 +369,22 @@ def test_kernels_wrapped_for_tracing_run(cuda: None) -> None:
     assert torch.equal(a.grad.cpu(), torch.full((70,), 2.0))
 
 
+def test_a_grid_sized_by_what_fits_on_the_device(cuda: None) -> None:
+    """As Triton's tutorial on softmax does: compile, ask for registers and shared memory, divide, launch."""
+    limits = triton.runtime.driver.active.utils.get_device_properties(0)
+    x = torch.randn(70, device="cuda")
+    y = torch.empty_like(x)
+    kernel = doubled.warmup(x, y, 70, BLOCK=64, grid=(1,))
+    kernel._init_handles()
+    resident = min(
+        limits["max_num_regs"] // (kernel.n_regs * limits["warpSize"] * 8),
+        limits["max_shared_mem"] // kernel.metadata.shared,
+    )
+    assert resident >= 1
+    kernel[(min(limits["multiprocessor_count"] * resident, 2), 1, 1)](x, y, 70, 64)
+    assert torch.equal(y.cpu(), x.cpu() * 2)
+
+
 def test_other_threads_see_the_device(cuda: None) -> None:
     seen: list[bool] = []
     thread = threading.Thread(target=lambda: seen.append((torch.ones(2, device="cuda") * 2).is_cuda))

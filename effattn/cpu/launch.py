@@ -89,6 +89,12 @@ def _runtime() -> ctypes.CDLL:
     return library
 
 
+#: What a compiled kernel says of registers a thread and bytes of shared memory. It has neither; host code that works out
+#: how many programs fit on a GPU divides by both, as Triton's tutorial on softmax does.
+REGISTERS = 32
+SHARED_MEMORY = 1
+
+
 class Utils:
     """The part of a Triton driver that loads binaries."""
 
@@ -120,7 +126,7 @@ class Utils:
         symbol = ctypes.cast(library.effattn_kernel, ctypes.c_void_p).value
         assert symbol is not None
         debug.remember(symbol, library)
-        return library, symbol, 0, 0, 1 << 30
+        return library, symbol, REGISTERS, 0, 1 << 30
 
     def unload_module(self, module: Any) -> None:
         # Libraries stay loaded: a thread of the pool may still hold an address in them.

@@ -26,6 +26,7 @@ from effattn.cpu import (
 )
 from effattn.cpu.formats import Unsupported, rounded, splat_literal, value_type
 from effattn.cpu.ir import Block, Module, Op, Region, Value, generic_text, parse, walk
+from effattn.cpu.launch import SHARED_MEMORY
 from effattn.cpu.nest import Nest, compute_into
 from effattn.cpu.plan import Buffer, Plan, make_plan, natural
 from effattn.cpu.probes import Probes
@@ -577,7 +578,7 @@ def to_c(mod: Any, metadata: dict[str, Any], *, checked: bool = False) -> str:
     probes = Probes() if checked else None
     source, plan = kernel_source(module, name, dot_model=metadata["dot_model"], probes=probes)
     metadata["name"] = name
-    metadata["shared"] = 0
+    metadata["shared"] = SHARED_MEMORY
     metadata["cpu_arena"] = plan.arena
     metadata["cpu_arguments"] = [str(a.type) for a in module.function(name).regions[0].blocks[0].args]
     metadata["cpu_probes"] = probes.table() if probes is not None else None
