@@ -27,6 +27,12 @@ _TYPES = {
 #: most bytes of shared memory that one block may use, by compute capability (CUDA C++ Programming Guide,
 #: table "Technical Specifications per Compute Capability")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+#: the same table: bytes of shared memory of a multiprocessor, of which each block takes 1 KB more than it asked for;
+#: registers, which a warp takes in units of 256; warps and blocks that are resident at once
+SHARED_OF_ALL = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32
+#: instructions that multiply matrices, in PTX
+_PRODUCTS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +41,7 @@ class Usage:
 
     shared: int  #: bytes of shared memory a block
     registers: int  #: a thread
-    stack: int  #: bytes of local memory a thread: spilled registers, if more than 0
+    spills: int  #: instructions that move registers to local memory and back, for want of registers
     ptx: str  #: the assembly, to look for instructions in
     cubin: bytes  #: the binary
 
@@ -72,24 +78,44 @@ def compile_launch(launch: Launch, capability: int, *, aligned: bool = True) -> 
         options=launch.options,
     )
     cubin = compiled.asm["cubin"]
-    registers, stack = _registers_and_stack(cubin)
+    registers, spills = _registers_and_spills(cubin)
     return Usage(
         shared=compiled.metadata.shared,
         registers=registers,
-        stack=stack,
+        spills=spills,
         ptx=compiled.asm["ptx"],
         cubin=cubin,
     )
 
 
-def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
-    """Read from the binary by the `cuobjdump` that comes with Triton."""
+def resident_blocks(usage: Usage, warps: int, capability: int) -> int:
+    """How many blocks of so many warps a multiprocessor has room for."""
+    of_a_warp = -(-usage.registers * 32 // 256) * 256
+    by_registers = REGISTERS // of_a_warp // warps
+    by_shared = SHARED_OF_ALL[capability] // (usage.shared + 1024)
+    return min(by_registers, by_shared, WARPS // warps, BLOCKS)
+
+
+def products(usage: Usage) -> str:
+    """Which instructions multiply matrices, by what they are called in PTX; "fma" where none does."""
+    found = [name for name, instruction in _PRODUCTS.items() if instruction in usage.ptx]
+    return "+".join(found) or "fma"
+
+
+def _registers_and_spills(cubin: bytes) -> tuple[int, int]:
+    """Read from the binary by the `cuobjdump` that comes with Triton.
+
+    What a thread has of local memory says less: a frame of 8 bytes that nothing is written to is no spill.
+    """
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout + done.stderr)
-    if found is None:
-        raise RuntimeError(f"cuobjdump names no registers: {done.stdout}{done.stderr}")
-    return int(found[1]), int(found[2])
+        done = subprocess.run(
+            [tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True
+        )
+    found = re.search(r"REG:(\d+)", done.stdout + done.stderr)
+    if found is None or "EXIT" not in done.stdout:
+        raise RuntimeError(f"cuobjdump names no registers, or no instructions: {done.stdout}{done.stderr}")
+    # Kernels of Triton have no arrays and no calls, so local memory is stored to and loaded from for nothing else.
+    return int(found[1]), len(re.findall(r"\b(?:STL|LDL)\b", done.stdout))

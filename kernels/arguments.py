@@ -246,10 +246,14 @@ def check_extras(
     sinks: Any = None,
     q_lengths: Any = None,
     kv_lengths: Any = None,
+    q_len: int | None = None,
 ) -> Extras:
-    """Bring the optional tensors into one form; only shapes, dtypes and devices are looked at."""
-    batch, heads, q_len, _ = q.shape
-    full = (batch, heads, q_len, kv_len)
+    """Bring the optional tensors into one form; only shapes, dtypes and devices are looked at.
+
+    q_len and kv_len: those of the longest members, where sequences are packed.
+    """
+    batch, heads = q.shape[:2]
+    full = (batch, heads, q.shape[2] if q_len is None else q_len, kv_len)
     seen = {
         "bias": (bias, (q.dtype, torch.float32)),
         "mask": (mask, (torch.bool,)),

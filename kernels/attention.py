@@ -117,7 +117,12 @@ def flash_attention_varlen(
     window: tuple[int, int] | int | None = None,
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int = 0,
+    dropout_offset: int = 0,
     input_precision: str = "ieee",
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -130,7 +135,10 @@ def flash_attention_varlen(
 
     Returns out (total_q, heads, v_dim) or, with `return_lse`, (out, lse) with lse (heads, total_q). Output and gradients
     have the same bits as one call of `flash_attention` for each member; those of sinks are summed over all. The options
-    are those of `flash_attention`, alibi_slopes (heads,) or (batch, heads).
+    are those of `flash_attention`, with alibi_slopes (heads,) or (batch, heads). bias and mask are broadcastable to
+    (batch, heads, longest q, longest k), and are looked up at a member's own positions, which begin with 0. Which weights
+    dropout keeps is `dropout_mask` of these sizes, so give the longest lengths where a result is to be repeated with
+    other members.
     """
     _refuse_gradient(alibi_slopes)
     given = check_numbers(
@@ -140,6 +148,9 @@ def flash_attention_varlen(
         scale=scale,
         window=window,
         softcap=softcap,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        dropout_offset=dropout_offset,
         input_precision=input_precision,
     )
     check_tensors(PACKED, q=q, k=k, v=v)
@@ -154,7 +165,7 @@ def flash_attention_varlen(
     # At least 1, which says that sequences are packed.
     longest = [max(1, length) for length in longest]
     out, lse = forward_op(
-        q, k, v, None, None, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, *given, *longest
+        q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, *given, *longest
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

@@ -288,7 +288,7 @@ def _decode_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     keys = tl.arange(0, BLOCK_N)
-    for start in tl.range(begin, stop, BLOCK_N):
+    for start in tl.range(begin, stop, BLOCK_N, disable_licm=True):
         j = start + keys
         inside = j < kv_rows
         if page_table is not None:

@@ -98,8 +98,8 @@ def backward_launches(
         wide |= any(is_wide(t, m, n) for t in (extras.bias, extras.mask))
         return shared_constants(problem, block_m=m, block_n=n, wide=wide)
 
-    block_m = 64
     block_dv = padded(problem.v_dim)
+    block_m = 64 if device_type == "cpu" or block_dv <= 128 else 32
     options = {} if device_type == "cpu" else {"num_warps": 4, "enable_fp_fusion": True}
     delta_launch = Launch(
         kernel=delta_kernel[device_type],
@@ -312,7 +312,7 @@ def _walk_queries(
 ):  # fmt: skip
     """Add what the queries begin <= i < end give to dk and dv. Scores lie here as (keys, queries): no transposes of p."""
     rows = tl.arange(0, BLOCK_M)
-    for start in tl.range(begin, end, BLOCK_M):
+    for start in tl.range(begin, end, BLOCK_M, disable_licm=True):
         first_row = tl.cast(start, tl.int64)
         q_tile = load_tile(
             q_at[0] + first_row * q_at[1], rows, tl.arange(0, BLOCK_D), q_at[1], q_at[2],
@@ -454,7 +454,7 @@ def _walk_keys(
 ):  # fmt: skip
     """Add what the keys begin <= j < end give to dq."""
     keys = tl.arange(0, BLOCK_N)
-    for start in tl.range(begin, end, BLOCK_N):
+    for start in tl.range(begin, end, BLOCK_N, disable_licm=True):
         first_key = tl.cast(start, tl.int64)
         k_tile = load_tile(
             k_at[0] + first_key * k_at[1], keys, tl.arange(0, BLOCK_D), k_at[1], k_at[2],
@@ -505,7 +505,8 @@ def pair_gradients(
     if MASKED:
         seen = visible(first_row, first_key, r, c, place, mask_at, HAS_LEFT, WIDE)
     else:
-        seen = None
+        # Of a block that is seen whole, the last rows may still not be there.
+        seen = first_row + r < place[0]
     scores, bent = logits(
         products, first_row, first_key, r, c, place[2], score, bias_at, seen, HAS_CAP, HAS_ALIBI, WIDE
     )

@@ -119,38 +119,38 @@ def _bias_kernel(
     rows = tl.arange(0, BLOCK_M)
     keys = tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(repeat_b * repeat_h * inner_rows * inner_columns):
+    for step in tl.range(0, repeat_b * repeat_h * inner_rows * inner_columns, disable_licm=True):
         first_key = (tile_column + step % inner_columns) * BLOCK_N
         first_row = (tile_row + step // inner_columns % inner_rows) * BLOCK_M
         member = step // inner_columns // inner_rows
         b = (shared_b * repeat_b + member // repeat_h).to(tl.int64)
         h = (shared_h * repeat_h + member % repeat_h).to(tl.int64)
         kv_h = h // group
-        _q_start, q_rows = extent(q_lengths, b, q_len, PACKED)
-        _kv_start, kv_rows = extent(kv_lengths, b, kv_len, PACKED)
+        q_start, q_rows = extent(q_lengths, b, q_len, PACKED)
+        kv_start, kv_rows = extent(kv_lengths, b, kv_len, PACKED)
         place = (q_rows, kv_rows, (kv_rows - q_rows) * bottom_right, left, right)
         start, _whole, _whole_end, end = key_blocks(
             first_row, place, BLOCK_M, BLOCK_N, HAS_LEFT, mask is not None
         )
         if (first_key >= start) & (first_key < end):
             q_tile = load_tile(
-                q + b * q_stride_b + h * q_stride_h + first_row.to(tl.int64) * q_stride_m,
+                q + b * q_stride_b + h * q_stride_h + (q_start + first_row) * q_stride_m,
                 rows, tl.arange(0, BLOCK_D), q_stride_m, q_stride_d, q_rows - first_row, head_dim, True, PAD_D, WIDE,
             )  # fmt: skip
             g_tile = load_tile(
-                d_out + b * d_out_stride_b + h * d_out_stride_h + first_row.to(tl.int64) * d_out_stride_m,
+                d_out + b * d_out_stride_b + h * d_out_stride_h + (q_start + first_row) * d_out_stride_m,
                 rows, tl.arange(0, BLOCK_DV), d_out_stride_m, d_out_stride_d, q_rows - first_row, v_dim, True, PAD_DV,
                 WIDE,
             )  # fmt: skip
             k_tile = load_tile(
-                k + b * k_stride_b + kv_h * k_stride_h + first_key.to(tl.int64) * k_stride_n,
+                k + b * k_stride_b + kv_h * k_stride_h + (kv_start + first_key) * k_stride_n,
                 keys, tl.arange(0, BLOCK_D), k_stride_n, k_stride_d, kv_rows - first_key, head_dim, True, PAD_D, WIDE,
             )  # fmt: skip
             v_tile = load_tile(
-                v + b * v_stride_b + kv_h * v_stride_h + first_key.to(tl.int64) * v_stride_n,
+                v + b * v_stride_b + kv_h * v_stride_h + (kv_start + first_key) * v_stride_n,
                 keys, tl.arange(0, BLOCK_DV), v_stride_n, v_stride_d, kv_rows - first_key, v_dim, True, PAD_DV, WIDE,
             )  # fmt: skip
-            rows_head = b * lse_stride_b + h * lse_stride_h
+            rows_head = b * lse_stride_b + h * lse_stride_h + q_start * lse_stride_m
             rows_at = (lse + rows_head, delta + rows_head, lse_stride_m)
             row_lse, row_delta = load_rows(rows_at, first_row, BLOCK_M, place, True)
             bias_at = (bias + b * bias_stride_b + h * bias_stride_h, bias_stride_m, bias_stride_n)

@@ -369,7 +369,7 @@ def _attend(
     kv_len = place[1]
     rows = tl.arange(0, BLOCK_M)[:, None]
     columns = tl.arange(0, BLOCK_N)
-    for start in tl.range(begin, end, BLOCK_N):
+    for start in tl.range(begin, end, BLOCK_N, disable_licm=True):
         first_key = tl.cast(start, tl.int64)
         k_tile = load_tile(
             k_at[0] + first_key * k_at[1], columns, tl.arange(0, BLOCK_D), k_at[1], k_at[2],
@@ -379,7 +379,8 @@ def _attend(
         if MASKED:
             seen = visible(first_row, start, rows, columns[None, :], place, mask_at, HAS_LEFT, WIDE)
         else:
-            seen = None
+            # Of a block that is seen whole, the last rows may still not be there.
+            seen = first_row + rows < place[0]
         if HAS_CAP or HAS_BIAS or HAS_ALIBI:
             scores, _ = logits(
                 scores, first_row, start, rows, columns[None, :], place[2], score, bias_at, seen,
@@ -422,7 +423,7 @@ def _spoil(
     """Add the values that are not finite, which `_attend` left out where it is MASKED, to the rows that see them."""
     rows = tl.arange(0, BLOCK_M)[:, None]
     columns = tl.arange(0, BLOCK_N)
-    for start in tl.range(begin, end, BLOCK_N):
+    for start in tl.range(begin, end, BLOCK_N, disable_licm=True):
         v_tile = load_tile(
             v_at[0] + tl.cast(start, tl.int64) * v_at[1], columns, tl.arange(0, BLOCK_DV), v_at[1], v_at[2],
             place[1] - start, v_at[3], True, PAD_DV, WIDE,

@@ -32,8 +32,9 @@ from effattn.kernels.launch import Launch
 
 #: rows of a chunk, and features of a block, on a CPU: a step costs a fixed overhead, so tiles are large
 CPU_TILE = 64
-#: the same on a GPU, where products of float32 in IEEE precision run on scalar units out of registers
-GPU_TILE = 32
+#: the same on a GPU, up to a v_dim of 64 and beyond: products of float32 in IEEE precision run on scalar units out of
+#: registers, of which wider rows leave less
+GPU_TILES = (32, 16)
 MAX_V_DIM = 256
 
 
@@ -48,7 +49,8 @@ def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
         and into each gradient. `effattn.tolerances.linear` bounds what that may change. A row whose denominator is 0
         is NaN or infinite. A row has the same bits whatever comes after it, as long as that is finite.
 
-    Memory: n / 64 (on a GPU n / 32) states of features x (v_dim + 1) float32 for each head, during the call.
+    Memory: n / 64 (on a GPU n / 32, or n / 16 where v_dim is above 64) states of features x (v_dim + 1) float32 for
+    each head, during the call.
 
     Raises ArgumentTypeError, ArgumentError.
     """
@@ -81,9 +83,11 @@ class _LinearAttention(torch.autograd.Function):
         return tuple(grad.view(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))
 
 
-def tile(x: torch.Tensor) -> int:
-    """Rows of a chunk and features of a block, by the device alone: a row is cut alike whatever comes with it."""
-    return CPU_TILE if x.device.type == "cpu" else GPU_TILE
+def tile(v: torch.Tensor) -> int:
+    """Rows of a chunk and features of a block, by the device and v_dim: a row is cut alike whatever comes with it."""
+    if v.device.type == "cpu":
+        return CPU_TILE
+    return GPU_TILES[0] if v.shape[-1] <= 64 else GPU_TILES[1]
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,7 +124,7 @@ def _prefix_sums(
     (heads, chunks, features, v_dim) and (heads, chunks, features), float32; w is 1 if None.
     """
     heads, n, features = x.shape
-    chunks = triton.cdiv(n, tile(x))
+    chunks = triton.cdiv(n, tile(y))
     states = x.new_empty((heads, chunks, features, y.shape[2]), dtype=torch.float32)
     sums = x.new_empty((heads, chunks, features), dtype=torch.float32)
     states_launch(x, y, w, states, sums, reverse=reverse).run(x)
@@ -140,7 +144,7 @@ def states_launch(
     heads, n, features = x.shape
     tensors = {"x": x, "y": y, "w": x if w is None else w, "states": states, "sums": sums}
     flags = {"WEIGHTED": w is not None, "REVERSE": reverse}
-    return _launch(_states, triton.cdiv(features, tile(x)) * heads, tensors, n, features, y, **flags)
+    return _launch(_states, triton.cdiv(features, tile(y)) * heads, tensors, n, features, y, **flags)
 
 
 def outputs_launch(
@@ -150,7 +154,7 @@ def outputs_launch(
     """One program for each chunk and each head."""
     heads, n, features = q.shape
     tensors = {"q": q, "k": k, "v": v, "states": states, "sums": sums, "out": out, "den": den}
-    return _launch(_outputs, triton.cdiv(n, tile(q)) * heads, tensors, n, features, v)
+    return _launch(_outputs, triton.cdiv(n, tile(v)) * heads, tensors, n, features, v)
 
 
 def gradients_launch(
@@ -164,7 +168,7 @@ def gradients_launch(
         "q": q, "k": k, "v": v, "g": g, "h": h, "states": states, "sums": sums, "later": later,
         "later_sums": later_sums, "dq": dq, "dk": dk, "dv": dv,
     }  # fmt: skip
-    return _launch(_gradients, triton.cdiv(n, tile(q)) * heads, tensors, n, features, v)
+    return _launch(_gradients, triton.cdiv(n, tile(v)) * heads, tensors, n, features, v)
 
 
 def _launch(
@@ -179,7 +183,7 @@ def _launch(
     v_dim = v.shape[2]
     sizes = {"n": n, "features": features, "v_dim": v_dim}
     # The gradients hold twice as many tiles at once.
-    block_f = tile(v) if v.device.type == "cpu" or kernel is not _gradients else tile(v) // 2
+    block_f = tile(v) if v.device.type == "cpu" or kernel is not _gradients else 16
     blocks = {"CHUNK": tile(v), "BLOCK_F": block_f, "BLOCK_D": max(16, triton.next_power_of_2(v_dim))}
     # Products of float32 in IEEE precision run on scalar units, out of registers: more warps hold more.
     options = {} if v.device.type == "cpu" else {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
@@ -202,7 +206,7 @@ def _states(
     chunks = tl.cdiv(n, CHUNK)
     state = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_F], tl.float32)
-    for step in range(chunks):
+    for step in tl.range(0, chunks, disable_licm=True):
         c = chunks - 1 - step if REVERSE else step
         place = head * chunks + c
         inside_f = f < features
@@ -236,7 +240,7 @@ def _outputs(
     pairs = tl.zeros([CHUNK, CHUNK], tl.float32)
     numerator = tl.zeros([CHUNK, BLOCK_D], tl.float32)
     denominator = tl.zeros([CHUNK], tl.float32)
-    for first in range(0, features, BLOCK_F):
+    for first in tl.range(0, features, BLOCK_F, disable_licm=True):
         f = first + tl.arange(0, BLOCK_F)
         q_tile = _tile(q, head, c, f, n, features, CHUNK)
         k_tile = _tile(k, head, c, f, n, features, CHUNK)
@@ -275,12 +279,15 @@ def _gradients(
     d_pairs = tl.where(seen, d_pairs, 0.0)
     pairs = tl.zeros([CHUNK, CHUNK], tl.float32)
     d_values = tl.zeros([CHUNK, BLOCK_D], tl.float32)
-    for first in range(0, features, BLOCK_F):
+    for first in tl.range(0, features, BLOCK_F, disable_licm=True):
         f = first + tl.arange(0, BLOCK_F)
         inside = f < features
         q_tile = _tile(q, head, c, f, n, features, CHUNK)
         k_tile = _tile(k, head, c, f, n, features, CHUNK)
         pairs = tl.dot(q_tile, tl.trans(k_tile), pairs, input_precision="ieee")
+        # Read again in each step: held through the loop, they would take all registers of a GPU at v_dim 256.
+        v_tile = _tile(v, head, c, d, n, v_dim, CHUNK)
+        g_tile = _tile(g, head, c, d, n, v_dim, CHUNK)
 
         state = _state(states, place, f, d, features, v_dim)
         total = tl.load(sums + place * features + f, mask=inside, other=0.0)
@@ -295,6 +302,7 @@ def _gradients(
         _put(dk, d_k, head, c, f, n, features, CHUNK)
         d_values = tl.dot(k_tile, state, d_values, input_precision="ieee")
     pairs = tl.where(seen, pairs, 0.0)
+    g_tile = _tile(g, head, c, d, n, v_dim, CHUNK)
     d_values = tl.dot(tl.trans(pairs), g_tile, d_values, input_precision="ieee")
     _put(dv, d_values, head, c, d, n, v_dim, CHUNK)
 

@@ -43,7 +43,7 @@ def logits(
     """(logits in units of log2, tanh of what is capped), of the products of queries first_row + r and keys first_key + c.
 
     score: (scale * log2(e), scale / softcap, softcap * log2(e), the head's slope * log2(e)). bias_at: (the bias at
-    query 0 and key 0, or None; its strides). in_bias masks what the bias does not have; None in a tile that it fills.
+    query 0 and key 0, or None; its strides). in_bias masks what the bias does not have.
     """
     scale_log2, to_cap, cap_log2, slope_log2 = score
     if HAS_CAP:
@@ -54,10 +54,7 @@ def logits(
         out = products * scale_log2
     if bias_at[0] is not None:
         pointers = tile_of(bias_at, first_row, first_key, r, c, WIDE)
-        if in_bias is not None:
-            added = tl.load(pointers, mask=in_bias, other=0.0)
-        else:
-            added = tl.load(pointers)
+        added = tl.load(pointers, mask=in_bias, other=0.0)
         out += added.to(tl.float32) * LOG2_E
     if HAS_ALIBI:
         out -= slope_log2 * tl.abs(first_row + shift - first_key + (r - c)).to(tl.float32)

@@ -9,12 +9,12 @@ are cumulative.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from effattn.errors import ArgumentError
 from effattn.kernels.arguments import (
     PACKED,
     Extras,
@@ -122,7 +122,8 @@ def backward_op(
         # Summed in float32, rounded once.
         total = torch.zeros((1,) * (4 - bias.dim()) + tuple(bias.shape), dtype=torch.float32, device=q.device)
         if problem.q_len and problem.kv_len and problem.batch:
-            bias_launch(problem, *views, extras, lse, delta, d_out, total).run(q)
+            rows = (seen["lse"], seen["delta"], seen["d_out"])
+            bias_launch(problem, *views, extras, *rows, total).run(q)
         d_bias.copy_(total.view(bias.shape))
     if needs_sinks and sinks is not None:
         rows = lse[None] if problem.packed else lse
@@ -191,16 +192,11 @@ def _prepare(
         check_cumulative("cu_seqlens_k", kv_lengths, k.shape[0], max_kv_len)
     q, k, v = (_packed_view(x, batch) for x in qkv)
     check_shapes(q, k, v)
-    extras = check_extras(q, k.shape[2], alibi_slopes=alibi_slopes, sinks=sinks)
-    if bias is not None or mask is not None:
-        raise ArgumentError("packed sequences take no bias and no mask")
-    problem = problem_of(q, k, v, packed=True, lengths=(max_q_len, max_kv_len), **given)
-    extras = Extras(
-        alibi_slopes=extras.alibi_slopes,
-        sinks=extras.sinks,
-        q_lengths=q_lengths.contiguous(),
-        kv_lengths=kv_lengths.contiguous(),
+    extras = check_extras(
+        q, max_kv_len, bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks, q_len=max_q_len
     )
+    problem = problem_of(q, k, v, packed=True, lengths=(max_q_len, max_kv_len), **given)
+    extras = dataclasses.replace(extras, q_lengths=q_lengths.contiguous(), kv_lengths=kv_lengths.contiguous())
     return problem, (q, k, v), extras
 
 

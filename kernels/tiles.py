@@ -42,16 +42,12 @@ def tiles(
         return Tiles(block_m=64, block_n=64)
     width = max(padded(head_dim), padded(v_dim))
     if dtype == torch.float32:
-        if width <= 64:
-            return _gpu_tiles(32 if rich else 64, 32, num_warps=8, num_stages=2)
-        if width <= 128:
-            return _gpu_tiles(32, 16, num_warps=8, num_stages=2)
-        return _gpu_tiles(16, 16 if rich else 32, num_warps=8, num_stages=2)
+        return _gpu_tiles(32 if width <= 128 else 16, 16, num_warps=8, num_stages=1)
+    if width > 128:
+        return _gpu_tiles(64, 16 if rich else 32, num_warps=8, num_stages=2)
     if rich:
         return _gpu_tiles(64, 32, num_warps=8, num_stages=2)
-    if width <= 128:
-        return _gpu_tiles(128, 64, num_warps=8, num_stages=3)
-    return _gpu_tiles(64, 32, num_warps=8, num_stages=2)
+    return _gpu_tiles(128, 64 if width <= 64 else 32, num_warps=8, num_stages=3)
 
 
 def backward_tiles(
@@ -67,8 +63,8 @@ def backward_tiles(
         both = _gpu_tiles(block, block, num_warps=8, num_stages=1)
         return both, both
     if rich or width > 128:
-        both = _gpu_tiles(32, 32, num_warps=8 if width > 128 else 4, num_stages=1)
-        return both, both
+        by_keys = _gpu_tiles(32 if width <= 128 else 16, 32, num_warps=8, num_stages=1)
+        return by_keys, _gpu_tiles(32, 32, num_warps=8 if width > 128 else 4, num_stages=1)
     # The keys kernel holds two accumulators; every larger block tried, which wgmma would need, spilled registers on
     # compute capability 90. What these take is for `budget` to say.
     by_keys = _gpu_tiles(32, 32, num_warps=4 if width <= 64 else 8, num_stages=1)
@@ -79,20 +75,25 @@ def bias_tiles(head_dim: int, v_dim: int, dtype: torch.dtype, device_type: str =
     """The blocks of the kernel of the bias' gradient."""
     if device_type == "cpu":
         return Tiles(block_m=64, block_n=64)
-    block = 16 if dtype == torch.float32 else 32
-    return _gpu_tiles(block, block, num_warps=4, num_stages=1)
+    if dtype == torch.float32:
+        return _gpu_tiles(16, 16, num_warps=4, num_stages=1)
+    if max(padded(head_dim), padded(v_dim)) > 128:
+        return _gpu_tiles(16, 32, num_warps=4, num_stages=1)
+    return _gpu_tiles(32, 32, num_warps=8, num_stages=1)
 
 
 def decode_tiles(
     rows: int, head_dim: int, v_dim: int, dtype: torch.dtype, device_type: str = "cuda"
 ) -> Tiles:
     """The decode kernel's blocks; rows: queries of all heads that share their keys."""
-    block_m = min(64, padded(rows))
     if device_type == "cpu":
-        return Tiles(block_m=block_m, block_n=64)
+        return Tiles(block_m=min(64, padded(rows)), block_n=64)
+    width = max(padded(head_dim), padded(v_dim))
     if dtype == torch.float32:
-        return _gpu_tiles(16, 32 if max(head_dim, v_dim) <= 128 else 16, num_warps=4, num_stages=2)
-    return _gpu_tiles(block_m, 64 if max(head_dim, v_dim) <= 128 else 32, num_warps=4, num_stages=2)
+        return _gpu_tiles(16, 16, num_warps=8, num_stages=1)
+    most_rows = 32 if width <= 128 else 16
+    num_warps = 8 if width > 32 else 4
+    return _gpu_tiles(min(most_rows, padded(rows)), 32, num_warps=num_warps, num_stages=2)
 
 
 def padded(dim: int) -> int:

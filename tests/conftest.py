@@ -21,6 +21,9 @@ import recording
 from effattn.case import DTYPES, Case
 from effattn.pytest_plugin import NONE, dtype_of
 
+#: How many tests marked gpu were left out.
+LEFT_OUT = pytest.StashKey[int]()
+
 #: Test files that run kernels on the CPU backend: what each version of Triton is tested with.
 BACKEND = ("test_cpu_", "test_compat", "test_kernels", "test_triton_")
 
@@ -43,6 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for dtype in DTYPES:
         config.addinivalue_line("markers", f"{dtype}: belongs to this dtype (set from the parameter `dtype`)")
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; left out, which is said, where there is none")
     config.addinivalue_line("markers", "backend: runs kernels on the CPU backend (set from the file's name)")
     nightly = os.environ.get("EFFATTN_HYPOTHESIS_PROFILE") == "nightly"
     if nightly and getattr(config.option, "hypothesis_seed", None) is None:
@@ -79,6 +83,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         recording.write(all_passed=exitstatus == 0)
     else:
         output["effattn_recording"] = recording.found()
+    asked_for = session.config.getoption("markexpr", "") == "gpu"
+    if (
+        exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
+        and asked_for
+        and session.config.stash.get(LEFT_OUT, 0)
+    ):
+        session.exitstatus = pytest.ExitCode.OK
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's
@@ -87,13 +98,26 @@ def pytest_testnodedown(node: Any) -> None:
     recording.add(getattr(node, "workeroutput", {}).get("effattn_recording", recording.NOTHING))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if count := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.line(f"no CUDA GPU here: {count} tests marked gpu were not run")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name.startswith(BACKEND):
             item.add_marker("backend")
         if (dtype := dtype_of(item)) != NONE:
             item.add_marker(dtype)
+    on_gpus = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if on_gpus:
+        import torch
+
+        if not torch.cuda.is_available():
+            config.stash[LEFT_OUT] = len(on_gpus)
+            config.hook.pytest_deselected(items=on_gpus)
+            items[:] = [item for item in items if item.get_closest_marker("gpu") is None]
 
 
 @pytest.fixture

@@ -209,7 +209,7 @@ def test_kernels_compile_for_gpus_within_their_memory(dtype: torch.dtype, capabi
         return torch.empty(shape, dtype=dtype, device="meta")
 
     x, v = meta(4, 1024, 256, dtype=dtype), meta(4, 1024, 64, dtype=dtype)
-    chunks = 1024 // kernels.tile(x)
+    chunks = 1024 // kernels.tile(v)
     states, sums, h = meta(4, chunks, 256, 64), meta(4, chunks, 256), meta(4, 1024)
     for launch in (
         kernels.states_launch(x, v, None, states, sums, reverse=False),
@@ -219,4 +219,4 @@ def test_kernels_compile_for_gpus_within_their_memory(dtype: torch.dtype, capabi
     ):
         usage = ahead_of_time.compile_launch(launch, capability)
         assert usage.shared <= ahead_of_time.SHARED_LIMIT[capability]
-        assert usage.stack <= 64, "more than a few registers are spilled"
+        assert usage.spills == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import effattn.cpu
 from effattn.case import DTYPES
 from effattn.errors import ArgumentError, ArgumentTypeError
 from effattn.kernels import flash_attention, flash_attention_varlen, flash_decode
@@ -122,6 +124,59 @@ def test_packed_sequences_have_the_bits_of_separate_calls(dtype: str) -> None:
             gradients, pairs, torch.autograd.grad([out_b, lse_b], alone, upstream), strict=True
         ):
             assert torch.equal(got[part], expected[0].transpose(0, 1))
+
+
+def test_packed_sequences_with_a_bias_a_mask_and_dropout_have_the_bits_of_padded_ones() -> None:
+    """Both look up bias and mask, and draw dropout, at a member's own positions."""
+    rows, keys, most_rows, most_keys = [7, 0, 33, 1], [9, 11, 0, 60], 33, 60
+    ends = [torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32) for x in (rows, keys)]
+    dtype = torch.bfloat16
+    bias = made(4, 4, most_rows, most_keys, dtype=dtype, seed=3).requires_grad_()
+    mask = made(4, 1, most_rows, most_keys, seed=4) > -1
+    options: dict[str, Any] = {
+        "causal": True, "bias": bias, "mask": mask, "dropout_p": 0.25, "dropout_seed": 5, "dropout_offset": 6,
+    }  # fmt: skip
+    padded = [
+        made(4, heads, most, 16, dtype=dtype, seed=seed)
+        for seed, (heads, most) in enumerate(((4, most_rows), (2, most_keys), (2, most_keys)))
+    ]
+    lengths = [torch.tensor(x, dtype=torch.int32) for x in (rows, keys, keys)]
+
+    def packed(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """(batch, heads, most, ...) without the padding, (total, heads, ...)."""
+        return torch.cat([x[b, :, :n].transpose(0, 1) for b, n in enumerate(lengths.tolist())])
+
+    leaves = [x.requires_grad_() for x in padded]
+    expected = flash_attention(*leaves, **options, q_lengths=lengths[0], kv_lengths=lengths[1])
+    assert isinstance(expected, torch.Tensor)
+    d_out = made(*expected.shape, seed=7).to(dtype)
+    expected_gradients = torch.autograd.grad(expected, [*leaves, bias], d_out)
+    flat = [packed(x, n).detach().requires_grad_() for x, n in zip(padded, lengths, strict=True)]
+    sizes = {"max_seqlen_q": most_rows, "max_seqlen_k": most_keys}
+    got = flash_attention_varlen(*flat, *ends, **options, **sizes)
+    assert isinstance(got, torch.Tensor)
+    assert torch.equal(got, packed(expected, lengths[0]))
+    gradients = torch.autograd.grad(got, [*flat, bias], packed(d_out, lengths[0]))
+    assert torch.equal(gradients[3], expected_gradients[3])
+    assert bool(gradients[3].any())
+    for x, gradient, n in zip(gradients, expected_gradients, lengths, strict=False):
+        assert torch.equal(x, packed(gradient, n))
+    # Each of them changes something.
+    for name in ("bias", "mask", "dropout_p"):
+        other = flash_attention_varlen(
+            *flat, *ends, **{k: x for k, x in options.items() if k != name}, **sizes
+        )
+        assert not torch.equal(got, other)  # type: ignore[arg-type]
+
+
+def test_a_bias_is_not_read_beyond_its_last_row() -> None:
+    """Fewer rows than a block, and keys enough for blocks that every row sees whole."""
+    q, k = made(1, 2, 10, 16).requires_grad_(), made(1, 2, 130, 16, seed=1).requires_grad_()
+    bias = made(2, 10, 130, seed=2).requires_grad_()
+    with effattn.cpu.checks("bounds"):
+        out = flash_attention(q, k, k, bias=bias)
+        assert isinstance(out, torch.Tensor)
+        out.sum().backward()
 
 
 def test_no_sequences_and_sequences_without_rows_are_empty() -> None:
@@ -261,6 +316,7 @@ PACKED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"cu_seqlens_q": ints(0, 3, 5, 10)[None]}, ArgumentError, "cu_seqlens_q must have the shape (batch + 1,), got (1, 4)"),
     ({"cu_seqlens_q": [0, 10]}, ArgumentTypeError, "cu_seqlens_q must be a torch.Tensor, got builtins.list"),
     ({"max_seqlen_q": 3}, ArgumentError, "cu_seqlens_q: member 2 has 5 rows, more than the longest length given, 3"),
+    ({"bias": torch.zeros(5, 8)}, ArgumentError, "to (batch, heads, q_len, kv_len) = (3, 4, 5, 7), got (5, 8)"),
     ({"max_seqlen_k": -1}, ArgumentError, "the longest length of cu_seqlens_k must be an int from 0, got -1"),
     ({"q": torch.zeros(1, 10, 4, 8)}, ArgumentError, "q must have the 3 axes (total length, heads, head_dim), got 4"),
     ({"k": torch.zeros(12, 3, 8), "v": torch.zeros(12, 3, 8)}, ArgumentError, "heads of q (4) must be a multiple"),
