@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from effattn.errors import RequestError
 from effattn.report import summary
@@ -48,6 +48,10 @@ class Judge(Protocol):
 
     def judge(self, case: Case, law: str | None = None) -> Verdict:
         """Compare one case with exact attention, or try a law on it."""
+        ...
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """Call a function of effattn, `module:function`, where the method is loaded."""
         ...
 
 
@@ -162,11 +166,14 @@ def collect(request: Request) -> list[Question]:
         cases += [*profiles.with_values(drawn, generated), *_real_cases(real, dtype=dtype)]
         collected += [Question(case) for case in cases]
     if request.laws:
-        from effattn import laws
+        from effattn.case import Case
 
-        for law in laws.choose(request.laws):
-            for dtype in request.dtypes:
-                collected += [Question(case, law.name) for case in laws.cases_of(law, request.profile, dtype)]
+        names, dtypes = list(request.laws), list(request.dtypes)
+        # Where the method is: which cases a law asks depends on what it offers.
+        drawn = request.judge.call(
+            "effattn.run.work:law_cases", request.judge.spec, names, request.profile, dtypes
+        )
+        collected += [Question(Case.from_dict(case), law) for law, case in drawn]
     return collected
 
 

@@ -9,6 +9,7 @@ def test_attention(check):
 
 from __future__ import annotations
 
+import itertools
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -83,12 +84,28 @@ def choose(names: Iterable[str] = ()) -> list[Law]:
     return list((wanted or laws).values())
 
 
-def cases_of(law: Law, profile: str, dtype: str) -> list[Case]:
-    """The cases on which a profile tries a law: the same on every machine."""
+def cases_of(law: Law, profile: str, dtype: str, method: Method | None = None) -> list[Case]:
+    """The cases on which a profile tries a law: the same on every machine.
+
+    Args:
+        law, profile, dtype: which law, how many cases, of which dtype.
+        method: cases that this method offers and in which the law has something to compare; one that it does not offer
+            if there are none. None: those of a method that offers everything.
+    """
+    count = _count(profile)
+    if method is None:
+        drawn = [law.draw(law.name, index, dtype) for index in range(count)]
+        return [case for case in dict.fromkeys(drawn) if law.holds(case)]
+    from effattn.properties import law_cases
+
+    found = list(itertools.islice(law_cases.candidates(law, method, dtype, count), count))
+    return found or [law_cases.unasked(law, method, dtype, count)]
+
+
+def _count(profile: str) -> int:
     if profile not in CASES:
         raise RequestError(f"unknown profile {profile!r}; expected one of {', '.join(CASES)}")
-    drawn = [law.draw(law.name, index, dtype) for index in range(CASES[profile])]
-    return [case for case in dict.fromkeys(drawn) if law.holds(case)]
+    return CASES[profile]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +123,7 @@ class Tried:
     @property
     def judged(self) -> int:
         """Verdicts that say something."""
-        return sum(v.outcome not in (Outcome.NOT_SUPPORTED, Outcome.NOT_JUDGED) for v in self.verdicts)
+        return sum(map(says_something, self.verdicts))
 
     @property
     def why_not(self) -> str:
@@ -115,16 +132,25 @@ class Tried:
 
 
 def try_law(law: Law, method: Method, *, dtype: str, profile: str = "smoke", device: str = "cpu") -> Tried:
-    """Try a law on the cases of a profile, up to the first failure, which is made small."""
+    """Try a law on the cases of a profile, up to the first failure, which is made small.
+
+    Where the method itself answers that it does not offer a case, another one is drawn in its place.
+    """
+    from effattn.properties import law_cases
     from effattn.run.shrink import shrink
 
+    count = _count(profile)
     verdicts: list[Verdict] = []
-    for case in cases_of(law, profile, dtype):
+    for case in law_cases.candidates(law, method, dtype, count):
         verdict = judge_law(law, case, method, device=device)
         verdicts.append(verdict)
         if failed(verdict):
             small = shrink(verdict, lambda case: judge_law(law, case, method, device=device)).verdict
             return Tried(law=law.name, dtype=dtype, verdicts=tuple(verdicts), failure=small, found=verdict)
+        if sum(map(says_something, verdicts)) == count or len(verdicts) == 3 * count:
+            break
+    if not verdicts:
+        verdicts = [judge_law(law, law_cases.unasked(law, method, dtype, count), method, device=device)]
     return Tried(law=law.name, dtype=dtype, verdicts=tuple(verdicts), failure=None, found=None)
 
 
@@ -148,9 +174,14 @@ def try_accuracy(
     return Tried(law=ACCURACY, dtype=dtype, verdicts=tuple(verdicts), failure=None, found=None)
 
 
+def says_something(verdict: Verdict) -> bool:
+    """Whether something was judged."""
+    return verdict.outcome not in (Outcome.NOT_SUPPORTED, Outcome.NOT_JUDGED)
+
+
 def failed(verdict: Verdict) -> bool:
     """Whether the verdict is held against the method."""
-    return verdict.outcome not in (Outcome.PASS, Outcome.NOT_SUPPORTED, Outcome.NOT_JUDGED)
+    return says_something(verdict) and verdict.outcome != Outcome.PASS
 
 
 def explain(tried: Tried) -> str:

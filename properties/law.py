@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from effattn.case import Case, Inputs
     from effattn.methods.base import Method, Output
+    from effattn.properties.law_draws import Drawing
 
 FAMILIES: dict[str, str] = {
     "values": "what the output is made of",
@@ -65,6 +66,8 @@ class Law:
     check: Callable[[Trial], None]
     #: the case of number `index`, drawn from a seed
     draw: Callable[[str, int, str], Case]
+    #: the same with some of the options only, for a method that takes the case; None if the draws find none
+    redraw: Callable[[str, int, str, Collection[str], Callable[[Case], bool]], Case | None]
     #: whether a case, perhaps a shrunk one, is one that the law speaks of
     holds: Callable[[Case], bool]
     #: whether gradients are asked for
@@ -84,12 +87,17 @@ LAWS: dict[str, Law] = {}
 def law(
     family: str,
     *,
-    draw: Callable[[str, int, str, Callable[[Case], bool]], Case],
+    draw: Drawing,
     holds: Callable[[Case], bool] = lambda case: True,
     gradients: bool = False,
     bits: bool = False,
 ) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
     """Puts a function of a `Trial` into the catalogue; see `Law` for the arguments."""
+
+    def first(name: str, index: int, dtype: str) -> Case:
+        case = draw(name, index, dtype, holds, None)
+        assert case is not None
+        return case
 
     def add(check: Callable[[Trial], None]) -> Callable[[Trial], None]:
         name = check.__name__
@@ -101,7 +109,10 @@ def law(
             family=family,
             statement=" ".join(check.__doc__.split()),
             check=check,
-            draw=lambda name, index, dtype: draw(name, index, dtype, holds),
+            draw=first,
+            redraw=lambda name, index, dtype, some, takes: draw(
+                name, index, dtype, lambda case: holds(case) and takes(case), some
+            ),
             holds=holds,
             gradients=gradients,
             compares="bits" if bits else "rounding",
@@ -121,6 +132,8 @@ class Trial:
     device: str = "cpu"
     #: comparisons made: a law that made none has judged nothing
     compared: int = field(default=0, init=False)
+    #: whether the law hid NaN or infinity in K or V
+    hid: bool = field(default=False, init=False)
 
     def inputs(self) -> Inputs:
         """The tensors of the case, fresh."""
@@ -157,8 +170,13 @@ class Trial:
         """Whether the method promises that NaN and infinity in what a row does not see leave the row alone."""
         return self.method.nan_safe
 
-    def garbage(self) -> float:
-        """What a law puts where nobody looks: NaN or an infinity, or a large number if these may show."""
+    def garbage(self, *, keys: bool = True) -> float:
+        """What a law puts where nobody looks: NaN or an infinity, or a large number if these may show.
+
+        Args:
+            keys: it goes into hidden keys and values, so that 0 * NaN explains a NaN in the output.
+        """
+        self.hid |= keys and self.nan_safe
         return (math.nan, math.inf, -math.inf)[self.case.seed % 3] if self.nan_safe else 1000.0
 
     def bounds(self, inputs: Inputs, case: Case | None = None) -> dict[str, torch.Tensor]:
@@ -231,7 +249,12 @@ class Trial:
             + (f" within {allowed_here:.3g}" if allowed_here else "")
             + f": {why}. {int((~right).sum())} of {right.numel()} elements are wrong"
         )
-        if slack is not None:
+        if self.hid and bool((got.isnan() & ~want.isnan()).any()):
+            text += (
+                ". This is what 0 * NaN (or 0 * infinity) in a masked tile gives: a weight of 0 does not hide a value."
+                " Mask V as well (`other=0` where it is loaded), or declare @effattn.method(nan_safe=False)"
+            )
+        elif slack is not None:
             small = difference <= _plain(slack())
             if bool((small | right).all()):
                 text += (

@@ -6,7 +6,7 @@ the same on every machine, from the law's name, the dtype and the number of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from effattn.errors import RequestError
@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from effattn.case import Case
 
 Fields = dict[str, Any]
-#: law's name, number of the case, dtype, what the case must be -> the case
-Drawing = Callable[[str, int, str, Callable[["Case"], bool]], "Case"]
+#: law's name, number of the case, dtype, what the case must be, options to choose from (None: all) -> the case.
+#: None where some options only may be chosen and the draws found no case.
+Drawing = Callable[[str, int, str, Callable[["Case"], bool], Collection[str] | None], "Case | None"]
+#: draws of one case among some of the options: what cannot be had is soon given up
+_DRAWS_OF_SOME = 30
 
 LENGTHS = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 97, 127, 128, 129)
 #: few, since kernels are compiled for each padded pair
@@ -64,12 +67,14 @@ def cases(
         backward: ask for gradients.
     """
 
-    def draw(law: str, index: int, dtype: str, holds: Callable[[Case], bool]) -> Case:
+    def draw(
+        law: str, index: int, dtype: str, holds: Callable[[Case], bool], some: Collection[str] | None
+    ) -> Case | None:
         from effattn.case import Case
 
-        source = Draw(f"effattn law {law} {index}")
-        free = [name for name in options if name not in always]
-        for attempt in range(400):
+        source = Draw(f"effattn law {law} {index}" + ("" if some is None else " again"))
+        free = [name for name in options if name not in always and (some is None or name in some)]
+        for attempt in range(400 if some is None else _DRAWS_OF_SOME):
             # The option whose turn it is may be one that the law does not speak of: then any two.
             turn = index if attempt < 50 else 10_000 + attempt
             menu = dims if index >= 4 else dims[:3]
@@ -88,6 +93,8 @@ def cases(
                 continue  # options that exclude each other
             if holds(case):
                 return case
+        if some is not None:
+            return None
         raise AssertionError(f"no case for the law {law!r} in 400 draws")
 
     return draw

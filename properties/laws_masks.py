@@ -138,7 +138,7 @@ def padding_rows_of_q_have_no_influence(it: Trial) -> None:
     lengths = inputs.extras.q_lengths
     assert lengths is not None
     padding = torch.arange(it.case.q_len, device=it.device) >= lengths[:, None]
-    poisoned = with_tensors(inputs, q=inputs.q.masked_fill(padding[:, None, :, None], it.garbage()))
+    poisoned = with_tensors(inputs, q=inputs.q.masked_fill(padding[:, None, :, None], it.garbage(keys=False)))
     one, other = it(inputs), it(poisoned)
     it.same(
         "out",
@@ -170,13 +170,13 @@ def a_bias_at_hidden_keys_has_no_influence(it: Trial) -> None:
         if size == 1:
             hidden = hidden.all(axis, keepdim=True)
     changed = type(inputs)(
-        *inputs, extras=replace(inputs.extras, bias=bias.masked_fill(hidden, it.garbage()))
+        *inputs, extras=replace(inputs.extras, bias=bias.masked_fill(hidden, it.garbage(keys=False)))
     )
     if not bool(hidden.any()):
         return
     one, other = it(inputs), it(changed)
     it.same(
-        "out", other.out, one.out, f"the bias became {it.garbage()} where the key is hidden",
+        "out", other.out, one.out, f"the bias became {it.garbage(keys=False)} where the key is hidden",
         slack=lambda: 2.0 * it.bounds(inputs)["out"],
     )  # fmt: skip
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from effattn.properties.law import SetAside, Trial, law, parts, twin
 from effattn.properties.law_draws import cases
+from effattn.properties.laws_structure import _one, select
 
 if TYPE_CHECKING:
     import torch
 
-    from effattn.case import Inputs
+    from effattn.case import Case, Inputs
 
 _SPACED = ("bhsd+pad", "bshd+pad+offset", "bhsd+step", "bhds+pad", "sbhd+pad+step")
 
@@ -192,42 +193,54 @@ def the_state_of_torch_is_left_alone(it: Trial) -> None:
         it.true(after[what] == value, f"the call changed {what}; expected it to be left as it was")
 
 
-#: elements between two entries of a batch: offsets pass 2^31 elements
+#: elements between two entries of a batch: the stride itself passes 2^31, and whoever passes it on has to widen it
 _FAR = 2**31 + 8
+#: elements between three: the stride fits 32 bits, and twice the stride does not
+_HALF_WAY = 2**30
 
 
 @law(
     "memory",
     draw=cases(
         options=("causal",), layouts=("bhsd",), lengths=(2, 17, 33, 65), dims=((40, 40), (64, 64)),
-        change=lambda draw, fields: {"batch": 2, "heads": 1, "kv_heads": 1},
+        change=lambda draw, fields: {"batch": 3, "heads": 1, "kv_heads": 1},
     ),
-    holds=lambda case: case.batch == 2 and case.kv_heads == 1 and case.layout == "bhsd" and case.kv_len > 0,
+    holds=lambda case: (
+        case.batch in (2, 3) and case.kv_heads == 1 and case.layout == "bhsd" and case.kv_len > 0
+    ),
     bits=True,
 )  # fmt: skip
 def offsets_beyond_two_to_the_31_are_right(it: Trial) -> None:
-    """Two entries of a batch 2^31 elements apart, in address space that is not filled, give the usual output."""
+    """Two entries of a batch 2^31 elements apart, and three 2^30 apart, whose stride fits 32 bits, give the usual output.
+
+    They lie in address space that is not filled.
+    """
     inputs = it.inputs()
-    far = type(inputs)(inputs.q, _far(inputs.k), _far(inputs.v), extras=inputs.extras)
-    one = it(inputs)
-    reason = it.method.unsupported(it.case)
-    if reason is not None:
-        raise SetAside(f"not supported: {reason}")
-    other = it.on(far)
+    _apart(it, select(inputs, "b", _one(0, 2)), replace(it.case, batch=2), _FAR)
+    if it.case.batch > 2:
+        _apart(it, inputs, it.case, _HALF_WAY)
+
+
+def _apart(it: Trial, inputs: Inputs, case: Case, distance: int) -> None:
+    """K and V with the entries of the batch so many elements apart give the bits of dense ones."""
+    far = type(inputs)(
+        inputs.q, _spread(inputs.k, distance), _spread(inputs.v, distance), extras=inputs.extras
+    )
+    one, other = it(inputs, case), it.on(far, case)
     for (name, got), (_, want) in zip(parts(other), parts(one), strict=True):
         it.same(
-            name, got, want, f"the entries of K and V lie {_FAR} elements apart",
-            slack=lambda name=name: 2.0 * it.bounds(inputs)[name],
+            name, got, want, f"the {case.batch} entries of K and V lie {distance} elements apart",
+            slack=lambda name=name: 2.0 * it.bounds(inputs, case)[name],
         )  # fmt: skip
 
 
-def _far(x: torch.Tensor) -> torch.Tensor:
-    """Equal values with the entries of the batch 2^31 elements apart. Untouched pages of the memory cost nothing."""
+def _spread(x: torch.Tensor, distance: int) -> torch.Tensor:
+    """Equal values with the entries of the batch `distance` elements apart. Untouched pages of the memory cost nothing."""
     import mmap
 
     import torch
 
-    size = (_FAR + x[0].numel() + 64) * x.element_size()
+    size = ((x.shape[0] - 1) * distance + x[0].numel() + 64) * x.element_size()
     if x.device.type == "cpu":
         room = mmap.mmap(
             -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
@@ -235,6 +248,6 @@ def _far(x: torch.Tensor) -> torch.Tensor:
         memory = torch.frombuffer(room, dtype=x.dtype)
     else:
         memory = torch.empty(size // x.element_size(), dtype=x.dtype, device=x.device)
-    placed = memory.as_strided(x.shape, (_FAR, *x[0].contiguous().stride()))
+    placed = memory.as_strided(x.shape, (distance, *x[0].contiguous().stride()))
     placed.copy_(x)
     return placed

@@ -202,7 +202,7 @@ def an_option_that_is_given_changes_the_output(it: Trial) -> None:
             " within rounding: the option is ignored",
         )
     if not tried:
-        raise SetAside("the method has none of the options")
+        raise SetAside("not supported: the method has none of the options")
 
 
 @law(
@@ -343,7 +343,7 @@ def a_sink_takes_its_share(it: Trial) -> None:
     without = _extras(inputs, sinks=None)
     one, other = it(without, bare), it(inputs)
     if one.lse is None:
-        raise SetAside("the method returns no log-sum-exp")
+        raise SetAside("not supported: the method returns no log-sum-exp")
     whole = torch.logaddexp(one.lse.double(), sinks.double()[None, :, None])
     share = (one.lse.double() - whole).exp().nan_to_num(0.0).unsqueeze(-1)
     first, second = it.bounds(without, bare), it.bounds(inputs)

@@ -572,6 +572,22 @@ class Offsets32(Dense):
         return q, k, v
 
 
+@lawless("products-of-32-bits")
+class Products32(Dense):
+    """The offset of an entry, b * stride, is a product of 32 bits: it wraps around though the stride fits them."""
+
+    def read(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return q, self._wrapped(k), self._wrapped(v)
+
+    def _wrapped(self, x: torch.Tensor) -> torch.Tensor:
+        """A stride beyond 32 bits is passed as 64, as Triton passes it; entries past 2^31 read the first one."""
+        if x.stride(0) >= 2**31:
+            return x
+        return torch.stack([x[b] if b * x.stride(0) < 2**31 else x[0] for b in range(x.shape[0])])
+
+
 @lawless("seeds-torch")
 class SeedsTorch(Dense):
     """Each call sets the seed of torch."""
@@ -970,6 +986,7 @@ BROKEN_LAW: dict[str, str] = {
     "reads-beyond-the-last-row": "nothing_outside_the_tensors_is_read",
     "writes-beyond-the-last-row": "inputs_and_what_surrounds_them_are_not_written",
     "offsets-of-32-bits": "offsets_beyond_two_to_the_31_are_right",
+    "products-of-32-bits": "offsets_beyond_two_to_the_31_are_right",
     "seeds-torch": "the_state_of_torch_is_left_alone",
     "no-maximum-subtracted": "no_logit_is_too_large_for_the_output",
     "missing-keys-have-score-0": "very_negative_scores_are_scores_like_others",
