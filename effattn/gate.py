@@ -111,6 +111,11 @@ class Result:
         return summary.law_rows(self.verdicts)
 
     @property
+    def unjudged_laws(self) -> list[summary.Unjudged]:
+        """The laws of which nothing was judged, by the reason."""
+        return summary.unjudged_laws(self.verdicts)
+
+    @property
     def rows(self) -> list[summary.Row]:
         """One row for each dtype."""
         return summary.rows(self.compared, by=lambda v: (v.case.dtype,))

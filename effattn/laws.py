@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from effattn.case import Case
     from effattn.methods.base import Method
-    from effattn.properties.law import Law
+    from effattn.properties.law import Difference, Law
 
 #: profile -> cases for each law and dtype
 CASES: dict[str, int] = {"brief": 1, "smoke": 4, "ci": 16}
@@ -39,6 +39,13 @@ def judge_law(law: Law, case: Case, method: Method, *, device: str = "cpu") -> V
     The outcome is pass, law broken, not supported, not judged (the case cannot show the law), crashed, or wrong shape
     or dtype. RequestError where the environment is wrong, as for `effattn.judge.judge`.
     """
+    return judge_law_and_why(law, case, method, device=device)[0]
+
+
+def judge_law_and_why(
+    law: Law, case: Case, method: Method, *, device: str = "cpu"
+) -> tuple[Verdict, Difference | None]:
+    """`judge_law`, with the two answers that differ where that broke the law."""
     from effattn import judge as judging
     from effattn.properties.law import Broken, Raised, SetAside, check
 
@@ -55,18 +62,19 @@ def judge_law(law: Law, case: Case, method: Method, *, device: str = "cpu") -> V
     try:
         check(law, case, method, device=device)
     except Broken as error:
-        return verdict(Outcome.LAW_BROKEN, f"law broken: {law.sentence}\n{error}\n{law.statement}")
+        broken = verdict(Outcome.LAW_BROKEN, f"law broken: {law.sentence}\n{error}\n{law.statement}")
+        return broken, error.difference
     except SetAside as error:
         text = str(error)
         kind = Outcome.NOT_SUPPORTED if text.startswith("not supported") else Outcome.NOT_JUDGED
-        return verdict(kind, text)
+        return verdict(kind, text), None
     except (NotSupported, NotImplementedError) as error:
-        return verdict(Outcome.NOT_SUPPORTED, f"not supported: {error or type(error).__name__}")
+        return verdict(Outcome.NOT_SUPPORTED, f"not supported: {error or type(error).__name__}"), None
     except WrongReturn as error:
-        return verdict(Outcome.WRONG_SHAPE, str(error))
+        return verdict(Outcome.WRONG_SHAPE, str(error)), None
     except Raised as error:
-        return verdict(Outcome.CRASHED, judging.crash(error.__cause__ or error))
-    return verdict(Outcome.PASS, f"{law.sentence}: holds")
+        return verdict(Outcome.CRASHED, judging.crash(error.__cause__ or error)), None
+    return verdict(Outcome.PASS, f"{law.sentence}: holds"), None
 
 
 def choose(names: Iterable[str] = ()) -> list[Law]:

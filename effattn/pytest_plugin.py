@@ -8,7 +8,7 @@ runs the whole suite of laws on a function, without a test file; `@effattn.param
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -128,24 +128,23 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """A line for each method and dtype: what was judged, what was not supported, what was set aside."""
+    """A line for each method and dtype, and one for each reason why laws were not judged."""
     if not _tried:
         return
-    from effattn.verdict import Outcome
+    from effattn.report import summary
 
     terminalreporter.section("effattn: laws")
     groups: dict[tuple[str, str], list[Tried]] = {}
     for method, tried in _tried:
         groups.setdefault((method, tried.dtype), []).append(tried)
     for (method, dtype), members in groups.items():
-        verdicts = [v for one in members for v in one.verdicts]
-        unsupported = sum(v.outcome == Outcome.NOT_SUPPORTED for v in verdicts)
-        aside = sum(v.outcome == Outcome.NOT_JUDGED for v in verdicts)
-        empty = sorted(one.law for one in members if not one.judged and one.failure is None)
+        judged = [one for one in members if one.judged]
         broken = sum(one.failure is not None for one in members)
         terminalreporter.line(
-            f"{method} {dtype}: {len(members) - len(empty)} laws judged on {sum(one.judged for one in members)} cases,"
-            f" {broken} broken; {unsupported} cases not supported, {aside} cannot show their law"
+            f"{method} {dtype}: {len(judged)} laws judged on {sum(one.judged for one in judged)} cases, {broken} broken;"
+            f" {len(members) - len(judged)} not judged"
         )
-        if empty:
-            terminalreporter.line(f"    judged nothing: {', '.join(empty)}")
+    for name in dict.fromkeys(method for method, _ in groups):
+        verdicts = [replace(v, law=one.law) for method, one in _tried if method == name for v in one.verdicts]
+        for group in summary.unjudged_laws(verdicts):
+            terminalreporter.line(f"{name}, not judged, {group.reason}: {', '.join(group.names)}")

@@ -42,8 +42,25 @@ FAMILIES: dict[str, str] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Where two answers differ most, by more than is allowed."""
+
+    #: "out", "lse", or what the law made of them
+    name: str
+    index: tuple[int, ...]
+    #: what came and what was expected there, float64: for four axes the whole row along the last one
+    got: torch.Tensor
+    want: torch.Tensor
+    allowed: float
+
+
 class Broken(Exception):
     """The law does not hold; the text says where, what came and what was expected."""
+
+    def __init__(self, text: str, difference: Difference | None = None) -> None:
+        super().__init__(text)
+        self.difference = difference
 
 
 class Raised(Exception):
@@ -261,7 +278,10 @@ class Trial:
                     "; all of them are within rounding. If the kernel does not promise equal bits, declare"
                     " @effattn.method(same_bits=False)"
                 )
-        raise Broken(text)
+        row = index[:3] if len(index) == 4 else index
+        raise Broken(
+            text, Difference(name=name, index=index, got=got[row], want=want[row], allowed=allowed_here)
+        )
 
 
 def twin(inputs: Inputs) -> Inputs:

@@ -53,17 +53,64 @@ def test_the_script_says_0_once_the_function_is_mended(tmp_path: Path, effattn_c
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_script_of_a_law_makes_its_calls(tmp_path: Path, effattn_command: Command) -> None:
-    done = _script(
-        tmp_path,
-        effattn_command,
-        "__import__('torch').linspace(1.0, 2.0, 16)",
-        "--law",
-        "columns_of_v_do_not_mix",
+def _again(folder: Path, factor: str) -> subprocess.CompletedProcess[str]:
+    (folder / "kernel.py").write_text(f"FACTOR = {factor}\n{WRONG}")
+    script = [sys.executable, "bug.py"]
+    return subprocess.run(script, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("law", ["columns_of_v_do_not_mix", "negated_values_negate_the_output"])
+def test_the_script_of_a_law_compares_its_calls_and_says_0_once_the_function_is_mended(
+    tmp_path: Path, effattn_command: Command, law: str
+) -> None:
+    wrong = {
+        "columns_of_v_do_not_mix": "__import__('torch').linspace(1.0, 2.0, 16)",
+        "negated_values_negate_the_output": "type('Size', (), {'__rmul__': lambda self, x: x.abs()})()",
+    }
+    done = _script(tmp_path, effattn_command, wrong[law], "--law", law)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "; expected " in done.stdout
+    assert "allowed 0.0" in done.stdout
+    text = (tmp_path / "bug.py").read_text()
+    assert "expected = outs[" in text  # the other call's, not a number that another kernel need not meet
+    done = _again(tmp_path, "1.0")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_nan_of_a_masked_tile_is_compared_with_the_answer_without_it(
+    tmp_path: Path, effattn_command: Command
+) -> None:
+    kernel, out, law = tmp_path / "kernel.py", tmp_path / "bug.py", "future_keys_have_no_influence"
+    hidden = "(q.shape[-1] ** -0.5 if scale is None else scale)\n"
+    masked = (
+        "    if causal:\n        q_len, kv_len = scores.shape[-2:]\n"
+        "        scores = scores.where(scores.new_ones(q_len, kv_len).tril(kv_len - q_len) > 0, float('-inf'))\n"
     )
-    assert done.returncode == 0, done.stderr
-    assert "call 0: shape (1, 1, 5, 16)" in done.stdout
-    assert "call 1: shape (1, 1, 5, 16)" in done.stdout
+    kernel.write_text("FACTOR = 1.0\n" + WRONG.replace(hidden, hidden + masked))
+    case = replace(CASE, causal="bottom-right", kv_len=5, seed=0).to_json()
+    code, text, _ = effattn_command(
+        "replay", case, f"{kernel}:attention", "--law", law, "--no-isolation", "--export", out
+    )
+    assert code == 1
+    assert "0 * NaN" in text
+    assert "nan_safe=False" in text
+    done = subprocess.run(
+        [sys.executable, str(out)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "is nan; expected " in done.stdout
+
+
+def test_a_law_about_no_element_is_not_exported(tmp_path: Path, effattn_command: Command) -> None:
+    kernel, out = tmp_path / "kernel.py", tmp_path / "bug.py"
+    kernel.write_text(f"FACTOR = 1.0\n{WRONG.replace('return (', 'q.mul_(2.0); return (')}")
+    law = "inputs_and_what_surrounds_them_are_not_written"
+    code, _, err = effattn_command(
+        "replay", CASE.to_json(), f"{kernel}:attention", "--law", law, "--no-isolation", "--export", out
+    )
+    assert code == 2
+    assert "no element of an output" in err
+    assert not out.exists()
 
 
 def test_what_does_not_fail_is_not_exported(tmp_path: Path, effattn_command: Command) -> None:

@@ -160,6 +160,70 @@ def _function(text: str, name: str = "attention") -> Callable[..., Any]:
     return space[name]
 
 
+#: laws that a function with causal and scale alone can be asked
+BASIC = (
+    "future_keys_have_no_influence",
+    "a_row_that_sees_no_key_is_zero",
+    "the_diagonal_is_seen",
+    "dv_and_the_output_agree",
+    "gradients_are_derivatives_of_the_output",
+    "rows_that_see_no_key_have_no_gradient",
+    "future_keys_do_not_reach_dq",
+)
+
+
+@pytest.mark.parametrize("name", BASIC)
+def test_a_plain_signature_is_asked_as_many_cases_as_any(name: str) -> None:
+    method = UserFunction(_function(PLAIN))
+    cases = laws.cases_of(get(name), "smoke", "bf16", method)
+    assert cases == laws.cases_of(get(name), "smoke", "bf16", method)
+    assert len(cases) == 4
+    assert all(method.unsupported(case) is None for case in cases)
+    if "row_that_sees_no_key" in name:
+        assert all(case.q_len > case.kv_len for case in cases)
+
+
+def test_the_alignment_that_is_declared_is_asked() -> None:
+    for alignment in ("bottom-right", "top-left"):
+        method = UserFunction(effattn.method(causal_alignment=alignment)(_function(PLAIN)))
+        cases = laws.cases_of(get("future_keys_have_no_influence"), "smoke", "fp32", method)
+        assert len(cases) == 4
+        assert all(case.causal == alignment or case.q_len == case.kv_len for case in cases)
+
+
+def test_what_cannot_be_asked_is_one_case_that_says_why() -> None:
+    method = UserFunction(_function(PLAIN))
+    for name, keyword in (
+        ("keys_that_nobody_sees_have_no_gradient", "mask"),
+        ("appended_hidden_keys_change_nothing", "kv_lengths"),
+        ("alibi_is_its_bias", "alibi_slopes"),
+    ):
+        tried = laws.try_law(get(name), method, dtype="fp32")
+        assert [v.outcome for v in tried.verdicts] == [Outcome.NOT_SUPPORTED]
+        assert f"no keyword `{keyword}`" in tried.why_not
+
+
+def test_a_method_that_answers_by_raising_is_asked_other_cases() -> None:
+    dense_function = lawless.function_of(Dense, "dense")
+
+    def short(q, k, v, *, causal=False, scale=None):
+        if q.shape[2] > 64:
+            raise NotImplementedError("more than 64 queries")
+        return dense_function(q, k, v, causal=causal, scale=scale)
+
+    tried = laws.try_law(get("columns_of_v_do_not_mix"), UserFunction(short), dtype="fp32")
+    assert tried.judged == 4, tried.verdicts
+    assert len(tried.verdicts) > 4
+
+
+def test_nan_behind_the_mask_is_found_and_named() -> None:
+    for name in ("future_keys_have_no_influence", "future_keys_do_not_reach_dq"):
+        with pytest.raises(AssertionError, match=r"0 \* NaN .* in a masked tile.*nan_safe=False"):
+            effattn.check(_function(PLAIN), laws=[name], dtypes=["fp32"], accuracy=False)
+        declared = effattn.method(nan_safe=False, same_bits=False)(_function(PLAIN))
+        assert effattn.check(declared, laws=[name], dtypes=["fp32"], accuracy=False) == {name: 4}
+
+
 def test_check_judges_a_function_and_counts() -> None:
     function = lawless.function_of(Dense, "dense")
     judged = effattn.check(function, laws=["one_key_returns_its_value"], dtypes=["fp32"], accuracy=False)
@@ -216,7 +280,9 @@ def test_a_test_of_five_lines_gets_the_suite(pytester: pytest.Pytester) -> None:
     assert outcome["passed"] >= 8
     assert outcome["skipped"] >= 1
     result.stdout.fnmatch_lines(["*effattn: laws*", "*attention fp16: * laws judged on * cases, 0 broken;*"])
-    result.stdout.fnmatch_lines(["*judged nothing: *alibi_is_its_bias*"])
+    result.stdout.fnmatch_lines(
+        ["*not judged, the function has no keyword `alibi_slopes`: alibi_is_its_bias"]
+    )
     xml = (pytester.path / "out.xml").read_text()
     assert 'name="effattn_law" value="one_key_returns_its_value"' in xml
 
@@ -298,6 +364,33 @@ def test_the_gate_tries_laws_and_a_broken_one_fails_it(
     assert "law broken, a row that sees no key is zero," in " ".join(out.split())
     assert "--law a_row_that_sees_no_key_is_zero" in out
     assert "laws fp16: 0 of 1 hold" in out
+
+
+def test_the_gate_names_each_law_that_it_did_not_judge_with_the_reason(
+    effattn_command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    kernel = tmp_path / "kernel.py"
+    kernel.write_text(PLAIN)
+    names = "alibi_is_its_bias,one_key_returns_its_value,slopes_of_zero_change_nothing,masked_keys_have_no_influence"
+    code, out, _ = effattn_command(
+        "gate",
+        f"{kernel}:attention",
+        "--dtype",
+        "fp32",
+        "--laws",
+        names,
+        "--out",
+        tmp_path / "run",
+        "--no-isolation",
+    )
+    assert code == 0, out
+    assert "laws fp32: 1 of 1 hold, on 4 cases; 3 not judged" in out
+    lines = [line for line in out.splitlines() if line.startswith("not judged: ")]
+    assert lines == [
+        "not judged: alibi_is_its_bias (the function has no keyword `alibi_slopes`)",
+        "not judged: slopes_of_zero_change_nothing (the function has no keyword `alibi_slopes`)",
+        "not judged: masked_keys_have_no_influence (the function has no keyword `mask`)",
+    ]
 
 
 def test_replay_tries_a_law(effattn_command: Callable[..., tuple[int, str, str]]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effattn.errors import RequestError
+from effattn.methods.base import as_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,10 +23,17 @@ if TYPE_CHECKING:
 
     from effattn.case import Case
     from effattn.methods.user import UserFunction
+    from effattn.properties.law import Difference
     from effattn.verdict import Verdict
 
 #: characters of tensors that a script may hold; a bug report has room for so many
 MOST_TEXT = 400_000
+
+#: bytes that a tensor's memory may take
+MOST_MEMORY = 1 << 28
+
+#: factors that laws put between two answers, all exact
+_FACTORS = (1.0, -1.0, 4.0, 0.25, 2.0, 0.5)
 
 #: the quantities of a forward pass
 _FORWARD = ("out", "lse")
@@ -54,11 +62,17 @@ class _Recorder:
 
     function: Callable[..., Any]
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    #: what came of them: "out" and perhaps "lse", on the CPU
+    results: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         copied = tuple(_copy(x) for x in arguments), {name: _copy(x) for name, x in keywords.items()}
         self.calls.append(copied)
-        return self.function(*arguments, **keywords)
+        result = self.function(*arguments, **keywords)
+        output = as_output(result)
+        made = {"out": output.out} | ({} if output.lse is None else {"lse": output.lse})
+        self.results.append({name: x.detach().cpu().clone() for name, x in made.items()})
+        return result
 
 
 def _copy(x: Any) -> Any:
@@ -67,6 +81,11 @@ def _copy(x: Any) -> Any:
 
     if not isinstance(x, torch.Tensor):
         return x
+    if x.untyped_storage().nbytes() > MOST_MEMORY:
+        raise RequestError(
+            f"--export: a tensor of the call lies in {x.untyped_storage().nbytes() >> 20} MiB of memory, more than a script"
+            " can hold; give the line of `effattn replay` instead"
+        )
     twin = torch.empty(0, dtype=x.dtype).set_(
         x.detach().untyped_storage().cpu().clone(), x.storage_offset(), x.shape, x.stride()
     )
@@ -77,21 +96,22 @@ def script(case: Case, method: UserFunction, *, law: str | None = None, device: 
     """The script for a case that fails.
 
     Raises:
-        RequestError: the case does not fail, or in its gradients; the function cannot be found by a script; the tensors
-            are too large for a bug report.
+        RequestError: the case does not fail, or in its gradients, or in what is no element of an output; the function
+            cannot be found by a script; the tensors are too large for a bug report.
     """
     from effattn import laws
     from effattn.properties.law import get
     from effattn.report import summary
     from effattn.run import executor
+    from effattn.verdict import Outcome
 
     recorder = _Recorder(method.function)
     kept, method.function = method.function, recorder
     try:
         if law is None:
-            verdict = executor.judge(case, method, device=device)
+            verdict, difference = executor.judge(case, method, device=device), None
         else:
-            verdict = laws.judge_law(get(law), case, method, device=device)
+            verdict, difference = laws.judge_law_and_why(get(law), case, method, device=device)
     finally:
         method.function = kept
     if not summary.failed(verdict.outcome):
@@ -109,7 +129,9 @@ def script(case: Case, method: UserFunction, *, law: str | None = None, device: 
             "--export: the failure is one of gradients, and a script repeats forward passes only; give the line of"
             " `effattn replay` instead"
         )
-    return _text(verdict, recorder.calls, case, _load_lines(method))
+    of_law = verdict.outcome == Outcome.LAW_BROKEN
+    ending = _ending_of_law(difference, recorder.results) if of_law else _ending(verdict)
+    return _text(verdict, recorder.calls, case, _load_lines(method), ending)
 
 
 def for_command(case: dict[str, Any], spec: str, law: str | None, device: str) -> str:
@@ -143,7 +165,11 @@ def _load_lines(method: UserFunction) -> list[str]:
 
 
 def _text(
-    verdict: Verdict, calls: list[tuple[tuple[Any, ...], dict[str, Any]]], case: Case, load: list[str]
+    verdict: Verdict,
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]],
+    case: Case,
+    load: list[str],
+    ending: list[str],
 ) -> str:
     import torch
 
@@ -181,9 +207,7 @@ def _text(
         title=title.replace('"""', "'''"),
         message=f"{message}\n\n{case.describe()}. effattn {effattn.__version__}",
     )
-    return "\n".join(
-        [head + "\n".join([*load, *lines, "calls = [", *invoked, "]"]), *_ending(verdict, case), ""]
-    )
+    return "\n".join([head + "\n".join([*load, *lines, "calls = [", *invoked, "]"]), *_RUN, *ending, ""])
 
 
 def _literal(x: torch.Tensor) -> str:
@@ -197,14 +221,16 @@ def _literal(x: torch.Tensor) -> str:
     return f"{made}.requires_grad_()" if x.requires_grad else made
 
 
-def _ending(verdict: Verdict, case: Case) -> list[str]:
-    """Runs the calls, and shows what is wrong; exits with 1 where an element still is."""
+_RUN = [
+    "results = [call() for call in calls]",
+    "outs = [r if isinstance(r, torch.Tensor) else r[0] for r in results]",
+]
+
+
+def _ending(verdict: Verdict) -> list[str]:
+    """Shows what is wrong; exits with 1 where an element still is."""
     from effattn.verdict import Outcome
 
-    lines = [
-        "results = [call() for call in calls]",
-        "outs = [r if isinstance(r, torch.Tensor) else r[0] for r in results]",
-    ]
     worst = max(
         (q for q in verdict.quantities if q.worst is not None and q.name in _FORWARD),
         key=lambda q: q.fraction or 0.0,
@@ -213,14 +239,92 @@ def _ending(verdict: Verdict, case: Case) -> list[str]:
     if verdict.outcome == Outcome.INACCURATE and worst is not None:
         value = "outs[0]" if worst.name == "out" else "results[0][1]"
         return [
-            *lines,
             f"got, exact, allowed = {value}[{', '.join(map(str, worst.worst or ()))}].item(), {worst.exact!r}, {worst.allowed!r}",
             f'print(f"{worst.name}{list(worst.worst or ())} is {{got}}; exact is {{exact}}, allowed {{allowed}}")',
             "sys.exit(not abs(got - exact) <= allowed)",
         ]
     return [
-        *lines,
         "for number, out in enumerate(outs):",
         '    print(f"call {number}: shape {tuple(out.shape)}, first elements {out.flatten()[:4].tolist()}")',
         "torch.save([out.detach() for out in outs], 'outs.pt')  # for a closer look",
     ]
+
+
+def _ending_of_law(difference: Difference | None, results: list[dict[str, torch.Tensor]]) -> list[str]:
+    """Compares what the law compared; exits with 1 where the law is still broken.
+
+    An element that some call returned is taken from that call. What the law computed (a sum, an exact value) stands as a
+    number.
+    """
+    got = None if difference is None else _place(difference, difference.got, results, last=True)
+    if difference is None or got is None:
+        raise RequestError(
+            "--export: what the law compared is no element of an output, so a script of calls cannot say whether it holds;"
+            " give the line of `effattn replay` instead"
+        )
+    want = _place(difference, difference.want, results, but=got)
+    value = float(difference.want.flatten()[difference.index[-1] if difference.want.dim() else 0])
+    expected = want.text if want is not None else f"float({str(value)!r})  # as the law computed it"
+    shown = f"{difference.name}{list(difference.index)}"
+    return [
+        f"got = {got.text}",
+        f"expected = {expected}",
+        f"allowed = {difference.allowed!r}",
+        f'print(f"{shown} is {{got}}; expected {{expected}}, allowed {{allowed}}")',
+        "sys.exit(not (got == expected or got != got and expected != expected or abs(got - expected) <= allowed))",
+    ]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """An element of what a call returned."""
+
+    call: int
+    at: tuple[int, ...]
+    #: the expression that reads it
+    text: str
+
+
+def _place(
+    difference: Difference,
+    row: torch.Tensor,
+    results: list[dict[str, torch.Tensor]],
+    *,
+    last: bool = False,
+    but: _Place | None = None,
+) -> _Place | None:
+    """Where in the results of the calls a row, or a number of the log-sum-exp, stands; None if nowhere.
+
+    Laws permute and cut outputs, turn their columns round, and multiply them by powers of two, so the row is looked for.
+    """
+    import torch
+
+    name, index = difference.name, difference.index
+    if name not in _FORWARD or row.dim() != (name == "out"):
+        return None
+    column = index[-1:] if name == "out" else ()
+    order = range(len(results))
+    for factor in _FACTORS:
+        for flip in (False, True) if name == "out" else (False,):
+            wanted = row.flip(-1) if flip else row
+            for number in reversed(order) if last else order:
+                x = results[number].get(name)
+                if x is None or (name == "out" and x.shape[-1:] != wanted.shape):
+                    continue
+                here = x.double() * factor
+                equal = (here == wanted) | (here.isnan() & wanted.isnan())
+                rows = equal.all(-1) if name == "out" else equal
+                found = [tuple(int(i) for i in place) for place in torch.nonzero(rows)]
+                found.sort(key=lambda place: place != index[: len(place)])
+                for place in found:
+                    at = (*place, *((wanted.shape[0] - 1 - i if flip else i) for i in column))
+                    if but is not None and (number, at) == (but.call, but.at):
+                        continue
+                    text = (
+                        f"{'outs' if name == 'out' else 'results'}[{number}]{'' if name == 'out' else '[1]'}"
+                    )
+                    text += f"[{', '.join(map(str, at))}].item()" + (
+                        "" if factor == 1.0 else f" * {factor!r}"
+                    )
+                    return _Place(number, at, text)
+    return None

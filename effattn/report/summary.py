@@ -64,12 +64,48 @@ class LawRow:
     held: int
     #: names of those that did not
     broken: tuple[str, ...]
-    #: laws whose options the method lacks
-    not_supported: int
-    #: laws of which no case showed anything
+    #: laws of which nothing was judged, see `unjudged_laws`
     not_judged: int
     #: cases that were judged
     cases: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unjudged:
+    """Laws of which nothing was judged, for the same reason."""
+
+    reason: str
+    #: name of the law -> the dtypes of which this is so; empty if it is so of all
+    laws: dict[str, tuple[str, ...]]
+
+    @property
+    def names(self) -> list[str]:
+        """The laws, with the dtypes where these are not all."""
+        return [f"{law}{' ' if dtypes else ''}{', '.join(dtypes)}" for law, dtypes in self.laws.items()]
+
+
+def unjudged_laws(verdicts: Iterable[Verdict]) -> list[Unjudged]:
+    """The laws of which nothing was judged, by the reason: the one with the most laws first."""
+    tried: dict[tuple[str, str], list[Verdict]] = {}
+    for verdict in verdicts:
+        if verdict.law is not None:
+            tried.setdefault((verdict.law, verdict.case.dtype), []).append(verdict)
+    asked: dict[str, list[str]] = {}
+    found: dict[str, dict[str, list[str]]] = {}
+    for (law, dtype), members in tried.items():
+        asked.setdefault(law, []).append(dtype)
+        if all(str(verdict.outcome) in SET_ASIDE for verdict in members):
+            first = members[0]
+            reason = " ".join(first.message.split()).removeprefix(f"{first.outcome}: ")
+            found.setdefault(reason, {}).setdefault(law, []).append(dtype)
+    groups = [
+        Unjudged(
+            reason=reason,
+            laws={law: () if dtypes == asked[law] else tuple(dtypes) for law, dtypes in laws.items()},
+        )
+        for reason, laws in found.items()
+    ]
+    return sorted(groups, key=lambda group: -len(group.laws))
 
 
 def law_rows(verdicts: Iterable[Verdict]) -> list[LawRow]:
@@ -85,15 +121,13 @@ def law_rows(verdicts: Iterable[Verdict]) -> list[LawRow]:
             law: said for law, found in laws.items() if (said := [o for o in found if o not in SET_ASIDE])
         }
         broken = tuple(law for law, said in judged.items() if any(failed(o) for o in said))
-        unsupported = sum(law not in judged and "not supported" in found for law, found in laws.items())
         rows.append(
             LawRow(
                 dtype=dtype,
                 judged=len(judged),
                 held=len(judged) - len(broken),
                 broken=broken,
-                not_supported=unsupported,
-                not_judged=len(laws) - len(judged) - unsupported,
+                not_judged=len(laws) - len(judged),
                 cases=sum(len(said) for said in judged.values()),
             )
         )

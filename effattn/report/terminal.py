@@ -20,7 +20,7 @@ from effattn.report import text
 if TYPE_CHECKING:
     from effattn.gate import Failure, Result
     from effattn.judge import Verdict
-    from effattn.report.summary import LawRow, Row
+    from effattn.report.summary import LawRow, Row, Unjudged
     from effattn.run.catalog import Difference
 
 #: The width of output that is not a terminal: nothing is wrapped or cut, since programs read it too.
@@ -49,22 +49,23 @@ def print_result(out: Console, result: Result, *, by_values: bool = False) -> No
     if by_values:
         print_rows(out, result.rows_by_values, ("dtype", "values"))
     print_set_aside(out, result.compared)
-    print_laws(out, result.laws)
+    print_laws(out, result.laws, result.unjudged_laws)
     for failure in result.failures:
         print_failure(out, failure)
     style = {0: "bold green", 1: "bold red", 2: "bold yellow"}[result.exit_code]
     out.print(Text(text.one_line(result.sentence), style=style))
 
 
-def print_laws(out: Console, rows: Sequence[LawRow]) -> None:
-    """One line for each dtype."""
+def print_laws(out: Console, rows: Sequence[LawRow], unjudged: Sequence[Unjudged]) -> None:
+    """One line for each dtype, and one for each law of which nothing was judged, those of a reason together."""
     for row in rows:
         line = Text.assemble(f"laws {row.dtype}: {row.held} of {row.judged} hold, on {row.cases} cases")
-        if row.not_supported:
-            line.append(f"; {row.not_supported} need options that the method lacks", "yellow")
         if row.not_judged:
-            line.append(f"; {row.not_judged} met no case that shows them", "yellow")
+            line.append(f"; {row.not_judged} not judged", "yellow")
         out.print(line)
+    for group in unjudged:
+        for name in group.names:
+            out.print(Text.assemble(("not judged: ", "yellow"), text.one_line(f"{name} ({group.reason})")))
     if rows:
         out.print()
 
