@@ -8,7 +8,7 @@ no case is one that the method cannot be asked, and the case that is left says w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from effattn.methods.base import Method, Output
@@ -111,7 +111,15 @@ class _Listening(Trial):
     def bounds(self, inputs: Inputs, case: Case | None = None) -> dict[str, torch.Tensor]:
         raise _Compares  # asked for to compare, and slow to find
 
-    def _compare(self, name: str, got: torch.Tensor, want: torch.Tensor, *_: Any) -> None:
+    def _compare(
+        self,
+        name: str,
+        got: torch.Tensor,
+        want: torch.Tensor,
+        allowed: torch.Tensor,
+        why: str,
+        slack: Callable[[], torch.Tensor] | None,
+    ) -> None:
         if got.numel():
             raise _Compares
 
