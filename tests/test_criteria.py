@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from dataclasses import replace
@@ -265,6 +266,17 @@ def test_an_objection_to_a_right_kernel_is_an_alarm(monkeypatch: pytest.MonkeyPa
     kernel = benchmark.Subject("zeros", wrong.method(), replace(wrong, right=True))
     found = benchmark.judge_all([kernel], "any", ["KernelBench"], ["fp16"]).summary([kernel])
     assert found["KernelBench"]["alarms"] == {"zeros": {"fp16": [1, 1, "out"]}}
+
+
+def test_what_is_recorded_counts_every_kernel_of_the_zoo() -> None:
+    recorded = json.loads((ROOT / "docs/measurements/criteria.json").read_text())
+    assert set(recorded["kernels"]) == {s.name for s in benchmark.subjects()}
+    assert {s.name for s in zoo.specimens()} - set(recorded["kernels"]) == benchmark.NEVER_SHOWN
+    assert set(recorded["inputs"]["smoke"]) == set(published.CRITERIA)
+    for result in recorded["inputs"]["smoke"].values():
+        assert set(result["missed"]) <= set(result["wrong"])
+        assert set(result["alarms"]) <= set(result["right"])
+    assert recorded["inputs"]["smoke"]["effattn"]["alarms"] == {}
 
 
 @pytest.mark.parametrize("seed", range(3))
