@@ -671,6 +671,14 @@ def test_an_output_that_is_not_wholly_written_is_found(torch_dtype: torch.dtype)
     assert torch.equal(y, (torch.arange(50) * 2).to(torch_dtype))
 
 
+def test_what_programs_that_were_ended_did_not_write_is_no_finding_of_its_own():
+    with cpu.checks("bounds", "poison", raise_=False) as report:
+        x, y = torch.randn(20), torch.empty(32)
+        copy[(2,)](x, y, 32, BLOCK=16, SHIFT=0)
+    assert only(report).instrument == "bounds"
+    assert y[16:].isnan().all()
+
+
 def test_reading_memory_without_contents_gives_nan():
     with cpu.checks("poison", raise_=False):
         x, y = torch.randn(3).new_empty(16), torch.zeros(16)

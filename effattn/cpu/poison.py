@@ -99,6 +99,8 @@ class Allocations:
         self._storages: dict[int, str] = {}
         #: spans of memory that kernels store to: addresses -> kernel, argument
         self._stored: dict[tuple[int, int], tuple[str, str]] = {}
+        #: those that were to be stored to by programs that were ended: that nobody wrote there is no finding of its own
+        self._cut_short: set[tuple[int, int]] = set()
 
     def begin(self) -> None:
         """Patch the functions of torch that give memory without contents."""
@@ -138,9 +140,11 @@ class Allocations:
         """What made the memory of a tensor without contents, and where; None for any other memory."""
         return self._storages.get(_storage(x))
 
-    def stored(self, lo: int, hi: int, kernel: str, argument: str) -> None:
-        """Note that a kernel stores to a tensor that lies at these addresses."""
+    def stored(self, lo: int, hi: int, kernel: str, argument: str, *, whole: bool) -> None:
+        """Note that a kernel stores to a tensor that lies at these addresses; `whole`: all its programs came to their end."""
         self._stored.setdefault((lo, hi), (kernel, argument))
+        if not whole:
+            self._cut_short.add((lo, hi))
 
     def unwritten(self) -> list[Finding]:
         """Of tensors that are still alive and that some kernel was to fill: elements that hold the pattern."""
@@ -160,7 +164,7 @@ class Allocations:
                 )
                 writers = [who for (a, b), who in self._stored.items() if a < hi and lo < b]
                 pattern = mark(x)
-                if not writers or pattern is None:
+                if not writers or pattern is None or any(a < hi and lo < b for a, b in self._cut_short):
                     continue
                 left = x.detach().view(pattern[0]) == pattern[1]
                 count = int(left.sum())
