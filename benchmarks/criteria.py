@@ -168,7 +168,7 @@ def judge_all(
                     if case.dropout:
                         keep = subject.method.dropout_mask(case, tensors.q.device)
                 except (NotSupported, NotImplementedError):
-                    continue
+                    continue  # it does not offer the case, so there is nothing to judge
                 # Zoo kernels drop the same weights.
                 key = TRITON_FLASH if case.dropout and subject.name == TRITON_FLASH else "zoo"
                 if key not in references:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -13,10 +14,9 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effattn import certify as certifying
 from effattn import exact
 from effattn.case import Case, Inputs
-from effattn.certify import ALLOWED, certify
+from effattn.certify import ALLOWED, certify, float64_reference, some_dropout
 from effattn.certify.balls import MOST_PRODUCTS, Enclosures, enclose, ends
 from effattn.certify.rounding import decided, round_fraction
 from effattn.cli import cli
@@ -64,13 +64,9 @@ def test_every_quantity_of_a_case_with_everything_is_certified_and_decided() -> 
     assert all(x.holds and x.count > 0 and x.open == x.decided for x in found)
 
 
-def own(case: Case, inputs: Inputs, keep: torch.Tensor | None) -> dict[str, Any]:
-    return certifying._own(case, inputs, keep)
-
-
 def altered(name: str, change: Any) -> Any:
     def reference(case: Case, inputs: Inputs, keep: torch.Tensor | None) -> dict[str, Any]:
-        got = own(case, inputs, keep)
+        got = float64_reference(case, inputs, keep)
         return got | {name: change(got[name])}
 
     return reference
@@ -93,12 +89,10 @@ def test_a_reference_with_another_option_is_found(option: str) -> None:
     """So the enclosures know each option."""
 
     def reference(case: Case, inputs: Inputs, keep: torch.Tensor | None) -> dict[str, Any]:
-        from dataclasses import replace
-
         other = replace(case, **{option: WRONG_OPTIONS[option]})
         drawn = other.tensors()
         same = Inputs(inputs.q, inputs.k, inputs.v, extras=replace(drawn.extras, d_out=inputs.extras.d_out))
-        got = own(other, same, keep)
+        got = float64_reference(other, same, keep)
         return {name: x for name, x in got.items() if name in ("out", "lse")}
 
     assert any(not x.holds for x in certify(EVERYTHING, reference))
@@ -107,7 +101,7 @@ def test_a_reference_with_another_option_is_found(option: str) -> None:
 def test_a_forgotten_dropout_and_a_float32_softmax_are_found() -> None:
     def everything_kept(case: Case, inputs: Inputs, keep: torch.Tensor | None) -> dict[str, Any]:
         assert keep is not None
-        return own(case, inputs, torch.ones_like(keep))
+        return float64_reference(case, inputs, torch.ones_like(keep))
 
     assert any(not x.holds for x in certify(EVERYTHING, everything_kept))
     plain = Case(q_len=9, kv_len=9, head_dim=8, dtype="fp16")
@@ -179,7 +173,7 @@ def test_bound_and_noise_are_those_of_the_certain_values(dtype: str) -> None:
     @settings(max_examples=15)
     @given(small(dtype))
     def equal(case: Case) -> None:
-        inputs, keep = case.tensors(), certifying._keep(case)
+        inputs, keep = case.tensors(), some_dropout(case)
         found, options = enclose(case, inputs, keep=keep), Options.of(case, inputs, keep=keep)
         q, k, v = (x.double() for x in inputs)
         reference = exact.attention_with(q, k, v, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import pytest
@@ -137,7 +138,7 @@ def test_reading_what_nobody_has_written_is_found_where_it_reaches_an_output(
         assert y[:written].tolist() == [2 * k for k in range(written)], "memory is as the first run leaves it"
 
     for view in (False, True):
-        (found,) = _found(lambda: launch(6, view))  # noqa: B023
+        (found,) = _found(partial(launch, 6, view))
         assert (found.argument, found.offset, found.line) == ("y_ptr", 6, _line(_twice, "# here"))
         assert "in the elements of x_ptr (torch.empty at test_cpu_checks_undefined.py:" in found.done
         assert "that nobody has written" in found.done
@@ -160,7 +161,7 @@ def test_elements_that_are_only_moved_or_masked_are_none(torch_dtype: torch.dtyp
 def test_updates_of_what_nobody_has_written_are_found() -> None:
     for kernel in (_lowered, _counted):
         for torch_dtype in (torch.float32, torch.int32):
-            (found,) = _found(lambda: kernel[(1,)](torch.empty(1, dtype=torch_dtype)))  # noqa: B023
+            (found,) = _found(lambda run=kernel, of=torch_dtype: run[(1,)](torch.empty(1, dtype=of)))
             assert (found.argument, found.line) == ("y_ptr", _line(kernel, "# here"))
 
 

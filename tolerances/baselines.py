@@ -185,8 +185,11 @@ def summarise(values: Mapping[Key, Mapping[str, Sequence[float]]]) -> dict[Key, 
     return rows
 
 
-def compare(section: Section, verdicts: Iterable[Verdict]) -> Comparison:
-    """A run's verdicts beside the rows of the same kind. Dtypes that the run does not have are left alone."""
+def compare(section: Section, verdicts: Iterable[Verdict], *, alarm: float = ALARM) -> Comparison:
+    """A run's verdicts beside the rows of the same kind. Dtypes that the run does not have are left alone.
+
+    `alarm` is the probability that something is called worse or better where nothing has changed.
+    """
     values = collect(verdicts)
     dtypes = {key.dtype for key in values}
     before = {key: row for key, row in section.rows.items() if key.dtype in dtypes}
@@ -198,7 +201,7 @@ def compare(section: Section, verdicts: Iterable[Verdict]) -> Comparison:
     for key in both:
         for statistic in STATISTICS:
             for side, changes in ((1.0, worse), (-1.0, better)):
-                found = _change(key, statistic, before[key], values[key][statistic], side, ALARM / tests)
+                found = _change(key, statistic, before[key], values[key][statistic], side, alarm / tests)
                 if found is not None:
                     changes.append(found)
     return Comparison(

@@ -121,18 +121,6 @@ class Errors:
         """Expected variance of each row, over its elements."""
         return np.einsum("ij,ij->i", self.sigma, self.sigma) / self.sigma.shape[1]
 
-    @cached_property
-    def slopes(self) -> dict[str, tuple[float, float]]:
-        """Direction -> t and p, at first sight: all rows taken for independent, nothing taken off."""
-        return {
-            name: _slope(self.error, direction, self, None) for name, direction in self.directions.items()
-        }
-
-    @cached_property
-    def explained(self) -> Explained:
-        """What a correct kernel may do on these inputs, worked out."""
-        return Explained(self)
-
 
 class Explained:
     """The errors with everything taken off that a correct kernel may do: known roundings, rows that round alike."""
@@ -141,16 +129,6 @@ class Explained:
         self.cells = _cells(errors)
         self.known = list(errors.predictions())
         self._errors = errors
-
-    @property
-    def rows(self) -> float:
-        """How many independent rows there are, at least."""
-        return len(self._errors.error) / self.cells.largest
-
-    @cached_property
-    def squares(self) -> float:
-        """The smallest mean of z^2, of several that are each explained by what a correct kernel may do."""
-        return min(float(z2.mean()) for z2 in _explained_squares(self._errors, self.known))
 
     def slope(self, name: str) -> tuple[float, float]:
         """t and p of a direction: those of the variant that says least; 0 where variants have different signs."""
@@ -173,10 +151,13 @@ def examine(errors: Errors, *, alarm: float = ALARM / TESTS) -> list[Finding]:
     z2 *= z2
     size = _size(z2, None, alarm)
     largest = _largest(errors.error, errors, alarm)
-    if not (size or largest or any(p < alarm for _, p in errors.slopes.values())):
+    slopes = {
+        name: _slope(errors.error, direction, errors, None) for name, direction in errors.directions.items()
+    }
+    if not (size or largest or any(p < alarm for _, p in slopes.values())):
         return findings
     # Something looks wrong. From here on time is no matter.
-    explained = errors.explained
+    explained = Explained(errors)
     if size:
         finding = _size_in_spite(errors, explained, alarm)
         if finding is not None:
@@ -185,7 +166,7 @@ def examine(errors: Errors, *, alarm: float = ALARM / TESTS) -> list[Finding]:
         found = [_largest(errors.error - p.error, errors, alarm) for p in explained.known]
         if all(found):
             findings.append(_weakest([largest, *filter(None, found)]))
-    for name, (t, p) in errors.slopes.items():
+    for name, (t, p) in slopes.items():
         if p >= alarm:
             continue
         weakest = explained.slope(name)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-RECORD = Path(__file__).parent.parent / "measurements" / "criteria.json"
+from criteria_record import NOT_RECORDED, load, own
 
 
 def of(sides: dict[str, Any], side: str, names: set[str] | None = None) -> int:
@@ -19,22 +17,10 @@ def share(result: dict[str, Any], part: str, whole: str, names: set[str] | None 
     return f"{of(result, part, names)} of {of(result, whole, names)}"
 
 
-def own(sets: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The set of inputs that a criterion's project uses."""
-    return next(
-        (
-            found
-            for inputs, found in sets.items()
-            if inputs != "smoke" and name in found and name != "effattn"
-        ),
-        None,
-    )
-
-
 def render() -> str:
-    if not RECORD.exists():
-        return "No measurement is recorded: run the command above, then `python docs/update_tables.py`."
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    record = load()
+    if record is None:
+        return NOT_RECORDED
     sets = record["inputs"]
     gradients = {name for name, kernel in record["kernels"].items() if kernel["gradients"]}
     forward = set(record["kernels"]) - gradients

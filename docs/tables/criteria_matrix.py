@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-RECORD = Path(__file__).parent.parent / "measurements" / "criteria.json"
+from criteria_record import NOT_RECORDED, load, own
+
 SHORT = {
     "FlashAttention-2": "FA-2",
     "FlashAttention-3": "FA-3",
@@ -20,12 +19,12 @@ SHORT = {
 
 
 def render() -> str:
-    if not RECORD.exists():
-        return "No measurement is recorded: run the command above, then `python docs/update_tables.py`."
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    record = load()
+    if record is None:
+        return NOT_RECORDED
     names, sets = list(record["criteria"]), record["inputs"]
     mine = {
-        name: next((s[name] for inputs, s in sets.items() if inputs != "smoke" and name in s), None)
+        name: None if (found := own(sets, name)) is None else found[name]
         for name in names
         if name != "effattn"
     }

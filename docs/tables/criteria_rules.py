@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-RECORD = Path(__file__).parent.parent / "measurements" / "criteria.json"
+from criteria_record import NOT_RECORDED, load
 
 
 def render() -> str:
-    if not RECORD.exists():
-        return "No measurement is recorded: run the command above, then `python docs/update_tables.py`."
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    record = load()
+    if record is None:
+        return NOT_RECORDED
     lines = [
         "| criterion | rule | dtypes | looks at | source | its inputs here |",
         "|---|---|---|---|---|---|",

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from effattn.errors import RequestError
@@ -72,12 +73,10 @@ class Certified:
 
 def check_installed() -> None:
     """RequestError where ball arithmetic is not installed."""
-    try:
-        import flint  # noqa: F401
-    except ImportError:
+    if find_spec("flint") is None:
         raise RequestError(
             "certifying needs python-flint, which is not installed: pip install 'effattn[certify]'."
-        ) from None
+        )
 
 
 def certify(case: Case, reference: Reference | None = None) -> list[Certified]:
@@ -90,9 +89,9 @@ def certify(case: Case, reference: Reference | None = None) -> list[Certified]:
     from effattn.tolerances import formats
 
     inputs = case.tensors()
-    keep = _keep(case)
+    keep = some_dropout(case)
     found = enclose(case, inputs, keep=keep)
-    got = (_own if reference is None else reference)(case, inputs, keep)
+    got = (float64_reference if reference is None else reference)(case, inputs, keep)
     units = Units(case, inputs, found, keep)
     input_, fp32 = formats.get(case.dtype), formats.get("fp32")
     wide = {"lse", "dsinks", *(["dbias"] if case.bias.endswith(":fp32") else [])}
@@ -103,7 +102,8 @@ def certify(case: Case, reference: Reference | None = None) -> list[Certified]:
     ]
 
 
-def _own(case: Case, inputs: Inputs, keep: torch.Tensor | None) -> dict[str, Floats]:
+def float64_reference(case: Case, inputs: Inputs, keep: torch.Tensor | None) -> dict[str, Floats]:
+    """effattn's own: exact attention and its gradients."""
     import torch
 
     from effattn import exact as reference
@@ -124,7 +124,7 @@ def _own(case: Case, inputs: Inputs, keep: torch.Tensor | None) -> dict[str, Flo
     return {name: x.numpy() for name, x in got.items()}
 
 
-def _keep(case: Case) -> torch.Tensor | None:
+def some_dropout(case: Case) -> torch.Tensor | None:
     """Some mask of dropout, drawn from the seed of the case."""
     if not case.dropout:
         return None
