@@ -20,6 +20,10 @@ _FOLDER, _FILE = 'wörk $(false) "q"\'s; &c', 'k"e r%dnel\\x*.py'
 
 @pytest.fixture
 def module(tmp_path: Path) -> ModuleType:
+    return _module(tmp_path)
+
+
+def _module(parent: Path) -> ModuleType:
     text = """
         import triton
         import triton.language as tl
@@ -49,7 +53,7 @@ def module(tmp_path: Path) -> ModuleType:
             a = tl.load(x_ptr)
             tl.store(x_ptr, tl.inline_asm_elementwise("odd.f32 $0, $1;", "=r,r", [a], dtype=tl.float32, is_pure=True, pack=1))
     """
-    folder = tmp_path / _FOLDER
+    folder = parent / _FOLDER
     folder.mkdir()
     path = folder / _FILE
     path.write_text(textwrap.dedent(text))
@@ -86,6 +90,19 @@ def test_a_failed_assertion_has_its_text(module: ModuleType) -> None:
         str(caught.value)
         == f"device_assert failed: 100%ld %s ü? \\ (%d, %d, %d); kernel asserting, {module.__file__}:11, program (0, 0, 0)"
     )
+
+
+def test_a_kernel_that_moved_is_named_where_it_is_now(tmp_path: Path) -> None:
+    # Triton's cache knows kernels by their text, so the second is the one compiled for the first.
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        module = _module(tmp_path / name)
+        with pytest.raises(DeviceAssertion) as caught:
+            module.asserting[(1,)](torch.zeros(1), debug=True)
+        assert f", {module.__file__}:11, program" in str(caught.value)
+        with effattn.cpu.checks("bounds", raise_=False) as report:
+            module.beyond[(1,)](torch.tensor([7]), torch.zeros(3))
+        assert report.findings[0].file == module.__file__
 
 
 def test_a_printed_line_has_its_text(module: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,8 @@ that fails ends its program; the launch raises DeviceAssertion when the other pr
 from __future__ import annotations
 
 import ctypes
+import os
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from effattn.cpu.atomics import rows
@@ -23,6 +25,8 @@ class DeviceAssertion(AssertionError):
 
 
 _SIZE = 1024
+#: stands on both sides of a file's name in what a kernel reports
+_FILE = "\x1c"
 
 
 def _text(op: Op, name: str) -> str:
@@ -93,7 +97,8 @@ def print_(emitter: FunctionEmitter, op: Op) -> None:
 def assert_(emitter: FunctionEmitter, op: Op) -> None:
     condition = op.operands[0]
     kernel = emitter.function.attrs["sym_name"].strip('"')
-    words = _printed(f"device_assert failed: {_text(op, 'message')}; kernel {kernel}, {op.loc}, program ")
+    place = f"{_FILE}{op.loc.file}{_FILE}:{op.loc.line}" if op.loc.file else str(op.loc)
+    words = _printed(f"device_assert failed: {_text(op, 'message')}; kernel {kernel}, {place}, program ")
     words += "(%d, %d, %d)"
     pids = "pid_x, pid_y, pid_z"
     if not condition.type.is_tensor:
@@ -128,11 +133,16 @@ def remember(address: int, library: Any) -> None:
         return
 
 
-def raise_failed(address: int) -> None:
-    """Raise DeviceAssertion for the first assertion that failed in the last launch."""
+def raise_failed(address: int, files: Callable[[], Mapping[str, str]]) -> None:
+    """Raise DeviceAssertion for the first assertion that failed in the last launch; `files` gives each name's path now."""
     buffer = failures.get(address)
     if buffer is not None and buffer[0] != b"\0":
         # The first byte is the flag; the text follows.
         words = bytes(buffer)[1:].split(b"\0", 1)[0].decode(errors="replace")
         ctypes.memset(buffer, 0, _SIZE)
-        raise DeviceAssertion(words)
+        head, *rest = words.rsplit(
+            _FILE, 2
+        )  # from the right: the message, which stands before, is the author's
+        if len(rest) == 2:
+            words = head + files().get(os.path.basename(rest[0]), rest[0]) + rest[1]
+        raise DeviceAssertion(words.replace(_FILE, ""))

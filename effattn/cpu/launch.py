@@ -244,12 +244,15 @@ def take_notes() -> list[str]:
     return taken
 
 
-def _files(src: Any) -> list[str]:
-    """The files that the functions of a kernel are in now: its own, and those of what its module takes from others."""
+def _files(src: Any) -> dict[str, str]:
+    """Name -> path of the files that the functions of a kernel are in now: its own, and what its module takes from others.
+
+    A kernel from Triton's cache names the files that it was compiled from, which may have been elsewhere.
+    """
     function: Any = getattr(getattr(src, "fn", None), "fn", None)
     code = getattr(function, "__code__", None)
     if code is None:
-        return []  # from text, not from a function
+        return {}  # from text, not from a function
     files = [code.co_filename]
     for other in list(function.__globals__.values()):
         inner = getattr(getattr(other, "fn", None), "__code__", None)
@@ -257,7 +260,7 @@ def _files(src: Any) -> list[str]:
             files.append(inner.co_filename)
         elif isinstance(other, types.ModuleType) and getattr(other, "__file__", None):
             files.append(str(other.__file__))
-    return files
+    return {os.path.basename(file): file for file in reversed(files)}
 
 
 class Launcher:
@@ -282,12 +285,13 @@ class Launcher:
         self.cost_at = ctypes.addressof(self.cost)
         self.library = _runtime()
         self.run = self.library.effattn_launch
+        self.files = functools.partial(_files, src)
         #: of an instrumented kernel: its table of sites, what was passed for each slot, the slots' names; None for any other
         self.probes: tuple[dict[str, Any], Callable[..., list[Any]], list[str]] | None = None
         if metadata.cpu_probes is not None:
             from effattn.cpu import probes
 
-            table = probes.moved(metadata.cpu_probes, _files(src))
+            table = probes.moved(metadata.cpu_probes, self.files())
             self.probes = table, _objects(self.signature), [s.words for s in _slots(self.signature)]
 
     def __call__(
@@ -314,7 +318,7 @@ class Launcher:
         else:
             self.check(self.run(self.packed(function, (grid_x, grid_y, grid_z), args)))
         if debug.failures:
-            debug.raise_failed(function)
+            debug.raise_failed(function, self.files)
         if exit_hook is not None:
             exit_hook(launch_metadata)
 

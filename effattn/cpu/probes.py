@@ -11,7 +11,7 @@ an access that leaves one tensor and lands in another is found too. An address t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,9 +115,8 @@ class Site:
         return (self.base,) if self.base >= 0 else self.choice
 
 
-def moved(table: dict[str, Any], files: Sequence[str]) -> dict[str, Any]:
-    """The table with the files where they are now: a kernel from the cache names those that it was compiled from."""
-    now = {os.path.basename(file): file for file in reversed(files)}
+def moved(table: dict[str, Any], now: Mapping[str, str]) -> dict[str, Any]:
+    """The table with the files where they are now, given the path of each name."""
     sites = [[kind, now.get(os.path.basename(file), file), *rest] for kind, file, *rest in table["sites"]]
     places = {
         name: [[now.get(os.path.basename(file), file), line] for file, line in table[name]]
