@@ -24,8 +24,16 @@ from effattn.pytest_plugin import NONE, dtype_of
 #: How many tests marked gpu were left out.
 LEFT_OUT = pytest.StashKey[int]()
 
-#: Test files that run kernels on the CPU backend: what each version of Triton is tested with.
-BACKEND = ("test_cpu_", "test_compat", "test_kernels", "test_triton_")
+#: Test files that run kernels on the CPU backend: what each version of Triton is tested with. Those that use it for
+#: something else, such as the accuracy of other kernels, say nothing new about a version.
+BACKEND = (
+    "test_cpu_",
+    "test_compat.py",
+    "test_compat_command.py",
+    "test_compat_kernels.py",
+    "test_kernels_flash.py",
+    "test_kernels_options.py",
+)
 
 # No deadline: the first case of each shape compiles a kernel.
 hypothesis.settings.register_profile(
