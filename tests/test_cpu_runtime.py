@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -18,7 +19,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import FileCacheManager
 
 import effattn.cpu
 from effattn.cpu import compiler, toolchain
@@ -386,6 +389,31 @@ def test_a_damaged_entry_without_its_c_file_is_removed_and_the_next_run_recovers
         assert "kernel work in Triton's cache is damaged and was removed from it: run again" in str(error)  # noqa: PT017
         launch()
     assert toolchain.is_whole(kernel.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b'{"name": "wo', b"\xff\xfe", b"[]"], ids=["empty", "cut", "no text", "a list"]
+)
+@pytest.mark.parametrize("name", ["work.json", "__grp__work.json"])
+def test_damaged_metadata_in_the_cache_is_written_again_in_the_same_run(
+    name: str, damage: bytes, launch: Callable[[], None], tmp_path: Path
+) -> None:
+    launch()
+    (file,) = tmp_path.glob(f"cache/*/{name}")
+    whole = file.read_bytes()
+    file.write_bytes(damage)
+    launch()
+    assert json.loads(file.read_bytes()) == json.loads(whole)
+
+
+def test_a_cache_that_the_user_chose_is_left(launch: Callable[[], None]) -> None:
+    before = knobs.cache.manager_class
+    try:
+        knobs.cache.manager_class = FileCacheManager
+        launch()
+        assert knobs.cache.manager_class is FileCacheManager
+    finally:
+        knobs.cache.manager_class = before
 
 
 def test_the_cache_key_holds_the_machine_the_compiler_and_the_sources(

@@ -129,9 +129,10 @@ class CPUBackend(BaseBackend):
         return target.backend == BACKEND
 
     def hash(self) -> str:
-        from effattn.cpu import toolchain
+        from effattn.cpu import cache, toolchain
 
         toolchain.check_cache_folder()
+        cache.install()  # before Triton looks for the kernel there
         # Triton reads a cached kernel as one of the target that it was compiled for, which its own key leaves out.
         target = f"{self.target.backend}-{self.target.arch}"
         return f"{_source_hash()}-{toolchain.compiler().identity}-{target}"
