@@ -11,6 +11,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from effattn.cpu import debug, descriptors, toolchain
@@ -79,7 +80,7 @@ def set_num_threads(count: int) -> None:
 @functools.lru_cache
 def _runtime() -> ctypes.CDLL:
     # Kernels find the tile products in it by name.
-    library = ctypes.CDLL(toolchain.runtime_library(), mode=ctypes.RTLD_GLOBAL)
+    library = _load(Path(toolchain.runtime_library()).read_bytes(), ctypes.RTLD_GLOBAL)
     library.effattn_launch.restype = ctypes.c_int
     library.effattn_launch.argtypes = [ctypes.c_char_p]
     library.effattn_digest.restype = ctypes.c_uint64
@@ -133,14 +134,15 @@ class Utils:
         pass
 
 
-def _load(binary: bytes) -> ctypes.CDLL:
+def _load(binary: bytes, mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
     # Under a fresh name each time: the loader answers a name that it has seen with the library it had then. The file
-    # can go once it is mapped; its inode stays taken as long as the library is loaded.
+    # can go once it is mapped; its inode stays taken as long as the library is loaded. And a copy: a mapped file of the
+    # cache that somebody cuts short ends the process by SIGBUS.
     try:
         with tempfile.NamedTemporaryFile(prefix="effattn-", suffix=".so") as file:
             file.write(binary)
             file.flush()
-            return ctypes.CDLL(file.name)
+            return ctypes.CDLL(file.name, mode=mode)
     except OSError as error:
         raise RequestError(
             f"could not load a compiled kernel from {tempfile.gettempdir()}: {error}; set TMPDIR to a folder that is "
