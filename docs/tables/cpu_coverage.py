@@ -11,15 +11,18 @@ from typing import Any
 MEASUREMENTS = Path(__file__).resolve().parent.parent / "measurements"
 VERSIONS = ("3.6", "3.7", "3.8", "3.9")
 
-#: what each test file compares with
+#: what each test file compares with: the word of the table, and what it stands for
 ORACLES = {
-    "test_cpu_numbers.py": "integers, fractions and numpy, bit for bit",
-    "test_cpu_conversions.py": "integer arithmetic on codes, bit for bit",
-    "test_cpu_functions.py": "interval arithmetic, in ulp",
-    "test_cpu_nan.py": "bit patterns of NaN",
-    "test_cpu_tiles.py": "numpy in the documented order, bit for bit",
-    "test_cpu_programs.py": "random programs in numpy, bit for bit",
-    "test_cpu_interpreter.py": "random programs in Triton's interpreter, bit for bit",
+    "test_cpu_numbers.py": ("exact", "integers, fractions and numpy, bit for bit"),
+    "test_cpu_conversions.py": ("codes", "integer arithmetic on all codes, bit for bit"),
+    "test_cpu_functions.py": ("intervals", "interval arithmetic, within the stated ulp"),
+    "test_cpu_nan.py": ("NaN", "bit patterns of NaN by the stated policy"),
+    "test_cpu_tiles.py": ("order", "numpy in the documented order of operations, bit for bit"),
+    "test_cpu_programs.py": ("numpy", "random programs in numpy, bit for bit"),
+    "test_cpu_interpreter.py": (
+        "interpreter",
+        "random programs in Triton's interpreter where that is right, bit for bit",
+    ),
 }
 
 #: Operations of Triton's IR that kernels use. First those met in published attention kernels, then the rest of the language.
@@ -67,13 +70,15 @@ def operations() -> str:
     rows = []
     for name in names:
         files = sorted({file for run in found for file in run["compiled"].get(name, ())})
-        oracles = [ORACLES[file] for file in files if file in ORACLES]
-        others = [file.removesuffix(".py").removeprefix("test_") for file in files if file not in ORACLES]
-        rows.append(
-            [f"`{name}`", *(_cell(runs[v], name) for v in VERSIONS), "; ".join(oracles) or ", ".join(others)]
-        )
+        oracles = [word for file, (word, _) in ORACLES.items() if file in files]
+        others = [file.removesuffix(".py") for file in files if file not in ORACLES]
+        rows.append([f"`{name}`", *(_cell(runs[v], name) for v in VERSIONS), ", ".join(oracles or others)])
     exact = ", ".join(run["versions"]["triton"] for run in found)
-    return f"Triton {exact}.\n\n" + markdown(["operation", *VERSIONS, "tested against"], rows)
+    legend = "".join(f"- *{word}*: {meaning} (`tests/{file}`)\n" for file, (word, meaning) in ORACLES.items())
+    return (
+        f"Triton {exact}. Tested against:\n\n{legend}- a test file: what its tests expect of the kernels that they run\n\n"
+        + markdown(["operation", *VERSIONS, "tested against"], rows)
+    )
 
 
 def refusals() -> str:
