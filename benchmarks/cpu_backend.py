@@ -1,4 +1,5 @@
-"""Speed of the CPU backend: against PyTorch and Triton's interpreter, on more cores, per launch, and of compilation.
+"""Speed of the CPU backend: against PyTorch and Triton's interpreter, on more cores, per launch, of compilation, with the
+sanitizer, and of the dot models.
 
     python benchmarks/cpu_backend.py [--only forward,launch,...] [--rounds N]
 
@@ -262,6 +263,28 @@ def python(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
+def instruments(rounds: int) -> Rows:
+    """Each instrument of the sanitizer, as a multiple of the time without: benchmarks/instruments.py."""
+    from instruments import measure
+
+    rows = []
+    for kernel, (seconds, ratios) in measure(rounds).items():
+        row = {"kernel": kernel, "ours_ms": seconds * 1e3, **ratios}
+        show(row)
+        rows.append(row)
+    return rows
+
+
+def dots(rounds: int) -> Rows:
+    """A tile product with each dot model, as a multiple of `ieee`: benchmarks/dot_models.py."""
+    from dot_models import ratios
+
+    rows = [{"model": model, "ratio": ratio} for model, ratio in ratios(rounds=rounds).items()]
+    for row in rows:
+        show(row)
+    return rows
+
+
 def show(row: dict[str, Any]) -> None:
     words = [
         f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
@@ -277,6 +300,8 @@ PARTS: dict[str, Callable[[int], Rows]] = {
     "launch": launch,
     "compilation": compilation,
     "memory": memory,
+    "instruments": instruments,
+    "dots": dots,
 }
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/dot_models.py
 
-`ratios` is for other benchmarks. The two times of a ratio are taken in turn, so that a busy machine slows both.
+`ratios` is for benchmarks/cpu_backend.py. Times are processor time of one thread, taken in turn.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import triton.language as tl
 import effattn.cpu
 from effattn.cpu import models
 
-#: edge of the tile, products for each timing, timings
-SIZE, TURNS, REPEATS = 64, 100, 7
+#: edge of the tile, products for each timing
+SIZE, TURNS = 64, 100
 
 
 @triton.jit
@@ -37,15 +37,16 @@ def _seconds(model: str, turns: int) -> float:
     o = torch.empty(SIZE, SIZE)
     with effattn.cpu.active(dot_model=model):
         _products[(1,)](a, b, o, 1, SIZE)
-        start = time.perf_counter()
+        start = time.process_time()
         _products[(1,)](a, b, o, turns, SIZE)
-        return (time.perf_counter() - start) / turns
+        return (time.process_time() - start) / turns
 
 
-def ratios(names: tuple[str, ...] = tuple(models.MODELS)) -> dict[str, float]:
+def ratios(names: tuple[str, ...] = tuple(models.MODELS), rounds: int = 7) -> dict[str, float]:
     """Model -> its quickest time over the quickest of `ieee`."""
+    effattn.cpu.set_num_threads(1)
     best: dict[str, float] = {}
-    for _ in range(REPEATS):
+    for _ in range(rounds):
         for name in dict.fromkeys((models.DEFAULT, *names)):
             turns = TURNS * (20 if name == models.DEFAULT else 1)
             best[name] = min(best.get(name, float("inf")), _seconds(name, turns))

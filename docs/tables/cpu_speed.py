@@ -72,6 +72,21 @@ def memory(rows: list[Row]) -> str:
     )
 
 
+def instruments(rows: list[Row]) -> str:
+    names = [name for name in rows[0] if name not in ("kernel", "ours_ms")]
+    return table(
+        f"| kernel | without | {' | '.join(names)} |",
+        [
+            f"| {r['kernel']} | {r['ours_ms']:.1f} ms | {' | '.join(f'{r[name]:.1f} x' for name in names)} |"
+            for r in rows
+        ],
+    )
+
+
+def dots(rows: list[Row]) -> str:
+    return table("| model | times `ieee` |", [f"| `{r['model']}` | {r['ratio']:.1f} |" for r in rows])
+
+
 #: part of the record -> its heading, what was done, its table
 PARTS: dict[str, tuple[str, str, Callable[[list[Row]], str]]] = {
     "forward": (
@@ -106,6 +121,17 @@ PARTS: dict[str, tuple[str, str, Callable[[list[Row]], str]]] = {
         "Working memory of a thread",
         "FlashAttention forward, one head: bounded by the tiles that are alive at once, not by the grid.",
         memory,
+    ),
+    "instruments": (
+        "What the sanitizer costs",
+        "Copying 4 MB with a mask, and FlashAttention forward (fp32, 4 heads, 512 x 512, d = 64), as multiples of the time "
+        "without; one thread, CPU time. `poison` and `order` run a launch several times.",
+        instruments,
+    ),
+    "dots": (
+        "What a dot model costs",
+        "A product of two fp16 tiles of 64 x 64; one thread, CPU time.",
+        dots,
     ),
 }
 

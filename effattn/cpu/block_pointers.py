@@ -1,9 +1,9 @@
 """Block pointers for Triton 3.9, which removed them: kernels written for earlier versions compile all the same.
 
 `tl.make_block_ptr` gives a value that holds the base, the shape, the strides and the offsets; `tl.advance` one with other
-offsets; `tl.load` and `tl.store` make addresses and a mask of it. Earlier versions have block pointers and a pass that
-lowers them to the same arithmetic, in 64 bits (`add_rewrite_tensor_pointer`); there nothing is installed. In kernels that are
-compiled for another backend, Triton's own functions answer.
+offsets; `tl.load` and `tl.store` make addresses and a mask of it. Up to 3.7 a pass of Triton lowers block pointers to the
+same arithmetic, in 64 bits (`add_rewrite_tensor_pointer`), in 3.8 its front end does; there nothing is installed. In kernels
+that are compiled for another backend, Triton's own functions answer.
 """
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ def _for_this_backend(semantic: Any) -> bool:
 
 def are_missing() -> bool:
     """Whether this Triton has no block pointers of its own."""
-    return not hasattr(ir.builder, "create_make_block_ptr")
+    # Operations of the IR up to 3.7, tuples of the front end in 3.8, an error in 3.9.
+    return not hasattr(ir.builder, "create_make_block_ptr") and not hasattr(core, "_is_block_ptr")
 
 
 def install() -> None:
