@@ -11,7 +11,6 @@ docs/cpu-speed.md. A new part is a function here and its row in `PARTS`, and a r
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
@@ -72,17 +71,15 @@ def backward(rounds: int) -> Rows:
     """Its gradients of q, k and v, against those of torch's; the forward passes are not timed."""
     import torch
 
-    if importlib.util.find_spec("effattn.kernels.flash_attention") is None:
-        print("  effattn.kernels.flash_attention is not there: no gradients to measure")
-        return []
-    module = importlib.import_module("effattn.kernels.flash_attention")
+    from effattn.kernels import flash_attention
+
     one_thread()
     sdpa = torch.nn.functional.scaled_dot_product_attention
     rows = []
     for head_dim, dtype, causal in forms():
         q, k, v = (x.requires_grad_() for x in inputs(dtype, head_dim))
         upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(torch_dtype(dtype))
-        outs = (module.flash_attention(q, k, v, causal=causal), sdpa(q, k, v, is_causal=causal))
+        outs = (flash_attention(q, k, v, causal=causal), sdpa(q, k, v, is_causal=causal))
         ours, other = (
             lambda out=out, of=(q, k, v), up=upstream: torch.autograd.grad(out, of, up, retain_graph=True)
             for out in outs
@@ -323,14 +320,8 @@ def main() -> None:
     for name in names:
         print(f"{name}: {(PARTS[name].__doc__ or '').strip()}", flush=True)
         rows = PARTS[name](options.rounds)
-        if rows:
-            facts = provenance.collect(device="cpu")
-            record["parts"][name] = {
-                "date": provenance.now(),
-                **facts,
-                "rounds": options.rounds,
-                "rows": rows,
-            }
+        facts = provenance.collect(device="cpu")
+        record["parts"][name] = {"date": provenance.now(), **facts, "rounds": options.rounds, "rows": rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print(f"written to {options.out}")
