@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 #: changes when the capture changes, so that an older file in the cache is not used
 _VERSION = 1
+#: gradients are judged of one layer in so many, where all layers are asked for
+GRADIENTS_EVERY = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +198,9 @@ def _draw(recipe: Recipe, model: Model, layer: int) -> Drawn:
 
 
 def cases(name: str, dtype: str) -> list[Case]:
-    """The cases of `real:MODEL` (one for each layer) or `real:MODEL/LAYER`: all tokens, causal.
+    """The cases of `real:MODEL` or `real:MODEL/LAYER`: all tokens, causal; each layer's output, then gradients.
+
+    Gradients are those of every fifth layer where all are asked for: judging them takes ten times as long.
 
     Captures q, k and v if that hasn't been done; RequestError says what is missing for it.
     """
@@ -206,6 +210,7 @@ def cases(name: str, dtype: str) -> list[Case]:
     layers = range(model.layers) if layer is None else (layer,)
     made = [
         Case(
+            backward=backward,
             heads=model.heads,
             kv_heads=model.kv_heads,
             q_len=model.tokens,
@@ -215,7 +220,8 @@ def cases(name: str, dtype: str) -> list[Case]:
             causal="bottom-right",
             values=f"real:{model.name}/{index}",
         )
-        for index in layers
+        for backward in (False, True)
+        for index in (layers[::GRADIENTS_EVERY] if backward else layers)
     ]
     capture(model.name)
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -90,12 +91,14 @@ def test_the_captured_model_works() -> None:
 
 @installed
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_name_gives_one_case_for_each_layer(dtype: str) -> None:
+def test_a_name_gives_one_case_for_each_layer_and_gradients_of_some(dtype: str) -> None:
     cases = real.cases("real:smollm2", dtype)
-    assert [case.values for case in cases] == [f"real:smollm2/{layer}" for layer in range(30)]
+    layers = [*range(30), 0, 5, 10, 15, 20, 25]
+    assert [case.values for case in cases] == [f"real:smollm2/{layer}" for layer in layers]
+    assert [case.backward for case in cases] == [False] * 30 + [True] * 6
     assert {case.dtype for case in cases} == {dtype}
     assert {case.causal for case in cases} == {"bottom-right"}
-    assert real.cases("real:smollm2/12", dtype) == [cases[12]]
+    assert real.cases("real:smollm2/12", dtype) == [cases[12], dataclasses.replace(cases[12], backward=True)]
     with pytest.raises(RequestError, match="'30' is not a layer"):
         real.cases("real:smollm2/30", dtype)
 
@@ -104,7 +107,7 @@ def test_a_name_gives_one_case_for_each_layer(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layer", [0, 12, 29])
 def test_tensors_are_the_captured_ones_rounded_once(dtype: str, layer: int) -> None:
-    (case,) = real.cases(f"real:smollm2/{layer}", dtype)
+    case, _ = real.cases(f"real:smollm2/{layer}", dtype)
     tensors = case.tensors()
     for x, captured in zip(tensors, real.capture("smollm2").layer(layer), strict=True):
         assert captured.dtype == np.float32
@@ -118,7 +121,7 @@ def test_tensors_are_the_captured_ones_rounded_once(dtype: str, layer: int) -> N
 @installed
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_shorter_case_has_the_first_keys_and_their_last_queries(dtype: str) -> None:
-    (full,) = real.cases("real:smollm2/12", dtype)
+    full, _ = real.cases("real:smollm2/12", dtype)
     q, k, v = full.tensors()
     short = Case(**{**FITS, "dtype": dtype, "layout": "bshd+pad"}).tensors()
     assert torch.equal(short.q, q[:, :, 60:100])
@@ -141,7 +144,7 @@ def test_the_first_token_attracts_much_of_the_weight_in_later_layers() -> None:
         return exact.attention(q, k, only_first, causal=case.causal).out[:, :, 512:].mean().item()
 
     for layer in (14, 18, 25):
-        (case,) = real.cases(f"real:smollm2/{layer}", "fp32")
+        case, _ = real.cases(f"real:smollm2/{layer}", "fp32")
         assert weight_of_the_first_key(case) > 0.2
     drawn = Case(
         heads=9, kv_heads=3, q_len=1024, kv_len=1024, head_dim=64, dtype="fp32", causal="bottom-right"
