@@ -308,6 +308,8 @@ def gate(
                 "isolation": isolation,
                 "exit_code": result.exit_code,
             }
+            if not result.weighed.passed:
+                origin["evidence"] = result.weighed.to_dict()
             writer.add_text(store.SUMMARY, markdown.summary(result, origin))
             if out is None:
                 store.ignore_in_git(store.DEFAULT_FOLDER)

@@ -6,11 +6,12 @@ Read `run_gate` first. Nothing here prints; the command line shows what it retur
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from effattn.errors import RequestError
 from effattn.report import summary
+from effattn.run.evidence import Weighed
 
 if TYPE_CHECKING:
     from effattn.case import Case
@@ -46,8 +47,8 @@ class Judge(Protocol):
         """Seconds for one case."""
         ...
 
-    def judge(self, case: Case, law: str | None = None) -> Verdict:
-        """Compare one case with exact attention, or try a law on it."""
+    def judge(self, case: Case, law: str | None = None, *, weigh: str = "") -> Verdict:
+        """Compare one case with exact attention, or try a law on it; `weigh` as in `effattn.judge`."""
         ...
 
     def call(self, function: str, *arguments: Any) -> Any:
@@ -99,6 +100,8 @@ class Result:
     failures: tuple[Failure, ...]
     #: Asked-for dtypes and distributions of which no case was judged, in words.
     nothing_judged: tuple[str, ...]
+    #: What the cases say together that none of them says alone; of dtypes without failures.
+    weighed: Weighed = field(default_factory=Weighed)
 
     @property
     def compared(self) -> list[Verdict]:
@@ -134,7 +137,7 @@ class Result:
     @property
     def exit_code(self) -> int:
         """0 pass, 1 the method failed, 2 nothing was judged of something that was asked for."""
-        if self.failures:
+        if self.failures or not self.weighed.passed:
             return 1
         return 2 if self.nothing_judged else 0
 
@@ -146,6 +149,10 @@ class Result:
         if self.failures:
             wrong = sum(len(failure.verdicts) for failure in self.failures)
             return f"{name} failed {wrong} of {judged} judged cases."
+        if self.weighed.alarms:
+            return f"{name} passed each of {judged} judged cases, and failed all of them together."
+        if self.weighed.unsteady:
+            return f"{name} passed all {judged} judged cases, but not when some were judged again."
         if self.nothing_judged:
             return f"Nothing was judged of {' and '.join(self.nothing_judged)}: that is not a pass."
         return f"{name} passed all {judged} judged cases."
@@ -212,7 +219,9 @@ def run_gate(
         raise RequestError("there is no case to judge; name at least one dtype")
     verdicts: list[Verdict] = []
     for question in questions:
-        verdict = request.judge.judge(question.case, question.law)
+        verdict = request.judge.judge(
+            question.case, question.law, weigh="quick" if question.law is None else ""
+        )
         verdicts.append(verdict)
         if record is not None:
             record(verdict)
@@ -223,6 +232,20 @@ def run_gate(
         verdicts=tuple(verdicts),
         failures=tuple(_failures(verdicts, request)),
         nothing_judged=tuple(_nothing_judged(verdicts, request)),
+        weighed=_weighed(verdicts, request),
+    )
+
+
+def _weighed(verdicts: Sequence[Verdict], request: Request) -> Weighed:
+    from effattn.run import evidence
+
+    compared = [verdict for verdict in verdicts if verdict.law is None]
+    # A kernel that failed a case is known to be wrong; what else it may be shows when that is mended.
+    wrong = {verdict.case.dtype for verdict in compared if summary.failed(verdict.outcome)}
+    return evidence.weigh(
+        [verdict for verdict in compared if verdict.case.dtype not in wrong],
+        lambda case: request.judge.judge(case, weigh="explained"),
+        dtypes=request.dtypes,
     )
 
 

@@ -40,10 +40,13 @@ MOST_FINDINGS = 5
 NOTHING_CHECKED = "nothing was checked: no Triton kernel ran on the CPU"
 
 
-def judge(case: Case, method: Method, *, device: str = "cpu", checks: Sequence[str] = ()) -> Verdict:
+def judge(
+    case: Case, method: Method, *, device: str = "cpu", checks: Sequence[str] = (), weigh: str = ""
+) -> Verdict:
     """Run the method on the case and judge what it gives.
 
-    `checks` names instruments of `effattn.cpu.checks` that look at the kernels which the method runs on the CPU.
+    `checks` names instruments of `effattn.cpu.checks` that look at the kernels which the method runs on the CPU. `weigh` asks
+    for the `evidence` of a pass: "quick", an upper limit, or "explained".
 
     Never raises for what the method does, except KeyboardInterrupt. RequestError where the request itself is wrong: a
     device that is not there, numerics that contradict themselves, no C compiler, a kernel with an operation that the
@@ -96,6 +99,7 @@ def judge(case: Case, method: Method, *, device: str = "cpu", checks: Sequence[s
         replay_line(case, method.spec, device, checks),
         seconds,
         keep,
+        weigh,
     )
     if report is not None and report.launches == 0 and verdict.outcome == Outcome.PASS:
         verdict = replace(verdict, message=f"{verdict.message}; {NOTHING_CHECKED}")
@@ -156,6 +160,7 @@ def _judge(
     replay: str,
     seconds: dict[str, float],
     keep: torch.Tensor | None,
+    weigh: str = "",
 ) -> Verdict:
     import torch
 
@@ -184,9 +189,12 @@ def _judge(
     with _timed(seconds, "envelope"):
         envelope = forward_envelope(*inputs, numerics=numerics, exact=exact, options=options)
     with _timed(seconds, "verdict"):
-        outcome, message, quantities, findings = Judgement(
-            case, inputs, output, numerics, options, exact, envelope
-        ).decide()
+        judgement = Judgement(case, inputs, output, numerics, options, exact, envelope)
+        outcome, message, quantities, findings = judgement.decide()
+    evidence = []
+    if weigh and outcome == Outcome.PASS:
+        with _timed(seconds, "evidence"):
+            evidence = judgement.evidence(explained=weigh == "explained")
     return Verdict(
         case=case,
         method=method,
@@ -194,6 +202,7 @@ def _judge(
         message=message,
         quantities=tuple(quantities),
         findings=tuple(findings),
+        evidence=tuple(evidence),
         seconds=seconds,
         replay=replay,
     )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from effattn.exact import Exact, Options
     from effattn.methods.base import Output
     from effattn.tolerances.envelope import Envelope
+    from effattn.tolerances.evidence import Evidence
     from effattn.tolerances.formats import Format
     from effattn.tolerances.gradient_statistics import GradientErrors
     from effattn.tolerances.gradients import GradientEnvelope
@@ -282,6 +283,16 @@ class Judgement:
             found += examine_gradient(gradient, alarm=alarm)
         return found
 
+    def evidence(self, *, explained: bool) -> list[Evidence]:
+        """What the case adds to the evidence of a run, see `effattn.tolerances.evidence`."""
+        from effattn.tolerances import gradient_statistics, statistics
+
+        errors = self._errors_of_out()
+        found = [] if errors is None else statistics.weigh(errors, explained=explained)
+        for gradient in self._errors_of_gradients():
+            found += gradient_statistics.weigh(gradient, explained=explained)
+        return found
+
     def _rows(self, x: Floats, columns: int) -> Floats:
         """(batch, heads, q_len[, columns]) as (rows, columns), without rows that see no key or are not judged."""
         x = x.reshape(-1, columns)
@@ -344,6 +355,8 @@ class Judgement:
 
     def _errors_of_gradients(self) -> Iterator[GradientErrors]:
         """What the tests of gradients take; those of bias and sinks, which few elements have, are held to bounds."""
+        import numpy as np
+
         from effattn.tolerances.gradient_statistics import GradientErrors, repeated
 
         if self.gradients and repeated(self.inputs.q, self.inputs.k):
@@ -367,10 +380,14 @@ class Judgement:
                 exact=take(part.exact),
                 sigma=take(envelope.sigma),
                 common=take(envelope.common),
+                delta=take(envelope.delta),
                 inner=take(envelope.inner),
                 cast=take(envelope.cast),
                 format=part.format,
                 heads=case.batch * case.kv_heads,
+                head=np.repeat(
+                    np.arange(case.batch * case.kv_heads), len(rows) // (case.batch * case.kv_heads)
+                )[rows],
                 known=lambda name=name, take=take: (
                     take(known[name]) for known in self._known_gradient_errors()
                 ),

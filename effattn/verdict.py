@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from effattn.errors import RequestError
+from effattn.tolerances.evidence import Evidence
 
 if TYPE_CHECKING:
     from effattn.case import Case
@@ -81,6 +82,8 @@ class Verdict:
     quantities: tuple[Quantity, ...] = ()
     #: the statistical tests that failed
     findings: tuple[Finding, ...] = ()
+    #: what the case adds to the evidence of a run; only of a pass, and only where it was asked for
+    evidence: tuple[Evidence, ...] = ()
     #: the law that was tried; None where the output was compared with exact attention
     law: str | None = None
     #: seconds by stage: inputs, method, exact, envelope, verdict
@@ -98,6 +101,7 @@ class Verdict:
             "message": self.message,
             "quantities": [_plain(q) for q in self.quantities],
             "findings": [_plain(f) for f in self.findings],
+            **({"evidence": [_plain(e) for e in self.evidence]} if self.evidence else {}),
             "seconds": {name: round(s, 6) for name, s in self.seconds.items()},
             "replay": self.replay,
         }
@@ -110,7 +114,7 @@ class Verdict:
         if not isinstance(data, dict):
             raise RequestError(f"a verdict given as {type(data).__name__}: expected a JSON object.")
         expected = [f.name for f in fields(cls)]
-        if sorted({*data, "law"}) != sorted(expected):
+        if sorted({*data, "law", "evidence"}) != sorted(expected):
             raise RequestError(
                 f"a verdict with the fields {', '.join(sorted(map(str, data)))}: expected {', '.join(expected)}."
                 " Was it written by another version of effattn?"
@@ -124,6 +128,7 @@ class Verdict:
                 law=None if data.get("law") is None else _text(data["law"]),
                 quantities=tuple(_rebuild(Quantity, q) for q in data["quantities"]),
                 findings=_findings(data["findings"]),
+                evidence=tuple(_rebuild(Evidence, e) for e in data.get("evidence", ())),
                 seconds={_text(name): float(s) for name, s in data["seconds"].items()},
                 replay=_text(data["replay"]),
             )
@@ -172,6 +177,8 @@ def _rebuild(cls: type, data: dict[str, Any]) -> Any:
             values[name] = _text(x)
         elif name == "worst":
             values[name] = None if x is None else tuple(int(i) for i in x)
+        elif name == "bets":
+            values[name] = tuple(float(b) for b in x)
         elif name in ("count", "set_aside"):
             values[name] = int(x)
         else:

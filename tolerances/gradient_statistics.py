@@ -30,7 +30,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from effattn.tolerances.statistics import ALARM, Cells, Finding, neighbourhoods
+from effattn.tolerances import evidence
+from effattn.tolerances.evidence import Evidence, Lean, Size
+from effattn.tolerances.statistics import ALARM, Cells, Finding, lean_of, neighbourhoods, size_of
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +48,15 @@ TESTS = 2
 #: deviations of the common part that are allowed in a direction
 _COMMON = 7.0
 
+#: the same in `evidence`, where a run has hundreds of cases: more has a probability below 1e-15
+SURELY = 8.0
+
+#: the probability of more than the limit of the common part in the size, in `evidence`
+RARELY = 1e-15
+
+#: where the common part may be larger than this part of the size, `evidence` takes the errors of a head for one
+MOST_SHARED = 0.5
+
 
 @dataclass(frozen=True, kw_only=True)
 class GradientErrors:
@@ -55,14 +66,17 @@ class GradientErrors:
     name: str
     error: Floats
     exact: Floats
-    #: GradientEnvelope.sigma, common, inner, cast
+    #: GradientEnvelope.sigma, common, delta, inner, cast
     sigma: Floats
     common: Floats
+    delta: Floats
     inner: Floats
     cast: Floats
     format: Format
     #: independent heads
     heads: int
+    #: (rows,): which of them each row belongs to
+    head: NDArray[np.int64]
     #: what rounding P and dS does, for each arrangement; only looked at if there may be an alarm
     known: Callable[[], Iterator[Floats]]
     #: (rows, any number): rows this close together in units of 1 may round alike; likewise
@@ -96,50 +110,19 @@ def examine(errors: GradientErrors, *, alarm: float) -> list[Finding]:
     slope = _slope(errors.error, errors, None, alarm)
     if size is None and slope is None:
         return []
-    index = neighbourhoods(errors.places())
-    cells = Cells(index)
-    known = list(errors.known())
+    explained = Explained(errors)
     findings = []
-    even = errors.format.ulp(errors.exact) ** 2 / 12.0
     if size is not None:
-
-        def rest(known_error: Floats) -> Floats:
-            """The variance without casts, the rounding of the gradient as large as it is if that is larger."""
-            moved = errors.exact + known_error
-            return (
-                errors.sigma**2
-                - even
-                - errors.cast
-                + np.maximum(even, (errors.format.round(moved) - moved) ** 2)
-            )
-
-        independent = int(cells.counts[np.unique(index[rows])].size)
-        worst = float(np.bincount(index[rows]).max())
-        effective = min(float(independent), rows.sum() / worst)
         found = [
             _size(
-                errors.error**2,
-                rest(np.zeros_like(even)) + errors.cast,
-                rows,
-                effective,
-                errors.heads,
-                theta,
-                alarm,
+                squares, np.maximum(even, known), rows, explained.independent, errors.heads, theta, alarm
             )
-        ]
-        found += [
-            _size((errors.error - error) ** 2, rest(error), rows, effective, errors.heads, theta, alarm)
-            for error in known
+            for squares, even, known in explained.squares()
         ]
         if all(found):
             findings.append(max((f for f in found if f is not None), key=lambda f: f.p_value))
     if slope is not None:
-        rounding = errors.format.round(errors.exact) - errors.exact
-        variants = [errors.error, errors.error - rounding]
-        for error in known:
-            variants.append(errors.error - error)
-            variants.append(errors.exact + errors.error - errors.format.round(errors.exact + error))
-        results = [_slope(v, errors, cells, alarm) for v in variants]
+        results = [_slope(v, errors, explained.cells, alarm) for v in explained.variants()]
         same = {math.copysign(1.0, f.statistic) for f in results if f is not None}
         if all(results) and len(same) == 1:
             findings.append(max((f for f in results if f is not None), key=lambda f: f.p_value))
@@ -149,6 +132,102 @@ def examine(errors: GradientErrors, *, alarm: float) -> list[Finding]:
         )
         for f in findings
     ]
+
+
+class Explained:
+    """The errors with everything taken off that a correct kernel may do: known roundings, rows that round alike.
+
+    With `explained` False, the known roundings are left in.
+    """
+
+    def __init__(self, errors: GradientErrors, *, explained: bool = True) -> None:
+        self.errors = errors
+        index = neighbourhoods(errors.places())
+        self.cells = Cells(index)
+        self._explained = explained
+        self._known = list(errors.known()) if explained else []
+        rows = np.asarray((errors.sigma > 0.0).any(axis=1))
+        counts = np.bincount(index[rows])
+        #: independent rows, of those that have an error at all
+        self.independent = min(float(np.count_nonzero(counts)), float(rows.sum()) / float(counts.max()))
+
+    def variants(self) -> list[Floats]:
+        """The errors as they are, and with what is known taken out, in each way that may be that of a correct kernel."""
+        errors = self.errors
+        if not self._explained:
+            return [errors.error]
+        rounding = errors.format.round(errors.exact) - errors.exact
+        variants = [errors.error, errors.error - rounding]
+        for error in self._known:
+            variants.append(errors.error - error)
+            variants.append(errors.exact + errors.error - errors.format.round(errors.exact + error))
+        return variants
+
+    def squares(self) -> Iterator[tuple[Floats, Floats, Floats]]:
+        """Squares of the errors and their variance, as they are and with each known error and its variance taken out.
+
+        The variance comes twice, as in `statistics`: the last rounding spread evenly over its spacing, and as it is known.
+        """
+        errors = self.errors
+        even = errors.format.ulp(errors.exact) ** 2 / 12.0
+        before = errors.sigma**2 - even - errors.cast
+        for known, cast in ((np.zeros_like(even), errors.cast), *((error, 0.0) for error in self._known)):
+            moved = errors.exact + known
+            rounding = (errors.format.round(moved) - moved) ** 2
+            yield (errors.error - known) ** 2, before + cast + even, before + cast + rounding
+
+
+def weigh(errors: GradientErrors, *, explained: bool) -> list[Evidence]:
+    """What the errors say in `evidence`; without `explained` as they are, which is never less and much quicker."""
+    rows = np.asarray((errors.sigma > 0.0).any(axis=1))
+    if not rows.any():
+        return []
+    found = Explained(errors, explained=explained)
+    return [
+        evidence.of_size(f"{errors.name} size", _sizes(found, rows)),
+        evidence.of_direction(f"{errors.name} output", _leans(found)),
+    ]
+
+
+def _leans(explained: Explained) -> list[Lean]:
+    """What each variant gives in proportion to the gradient.
+
+    Errors of delta are as likely up as down, but common to all keys of a head. So in dK all that a head has is one cell, and
+    they need not be allowed.
+    """
+    errors, cells = explained.errors, explained.cells
+    weight = _along(errors.error, errors)[1]
+    size = np.abs(errors.exact)
+    steady = np.sqrt(np.maximum(errors.inner - errors.delta, 0.0))
+    steady += SURELY * np.sqrt(np.maximum(errors.common - errors.delta, 0.0))
+    allowed = np.einsum("ij,ij->i", size, steady) * weight
+    scale = cells.counts.astype(np.float64)
+    if errors.common.any() and errors.delta.any():
+        alike = scale[cells.index]
+        cells = Cells(np.unique(errors.head, return_inverse=True)[1].reshape(-1))
+        # Rows of a cell all alike, and what errors of delta do to the elements of a head all aligned.
+        together = cells.sum(np.einsum("ij,ij->i", size, np.sqrt(errors.delta)) * weight)
+        scale = np.sqrt(cells.sum(alike) + together**2)
+    return [lean_of(_along(error, errors)[0], allowed, cells, scale) for error in explained.variants()]
+
+
+def _sizes(explained: Explained, rows: NDArray[np.bool_]) -> list[Size]:
+    """The sizes that the variants give.
+
+    The common part is held to its limit; where that is large, the errors of a head count as one.
+    """
+    errors = explained.errors
+    h = math.sqrt(_share(errors))
+    shared, factor = (h * (1.0 + h) * limit(errors.heads, RARELY) if h else 0.0), 1.0 + h
+    independent = explained.independent
+    if shared > MOST_SHARED:
+        counts = np.bincount(errors.head[rows])
+        independent, shared, factor = min(independent, float(rows.sum()) / float(counts.max())), 0.0, 1.0
+    found = [
+        size_of(squares[rows], even[rows], known[rows], independent)
+        for squares, even, known in explained.squares()
+    ]
+    return [Size(max(0.0, (x.mean - shared) / factor), x.rows) for x in found]
 
 
 def _share(errors: GradientErrors) -> float:
@@ -174,8 +253,7 @@ def _size(
     squares: Floats, variance: Floats, rows: NDArray[np.bool_], n: float, heads: int, theta: float, alarm: float
 ) -> Finding | None:  # fmt: skip
     """Is the mean of error^2 / variance larger than chance explains?"""
-    z2 = np.divide(squares, variance, out=np.zeros_like(squares), where=variance > 0.0)[rows]
-    x = float(z2.mean())
+    x = _mean(squares, variance, rows)
     h = math.sqrt(theta)
     n = min(n, float(rows.sum()))
     if h == 0.0:
@@ -191,14 +269,27 @@ def _size(
     return Finding(name="size", statistic=math.sqrt(x), p_value=math.exp(log_p), threshold=alarm)
 
 
+def _mean(squares: Floats, variance: Floats, rows: NDArray[np.bool_]) -> float:
+    return float(np.divide(squares, variance, out=np.zeros_like(squares), where=variance > 0.0)[rows].mean())
+
+
+def _along(error: Floats, errors: GradientErrors) -> tuple[Floats, Floats]:
+    """For each row the error along the gradient in expected deviations, and what it was multiplied by for that."""
+    spread = np.einsum("ij,ij,ij->i", errors.sigma, errors.sigma, np.square(errors.exact))
+    weight = np.divide(1.0, np.sqrt(spread), out=np.zeros_like(spread), where=spread > 0.0)
+    return np.einsum("ij,ij->i", error, errors.exact) * weight, weight
+
+
+def _allowed(errors: GradientErrors) -> Floats:
+    """For each row what is steady along the gradient, with all elements aligned."""
+    steady = np.sqrt(errors.inner) + _COMMON * np.sqrt(errors.common)
+    return np.einsum("ij,ij->i", np.abs(errors.exact), steady)
+
+
 def _slope(error: Floats, errors: GradientErrors, cells: Cells | None, alarm: float) -> Finding | None:
     """Are the errors in proportion to the gradient? Hoeffding's inequality for the signs of independent rows."""
-    direction = errors.exact
-    spread = np.einsum("ij,ij,ij->i", errors.sigma, errors.sigma, np.square(direction))
-    weight = np.divide(1.0, np.sqrt(spread), out=np.zeros_like(spread), where=spread > 0.0)
-    along = np.einsum("ij,ij->i", error, direction) * weight
-    steady = np.sqrt(errors.inner) + _COMMON * np.sqrt(errors.common)
-    allowed = np.einsum("ij,ij->i", np.abs(direction), steady) * weight
+    along, weight = _along(error, errors)
+    allowed = _allowed(errors) * weight
     total = float(along.sum())
     if cells is None:
         square = float(along @ along)

@@ -63,6 +63,8 @@ class GradientEnvelope:
     sigma: Floats
     #: the part of the variance that is common to all keys of a head (dK, dV), or 0
     common: Floats
+    #: the part of the variance that errors of delta are: as likely up as down, but in `common` those of all keys at once
+    delta: Floats
     #: the variance that comes from the accumulators' format alone, and from rounding P and dS
     inner: Floats
     cast: Floats
@@ -164,10 +166,12 @@ def gradient_envelopes(
     sums = HeadSums(q, options)
     heads_shape = (q.shape[0] * q.shape[1], k.shape[2])
     for name, dim in (("k", k.shape[3]), ("v", v.shape[3])):
-        for what in ("abs", "reach", "var", "common", "inner", "terms", "sum"):
+        for what in ("abs", "reach", "var", "common", "delta", "inner", "terms", "sum"):
             sums.per_key[f"{name} {what}"] = q.new_zeros((*heads_shape, dim), dtype=torch.float64)
     sums.per_key["rows"] = q.new_zeros((*heads_shape, 1), dtype=torch.float64)
-    per_query = {name: q.new_zeros(q.shape, dtype=torch.float64) for name in ("reach", "var", "inner")}
+    per_query = {
+        name: q.new_zeros(q.shape, dtype=torch.float64) for name in ("reach", "var", "delta", "inner")
+    }
     per_sink = {
         name: q.new_zeros((q.shape[0] * q.shape[1],), dtype=torch.float64) for name in ("reach", "var")
     }
@@ -203,13 +207,16 @@ def gradient_envelopes(
             numerics.format("input"),
         )
         reach, accumulated = reach + more, accumulated + more_noise
-        in_row = x.l_var * exact_dq.square() + x.f_var * (scale * torch.bmm(x.carried, block.k)).square()
+        of_delta = x.f_var * (scale * torch.bmm(x.carried, block.k)).square()
+        in_row = x.l_var * exact_dq.square() + of_delta
         block.write(per_query["reach"], reach)
         block.write(per_query["var"], torch.bmm(x.z_var, keys2) + accumulated + in_row)
+        block.write(per_query["delta"], of_delta)
         block.write(per_query["inner"], torch.bmm(x.z_inner, keys2) + accumulated + in_row)
         # dK and dV: sums over the queries that see a key.
         sums.add("rows", block, block.visible.sum(1).double().unsqueeze(-1))
-        common = x.l_var * d2 + x.f_var * (scale * x.carried).square()
+        of_delta = x.f_var * (scale * x.carried).square()
+        common = x.l_var * d2 + of_delta
         weights = block.weighted(x.w)
         weights2 = weights.square()
         for name, what, value in (
@@ -217,6 +224,7 @@ def gradient_envelopes(
             ("k", "reach", torch.bmm(x.z.mT, rows)),
             ("k", "var", torch.bmm((x.z_var + common).mT, rows2)),
             ("k", "common", torch.bmm(common.mT, rows2)),
+            ("k", "delta", torch.bmm(of_delta.mT, rows2)),
             ("k", "inner", torch.bmm((x.z_inner + common).mT, rows2)),
             ("k", "terms", torch.bmm(d2.mT, rows2)),
             ("k", "sum", torch.bmm(d_t.mT, block.q)),
@@ -256,6 +264,7 @@ def gradient_envelopes(
         x["var"],
         x["inner"],
         rows_judged[..., None],
+        delta=x["delta"],
         cast=x["var"] - x["inner"],
     )
     group = q.shape[1] // k.shape[1]
@@ -460,7 +469,8 @@ def _one_sided(n: torch.Tensor, sizes: torch.Tensor, total: torch.Tensor, numeri
 
 def _rounded(
     exact: torch.Tensor, fmt: Format, reach: torch.Tensor, noise: torch.Tensor, inner: torch.Tensor,
-    judged: torch.Tensor, *, common: torch.Tensor | None = None, cast: torch.Tensor | None = None,
+    judged: torch.Tensor, *, common: torch.Tensor | None = None, delta: torch.Tensor | None = None,
+    cast: torch.Tensor | None = None,
 ) -> GradientEnvelope:  # fmt: skip
     """With the rounding to its format."""
     judged = judged.expand(exact.shape)
@@ -473,6 +483,7 @@ def _rounded(
         reach=reach.cpu().numpy(),
         sigma=sigma.cpu().numpy(),
         common=(torch.zeros_like(sigma) if common is None else common).cpu().numpy(),
+        delta=(torch.zeros_like(sigma) if delta is None else delta).cpu().numpy(),
         inner=inner.cpu().numpy(),
         cast=(torch.zeros_like(sigma) if cast is None else cast).cpu().numpy(),
         judged=judged.cpu().numpy(),
@@ -512,7 +523,9 @@ def _of_keys(
         noise = noise + _cast_variance(per_head, input_).sum(2)
     more, more_noise = _stored(numerics.stored_keys, n, absolute, exact, total("terms"), input_)
     reach, noise = reach + more, noise + more_noise
-    return _rounded(exact, input_, reach, noise, inner, judged, common=common, cast=cast)
+    return _rounded(
+        exact, input_, reach, noise, inner, judged, common=common, delta=total("delta"), cast=cast
+    )
 
 
 @torch.no_grad()

@@ -54,6 +54,9 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from effattn.tolerances import evidence
+from effattn.tolerances.evidence import LEAN, Evidence, Lean, Size
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -130,18 +133,43 @@ class Explained:
         self.known = list(errors.predictions())
         self._errors = errors
 
-    def slope(self, name: str) -> tuple[float, float]:
-        """t and p of a direction: those of the variant that says least; 0 where variants have different signs."""
+    @cached_property
+    def variants(self) -> list[Floats]:
+        """The errors as they are, and with what is known taken out, in each way that may be that of a correct kernel."""
         errors = self._errors
         rounding = errors.format.round(errors.exact) - errors.exact
         variants = [errors.error, errors.error - rounding]
         for p in self.known:
             variants.append(errors.error - p.error)
             variants.append(errors.exact + errors.error - errors.format.round(errors.exact + p.error))
-        results = [_slope(v, errors.directions[name], errors, self.cells) for v in variants]
+        return variants
+
+    def slope(self, name: str) -> tuple[float, float]:
+        """t and p of a direction: those of the variant that says least; 0 where variants have different signs."""
+        errors = self._errors
+        results = [_slope(v, errors.directions[name], errors, self.cells) for v in self.variants]
         weakest = max(results, key=lambda r: r[1])
         signs = {math.copysign(1.0, t) for t, _ in results}
         return weakest if len(signs) == 1 else (0.0, 1.0)
+
+
+def weigh(errors: Errors, *, explained: bool) -> list[Evidence]:
+    """What the errors say in `evidence`; without `explained` as they are, which is never less and much quicker."""
+    known = Explained(errors) if explained else None
+    cells = _cells(errors) if known is None else known.cells
+    variants = [errors.error] if known is None else known.variants
+    independent = len(errors.error) / cells.largest
+    squares = _explained_squares(errors, [] if known is None else known.known)
+    sizes = [size_of(*each, independent) for each in (squares if explained else [next(squares)])]
+    found = [evidence.of_size("out size", sizes)]
+    for name, direction in errors.directions.items():
+        allowed, scale = _allowed(direction, errors), cells.counts.astype(np.float64)
+        leans = []
+        for variant in variants:
+            along, weight = _along(variant, direction, errors)
+            leans.append(lean_of(along, allowed * weight, cells, scale))
+        found.append(evidence.of_direction(f"out {name}", leans))
+    return found
 
 
 def examine(errors: Errors, *, alarm: float = ALARM / TESTS) -> list[Finding]:
@@ -194,25 +222,35 @@ def _size(z2: Floats, cells: Cells | None, alarm: float) -> Finding | None:
 
 def _size_in_spite(errors: Errors, explained: Explained, alarm: float) -> Finding | None:
     """The size test with cells, and with each known error taken out along with its variance."""
-    found = [_size(z2, explained.cells, alarm) for z2 in _explained_squares(errors, explained.known)]
+    found = [
+        _size(squares / np.maximum(even, known), explained.cells, alarm)
+        for squares, even, known in _explained_squares(errors, explained.known)
+    ]
     return None if None in found else _weakest([f for f in found if f is not None])
 
 
-def _explained_squares(errors: Errors, known: Sequence[Prediction]) -> Iterator[Floats]:
-    """z^2 as it is, with P's roundings at their own spacings, and with them gone: each explains a correct kernel."""
+def _explained_squares(
+    errors: Errors, known: Sequence[Prediction]
+) -> Iterator[tuple[Floats, Floats, Floats]]:
+    """Squares of the errors and their variance as they are, with P's roundings at their own spacings, and with them gone.
+
+    Each explains a correct kernel. The variance comes twice: as if the roundings of the output were spread evenly over its
+    spacings, and with the squares of the very roundings.
+    """
     even = errors.format.ulp(errors.exact)
     even *= even
     even /= 12.0
 
-    def rounded(exact: Floats) -> Floats:
-        """The variance of rounding the output, or the square of the very error if that is larger."""
-        return np.maximum(even, (errors.format.round(exact) - exact) ** 2)
+    def rounding(exact: Floats) -> Floats:
+        return (errors.format.round(exact) - exact) ** 2
 
-    as_it_is = rounded(errors.exact)
-    yield errors.error**2 / (errors.noise + as_it_is)
+    as_it_is = rounding(errors.exact)
+    squares = errors.error**2
+    yield squares, errors.noise + even, errors.noise + as_it_is
     for p in known:
-        yield errors.error**2 / (errors.inner + as_it_is + p.variance)
-        yield (errors.error - p.error) ** 2 / (errors.inner + rounded(errors.exact + p.error))
+        rest = errors.inner + p.variance
+        yield squares, rest + even, rest + as_it_is
+        yield (errors.error - p.error) ** 2, errors.inner + even, errors.inner + rounding(errors.exact + p.error)
 
 
 def _slope(error: Floats, direction: Floats, errors: Errors, cells: Cells | None) -> tuple[float, float]:
@@ -221,16 +259,12 @@ def _slope(error: Floats, direction: Floats, errors: Errors, cells: Cells | None
     Rows are weighted by their expected deviation and the length of the direction. Without cells, a quick look that errs
     towards alarm; with cells, the steady part of the error is taken off.
     """
-    spread = errors.spread * np.einsum("ij,ij->i", direction, direction)
-    weight = 1.0 / np.sqrt(np.maximum(spread, 1e-300))
-    along = error @ direction[0] if len(direction) == 1 else np.einsum("ij,ij->i", error, direction)
-    along *= weight
+    along, weight = _along(error, direction, errors)
     total = float(along.sum())
     if cells is None:
         square = float(along @ along)
     else:
-        steady = np.sqrt(errors.inner) + errors.lost
-        allowed = np.einsum("ij,ij->i", np.broadcast_to(np.abs(direction), steady.shape), steady) * weight
+        allowed = _allowed(direction, errors) * weight
         together = np.abs(cells.sum(along)) + cells.sum(allowed)
         square = float(together @ together)
         total = math.copysign(max(0.0, abs(total) - float(allowed.sum())), total)
@@ -238,6 +272,39 @@ def _slope(error: Floats, direction: Floats, errors: Errors, cells: Cells | None
         return 0.0, 1.0
     t = total / math.sqrt(square)
     return t, min(1.0, 2.0 * math.exp(-0.5 * t * t))
+
+
+def _along(error: Floats, direction: Floats, errors: Errors) -> tuple[Floats, Floats]:
+    """For each row the error along the direction in expected deviations, and what it was multiplied by for that."""
+    spread = errors.spread * np.einsum("ij,ij->i", direction, direction)
+    weight = 1.0 / np.sqrt(np.maximum(spread, 1e-300))
+    along = error @ direction[0] if len(direction) == 1 else np.einsum("ij,ij->i", error, direction)
+    along *= weight
+    return along, weight
+
+
+def _allowed(direction: Floats, errors: Errors) -> Floats:
+    """For each row the steady error along the direction, with all elements aligned."""
+    steady = np.sqrt(errors.inner) + errors.lost
+    return np.einsum("ij,ij->i", np.broadcast_to(np.abs(direction), steady.shape), steady)
+
+
+def size_of(squares: Floats, even: Floats, known: Floats, independent: float) -> Size:
+    """The size of errors whose last rounding is either spread evenly or known, with so many independent rows."""
+    ratio = np.divide(known, even, out=np.ones_like(known), where=even > 0.0)
+    # What each row may have, in units of what is expected of an even spread.
+    rows = np.maximum(1.0, ratio.mean(axis=1))
+    expected = float(rows.mean())
+    z2 = np.divide(squares, even, out=np.zeros_like(squares), where=even > 0.0)
+    return Size(float(z2.mean()) / expected, independent * expected / float(rows.max()))
+
+
+def lean_of(along: Floats, allowed: Floats, cells: Cells, scale: Floats) -> Lean:
+    """Sums over cells, in units of `scale`, of errors in deviations and of what is allowed (both given by row)."""
+    mean = cells.sum(along) / scale
+    steady = cells.sum(allowed + LEAN) / scale
+    together = np.abs(mean) + steady
+    return Lean(float(mean.sum()), float(together @ together), float(steady.sum()), len(mean))
 
 
 def _largest(error: Floats, errors: Errors, alarm: float) -> Finding | None:

@@ -46,6 +46,7 @@ def pull_request(material: Material, pictures: Sequence[Path] = (), *, link: str
         table += ["", f"and {len(material.rows) - 40} more rows in the report"]
     pieces = ["\n".join([*head, *table, ""])]
     pieces += [f"![{picture.stem}]({picture.parent.name}/{picture.name})\n" for picture in pictures]
+    pieces += ["\n".join([*markdown.weighed(found), ""]) for found in material.evidence]
     if material.difference is not None:
         pieces.append("\n".join(_difference(material)))
     pieces.append("\n".join(_worst(material.worst)))
@@ -190,7 +191,11 @@ def workflow_commands(material: Material) -> list[str]:
         title = f"{method} {dtype}: {outcome} in {len(verdicts)} cases"
         body = f"{worst.case.describe()}\n{worst.message[:1000]}\n{worst.replay[:1000]}"
         lines.append(f"::error title={_command(title, of_property=True)}::{_command(body)}")
-    return lines
+    alarms = [
+        str(alarm.get("sentence", "")) for found in material.evidence for alarm in found.get("alarms", ())
+    ]
+    lines += [f"::error title=evidence over cases::{_command(sentence)}" for sentence in alarms]
+    return lines[:MOST_ANNOTATIONS]
 
 
 def _command(given: str, *, of_property: bool = False) -> str:

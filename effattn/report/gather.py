@@ -92,6 +92,11 @@ class Material:
         return sum(1 for v in self.verdicts if summary.failed(v.outcome))
 
     @property
+    def evidence(self) -> list[dict[str, Any]]:
+        """What cases of a run say together, of each run that failed by it; as `effattn.run.evidence` has it as data."""
+        return [facts["evidence"] for _, facts in self.runs if isinstance(facts.get("evidence"), dict)]
+
+    @property
     def sentence(self) -> str:
         """The result in a sentence."""
         subject = self.methods[0] if len(self.methods) == 1 else f"{len(self.methods)} methods"
@@ -99,6 +104,10 @@ class Material:
             return f"Nothing was judged of {subject}: that is not a pass."
         if self.failed:
             return f"{subject} failed {self.failed} of {self.judged} judged cases."
+        if any(found.get("alarms") for found in self.evidence):
+            return f"{subject} passed each of {self.judged} judged cases, and failed all of them together."
+        if self.evidence:
+            return f"{subject} passed all {self.judged} judged cases, but not when some were judged again."
         return f"{subject} passed all {self.judged} judged cases."
 
 

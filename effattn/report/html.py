@@ -52,6 +52,7 @@ def render(material: Material) -> str:
     }
     sections = [("verdicts", "Verdicts"), ("charts", "Charts"), ("options", "Options")]
     sections += [("laws", "Laws")] if material.laws else []
+    sections += [("evidence", "Evidence")] if material.evidence else []
     sections += [("against", "Comparison")] if material.difference else []
     sections += [("history", "History")] if material.history else []
     sections += [("worst", "Worst cases"), ("cases", "Cases"), ("origin", "Provenance")]

@@ -35,6 +35,8 @@ def summary(result: Result, origin: Mapping[str, Any]) -> str:
         lines += [*_failure(failure), ""]
     if len(result.failures) > MOST_FAILURES:
         lines += [f"{len(result.failures) - MOST_FAILURES} more kinds of failure are in the run folder.", ""]
+    if not result.weighed.passed:
+        lines += [*weighed(result.weighed.to_dict()), ""]
     lines += [
         "## By value distribution",
         "",
@@ -58,6 +60,19 @@ def table(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
         cells = [text.markdown(label) for label in row.label]
         cells += [text.markdown(terminal.cell(row, column)) for column in COLUMNS]
         lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def weighed(found: Mapping[str, Any]) -> list[str]:
+    """What the cases say together, as `effattn.run.evidence` has it as data."""
+    lines = ["## Evidence over cases", ""]
+    for alarm in found.get("alarms", ()):
+        lines += [
+            f"- {text.markdown(str(alarm['sentence']))}. Most of it:",
+            "",
+            f"  {text.code(str(alarm['replay']))}",
+        ]
+    lines += [f"- {text.markdown(str(line))}" for line in found.get("unsteady", ())]
     return lines
 
 
@@ -87,6 +102,8 @@ def provenance(origin: Mapping[str, Any]) -> list[str]:
     """Where a run comes from, as a list."""
     lines = []
     for name, value in origin.items():
+        if name == "evidence":  # it has a section of its own
+            continue
         if isinstance(value, Mapping):
             value = ", ".join(f"{key} {inner}" for key, inner in value.items())
         lines.append(f"- {text.markdown(name)}: {text.code(str(value))}")

@@ -16,12 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from effattn.report import text
+from effattn.run import evidence
 
 if TYPE_CHECKING:
     from effattn.gate import Failure, Result
     from effattn.judge import Verdict
     from effattn.report.summary import LawRow, Row, Unjudged
     from effattn.run.catalog import Difference
+    from effattn.run.evidence import Weighed
 
 #: The width of output that is not a terminal: nothing is wrapped or cut, since programs read it too.
 PIPED_WIDTH = 10_000
@@ -52,8 +54,23 @@ def print_result(out: Console, result: Result, *, by_values: bool = False) -> No
     print_laws(out, result.laws, result.unjudged_laws)
     for failure in result.failures:
         print_failure(out, failure)
+    print_weighed(out, result.weighed)
     style = {0: "bold green", 1: "bold red", 2: "bold yellow"}[result.exit_code]
     out.print(Text(text.one_line(result.sentence), style=style))
+
+
+def print_weighed(out: Console, weighed: Weighed) -> None:
+    """What the cases say together: the alarms, each with the line that repeats the case which says most."""
+    if not weighed.passed:
+        out.print(Text("evidence over cases", style="bold red"))
+    for alarm in weighed.alarms:
+        out.print(Text(f"  {alarm.sentence}"), soft_wrap=True)
+        out.print(Text(f"    {text.one_line(alarm.replay)}", style="cyan"), soft_wrap=True)
+    for verdict in weighed.unsteady:
+        out.print(Text(f"  {text.one_line(evidence.unsteady(verdict))}"), soft_wrap=True)
+        out.print(Text(f"    {text.one_line(verdict.replay)}", style="cyan"), soft_wrap=True)
+    if not weighed.passed:
+        out.print()
 
 
 def print_laws(out: Console, rows: Sequence[LawRow], unjudged: Sequence[Unjudged]) -> None:

@@ -43,10 +43,10 @@ class Local:
         self._method = methods.get(spec)
         self.name, self.spec = self._method.name, self._method.spec
 
-    def judge(self, case: Case, law: str | None = None) -> Verdict:
-        """Compare one case with exact attention, or try a law on it."""
+    def judge(self, case: Case, law: str | None = None, *, weigh: str = "") -> Verdict:
+        """Compare one case with exact attention, or try a law on it; `weigh` as in `effattn.judge`."""
         if law is None:
-            return judge(case, self._method, device=self.device, checks=self.checks)
+            return judge(case, self._method, device=self.device, checks=self.checks, weigh=weigh)
         from effattn import laws
         from effattn.properties.law import get
 
@@ -69,12 +69,14 @@ class Local:
         self.close()
 
 
-def judge(case: Case, method: Method, *, device: str = "cpu", checks: Sequence[str] = ()) -> Verdict:
+def judge(
+    case: Case, method: Method, *, device: str = "cpu", checks: Sequence[str] = (), weigh: str = ""
+) -> Verdict:
     """Judge one case, with the number of threads that suits its size: the same for a gate and for a replay."""
     from effattn import judge as judging
 
     with _threads(case):
-        return judging.judge(case, method, device=device, checks=checks)
+        return judging.judge(case, method, device=device, checks=checks, weigh=weigh)
 
 
 @contextlib.contextmanager

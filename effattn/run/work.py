@@ -119,21 +119,28 @@ def check_device(device: str) -> None:
 
 
 def judge_case(
-    spec: str, device: str, case: dict[str, Any], limit: float | None, checks: Sequence[str] = ()
+    spec: str,
+    device: str,
+    case: dict[str, Any],
+    limit: float | None,
+    checks: Sequence[str] = (),
+    weigh: str = "",
 ) -> dict[str, Any]:
     """Judge one case, both as plain data."""
     from effattn.case import Case
 
-    return judged(Case.from_dict(case), spec, device, limit, checks).to_dict()
+    return judged(Case.from_dict(case), spec, device, limit, checks, weigh).to_dict()
 
 
-def judged(case: Case, spec: str, device: str, limit: float | None, checks: Sequence[str] = ()) -> Verdict:
+def judged(
+    case: Case, spec: str, device: str, limit: float | None, checks: Sequence[str] = (), weigh: str = ""
+) -> Verdict:
     """Judge one case within the time limit, in seconds."""
     from effattn.run import executor
 
     loaded = method(spec)
     with time_limit(limit):
-        return executor.judge(case, loaded, device=device, checks=checks)
+        return executor.judge(case, loaded, device=device, checks=checks, weigh=weigh)
 
 
 def judge_law(spec: str, device: str, case: dict[str, Any], limit: float | None, law: str) -> dict[str, Any]:
