@@ -299,8 +299,9 @@ def _made(
     own = random.normal(size=(rows, 1)) * np.sqrt(1.0 - common)  # all elements of a row alike: allowed
     error = 1e-3 * factor * (own + np.sqrt(common) * random.normal(size=(1, 1))) * ones
     return gradient_statistics.GradientErrors(
-        name="dk", error=error, exact=exact, sigma=1e-3 * ones, common=common * 1e-6 * ones, inner=1e-9 * ones,
-        cast=0.9e-6 * ones, format=for_dtype("bf16").format("acc"), heads=4, known=lambda: iter(()),
+        name="dk", error=error, exact=exact, sigma=1e-3 * ones, common=common * 1e-6 * ones, delta=0.0 * ones,
+        inner=1e-9 * ones, cast=0.9e-6 * ones, format=for_dtype("bf16").format("acc"), heads=4,
+        head=np.arange(rows) * 4 // rows, known=lambda: iter(()),
         places=lambda: np.arange(rows, dtype=float)[:, None] * 10.0,
     )  # fmt: skip
 

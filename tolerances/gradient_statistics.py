@@ -114,9 +114,7 @@ def examine(errors: GradientErrors, *, alarm: float) -> list[Finding]:
     findings = []
     if size is not None:
         found = [
-            _size(
-                squares, np.maximum(even, known), rows, explained.independent, errors.heads, theta, alarm
-            )
+            _size(squares, np.maximum(even, known), rows, explained.independent, errors.heads, theta, alarm)
             for squares, even, known in explained.squares()
         ]
         if all(found):

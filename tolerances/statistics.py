@@ -250,7 +250,11 @@ def _explained_squares(
     for p in known:
         rest = errors.inner + p.variance
         yield squares, rest + even, rest + as_it_is
-        yield (errors.error - p.error) ** 2, errors.inner + even, errors.inner + rounding(errors.exact + p.error)
+        yield (
+            (errors.error - p.error) ** 2,
+            errors.inner + even,
+            errors.inner + rounding(errors.exact + p.error),
+        )
 
 
 def _slope(error: Floats, direction: Floats, errors: Errors, cells: Cells | None) -> tuple[float, float]:
