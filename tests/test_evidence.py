@@ -118,6 +118,12 @@ def test_an_account_averages_its_bets_and_has_the_mean_by_rows() -> None:
     assert (account.cases, account.best, account.mean) == (2, 0, 1.75)
 
 
+def test_what_is_no_number_wins_nothing() -> None:
+    for mean in (math.inf, math.nan):
+        (found,) = {bet for bet in evidence.of_size("out size", [evidence.Size(mean, 10.0)]).bets}
+        assert found < -1e5
+
+
 def test_all_tests_of_a_run_share_its_probability() -> None:
     assert math.exp(-evidence.threshold(3)) * 3 * len(evidence.NAMES) == pytest.approx(evidence.ALARM)
 

@@ -20,8 +20,9 @@ Size. For the mean square S of errors in expected deviations over n independent 
 
     E exp(y n S / m) <= (1 - 2 y)^(-n / 2)           where the deviation is at most sqrt(m) times the expected one.
 
-What the null hypothesis allows on top of what verdicts do: expected deviations are right to first order, and as a sum over
-many cases becomes exact, so must they. A run is allowed a size of `SIZE` and a lean of `LEAN` deviations a row.
+What the null hypothesis allows on top of what verdicts do: expected deviations and symmetric signs are right to first
+order, and the mean over many cases is known so well that the next order would show. So a run is allowed a size of `SIZE`
+and a lean of `LEAN` deviations a row.
 
 Where several things explain a correct kernel (known roundings taken out, or not), the least of their e-values counts: the
 one that is true of this kernel is no smaller.
@@ -95,7 +96,7 @@ class Evidence:
 def of_direction(name: str, variants: Sequence[Lean]) -> Evidence:
     """Bets on a lean up, then down: of each bet the least over the variants."""
     bets = tuple(
-        min(b * (sign * v.total - v.allowed) - 0.5 * b * b * v.square for v in variants)
+        _short(min(b * (sign * v.total - v.allowed) - 0.5 * b * b * v.square for v in variants))
         if all(v.allowed <= most * v.cells for v in variants)
         else 0.0
         for sign in (1.0, -1.0)
@@ -105,10 +106,16 @@ def of_direction(name: str, variants: Sequence[Lean]) -> Evidence:
     return Evidence(name=name, mean=weakest.total / weakest.cells, rows=float(weakest.cells), bets=bets)
 
 
+def _short(x: float) -> float:
+    """Rounded down to few digits, since every verdict of a gate records them; what is no number wins nothing."""
+    return math.floor(x * 1e4) / 1e4 if math.isfinite(x) else -1e6
+
+
 def of_size(name: str, variants: Sequence[Size]) -> Evidence:
     """Bets on a larger size: of each bet the least over the variants."""
     bets = tuple(
-        min(v.rows * (y * v.mean / SIZE**2 + 0.5 * math.log1p(-2.0 * y)) for v in variants) for y in EXCESSES
+        _short(min(v.rows * (y * v.mean / SIZE**2 + 0.5 * math.log1p(-2.0 * y)) for v in variants))
+        for y in EXCESSES
     )
     weakest = min(variants, key=lambda v: v.mean)
     return Evidence(name=name, mean=weakest.mean, rows=weakest.rows, bets=bets)
