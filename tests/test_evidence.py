@@ -120,7 +120,7 @@ def test_an_account_averages_its_bets_and_has_the_mean_by_rows() -> None:
 
 def test_what_is_no_number_wins_nothing() -> None:
     for mean in (math.inf, math.nan):
-        (found,) = {bet for bet in evidence.of_size("out size", [evidence.Size(mean, 10.0)]).bets}
+        (found,) = set(evidence.of_size("out size", [evidence.Size(mean, 10.0)]).bets)
         assert found < -1e5
 
 
