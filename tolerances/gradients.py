@@ -201,6 +201,9 @@ def gradient_envelopes(
         more, more_noise = _stored(
             numerics.stored_queries,
             n,
+            1,
+            k.shape[2],
+            options.mask is None,
             torch.bmm(d_abs + x.z, keys),
             exact_dq,
             terms,
@@ -270,7 +273,9 @@ def gradient_envelopes(
     group = q.shape[1] // k.shape[1]
     heads_judged = rows_judged.all(-1).unflatten(1, (k.shape[1], group)).all(-1)[..., None, None]
     for name, of in (("k", gradients.k), ("v", gradients.v)):
-        out[name] = _of_keys(name, of, sums, size, group, heads_judged)
+        out[name] = _of_keys(
+            name, of, sums, size, group, heads_judged, q_len=q.shape[2], contiguous=options.mask is None
+        )
     everything = rows_judged.all()
     if gradients.bias is not None and bias_format is not None and sums.bias:
         x, b = sums.bias, gradients.bias
@@ -429,19 +434,28 @@ def _cast_variance(x: torch.Tensor, fmt: Format) -> torch.Tensor:
 def _stored(
     block: int | None,
     n: torch.Tensor,
+    heads: int,
+    length: int,
+    contiguous: bool,
     sizes: torch.Tensor,
     total: torch.Tensor,
     terms: torch.Tensor,
     fmt: Format,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bound and variance of rounding partial sums of n terms to a format after each `block` terms.
+    """Bound and variance of rounding partial sums of n terms to a format after each `block` positions.
 
-    `sizes` is the sum of the terms' sizes, `terms` that of their squares. Partial sums as in `envelope.running_sum`.
+    The terms are those of `heads` heads of `length` positions; `contiguous` where what is seen of a head is one range.
+    Blocks begin at multiples of their size, so two terms may lie in two of them. `sizes` is the sum of the terms' sizes,
+    `terms` that of their squares. Partial sums as in `envelope.running_sum`.
     """
     if block is None:
         return torch.zeros_like(total), torch.zeros_like(total)
+    touched = n.clamp(max=float(heads * -(-length // block)))
+    if contiguous:
+        # A range of m positions meets at most floor((m - 2) / block) + 2 blocks.
+        touched = torch.minimum(touched, torch.floor((n - heads).clamp(min=0.0) / block) + 2.0 * heads)
     # The last one is the rounding of the result.
-    stores = torch.ceil(n / block) - 1.0
+    stores = touched - 1.0
     u = fmt.unit_roundoff
     most = stores.clamp(min=0.0) * (0.5 * u * (sizes + total.abs()) + 0.5 * fmt.smallest_subnormal)
     share = (block / n.clamp(min=1.0)).clamp(max=1.0)
@@ -491,7 +505,15 @@ def _rounded(
 
 
 def _of_keys(
-    name: str, exact: torch.Tensor, sums: HeadSums, size: _Sizes, group: int, judged: torch.Tensor
+    name: str,
+    exact: torch.Tensor,
+    sums: HeadSums,
+    size: _Sizes,
+    group: int,
+    judged: torch.Tensor,
+    *,
+    q_len: int,
+    contiguous: bool,
 ) -> GradientEnvelope:
     """dK or dV: the sum over the queries that see a key, of all heads of a group."""
     numerics = size.numerics
@@ -521,7 +543,9 @@ def _of_keys(
             2
         )
         noise = noise + _cast_variance(per_head, input_).sum(2)
-    more, more_noise = _stored(numerics.stored_keys, n, absolute, exact, total("terms"), input_)
+    more, more_noise = _stored(
+        numerics.stored_keys, n, group, q_len, contiguous, absolute, exact, total("terms"), input_
+    )
     reach, noise = reach + more, noise + more_noise
     return _rounded(
         exact, input_, reach, noise, inner, judged, common=common, delta=total("delta"), cast=cast
