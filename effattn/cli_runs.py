@@ -37,7 +37,9 @@ def list_runs(folder: Path) -> int:
     for run in found:
         entry = catalog.entry(run)
         damaged += entry.damaged
-        state = "" if entry.ended else "not at its end"
+        state = "failed together" if entry.failed_together else ""
+        if not entry.ended:
+            state = "not at its end"
         if entry.damaged:
             state = f"{len(entry.damaged)} damaged"
         rows.append(

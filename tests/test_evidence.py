@@ -255,6 +255,8 @@ def test_the_gate_fails_a_kernel_that_only_all_cases_show(
     for file in (markdown, page):
         assert "failed all of them together" in file.read_text()
         assert "errors of dV lean along dV itself" in file.read_text()
+    _, listed, _ = effattn_command("runs", "list", tmp_path)
+    assert "failed together" in listed
 
 
 @pytest.mark.parametrize("dtype", ["fp16"])

@@ -38,6 +38,8 @@ class Entry:
     damaged: tuple[Damage, ...]
     #: whether it came to its end
     ended: bool
+    #: whether the verdicts say against the method together what none says alone (`effattn.run.evidence`)
+    failed_together: bool
 
     @property
     def failed(self) -> int:
@@ -67,6 +69,7 @@ def entry(folder: Path) -> Entry:
         outcomes=dict(outcomes),
         damaged=tuple(damaged),
         ended="ended" in provenance,
+        failed_together=any(provenance.get("evidence", {}).get(name) for name in ("alarms", "unsteady")),
     )
 
 
