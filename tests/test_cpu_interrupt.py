@@ -62,12 +62,12 @@ def start(folder: Path, code: str, threads: int) -> subprocess.Popen[str]:
     )
 
 
-def interrupt(process: subprocess.Popen[str], times: int = 1) -> None:
+def interrupt(process: subprocess.Popen[str], times: int = 1, by: signal.Signals = signal.SIGINT) -> None:
     assert process.stdout is not None
     line = process.stdout.readline()
     assert "running" in line, line or (process.stderr and process.stderr.read())
     for _ in range(times):
-        process.send_signal(signal.SIGINT)
+        process.send_signal(by)
 
 
 def rest(process: subprocess.Popen[str]) -> tuple[str, str]:
@@ -189,3 +189,68 @@ except KeyboardInterrupt:
         process.send_signal(signal.SIGINT)
     _, error = rest(process)
     assert line == "given up\n", error
+
+
+CHECKED = """
+import os, signal, sys
+import torch, triton, triton.language as tl
+
+@triton.jit
+def beyond(flag, x, o, n):
+    if tl.program_id(0) == 0:
+        tl.store(o, tl.load(x + n))
+    if tl.program_id(0) == 1:
+        tl.device_print("running")
+        while tl.load(flag) == 0:
+            tl.store(o, -1)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+flag, o = (torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(2))
+beyond.warmup(flag, flag, o, 1, grid=(2,))
+try:
+    beyond[(2,)](flag, flag, o, 1)
+except BaseException as error:
+    os.write(1, f"raised {type(error).__name__}\\n".encode())
+    raise
+"""
+
+
+def test_an_interrupt_of_a_checked_program_is_passed_on_and_what_was_found_by_then_is_printed(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "checked.py").write_text(CHECKED)
+    # Signals to the command alone, which waits for the program: as a script or a test runner sends them.
+    command = "import signal; from effattn.cli import main; signal.signal(signal.SIGINT, signal.default_int_handler); main()"
+    options = ["cpu", "--check", "bounds,races", "--", "checked.py"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, *options],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    interrupt(process)
+    out, error = rest(process)
+    assert out == "raised KeyboardInterrupt\n", error
+    assert process.returncode == -signal.SIGINT
+    assert "bounds: kernel beyond, checked.py:8, program (0, 0, 0): load of element 1 of x" in error
+    assert error.endswith("checked bounds, races in 1 launch: 1 finding\n")
+
+
+def test_a_checked_program_ends_where_its_command_is_told_to(tmp_path: Path) -> None:
+    (tmp_path / "waits.py").write_text(
+        "import os, sys; os.write(1, b'running\\n'); sys.stdin.read(); os.write(1, b'by itself')"
+    )
+    process = subprocess.Popen(
+        [str(Path(sys.executable).with_name("effattn")), *"cpu --check bounds -- waits.py".split()],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    interrupt(process, by=signal.SIGTERM)
+    assert process.wait() == -signal.SIGTERM
+    assert process.stdin is not None
+    process.stdin.close()  # a program that is still there says so
+    assert rest(process)[0] == ""

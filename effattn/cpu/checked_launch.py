@@ -147,8 +147,13 @@ def run(launcher: Launcher, function: int, grid: tuple[int, int, int], args: Seq
     """
     checks = session.current() or Checks("bounds")
     with _lock:
-        found = _Launch(launcher, function, grid, args, checks).run()
-    checks.record(found)
+        launch = _Launch(launcher, function, grid, args, checks)
+        try:
+            launch.run()
+        except KeyboardInterrupt:
+            checks.note(_distinct(launch.found))
+            raise
+    checks.record(launch.found)
 
 
 class _Launch:
@@ -186,6 +191,7 @@ class _Launch:
         accesses = [s for s in self.sites if s.kind in (probes.LOAD, probes.STORE, probes.ATOMIC)]
         self.loose = any(self._anywhere(s) for s in accesses)
         self.written = self._written(accesses)
+        self.found: list[Finding] = []
 
     def _written(self, accesses: list[probes.Site]) -> list[Slot]:
         """The tensors that the kernel may write to."""
@@ -201,10 +207,9 @@ class _Launch:
 
     # -- the runs
 
-    def run(self) -> list[Finding]:
-        """All runs; the findings."""
-        checks, report = self.checks, self.checks.report
-        report.launches += 1
+    def run(self) -> None:
+        """All runs; what they find is in `found`, at any time."""
+        checks = self.checks
         poisons = "poison" in self.asked and bool(self.undefined)
         count = self.grid[0] * self.grid[1] * self.grid[2]
         orders = "order" in self.asked and count > 1
@@ -221,19 +226,22 @@ class _Launch:
         if "traffic" in self.asked:
             state.flags |= _TRAFFIC
         first = _Trial(NAN if "poison" in self.asked else self.zero)
-        found = self._once(state, first)
-        self._count_traffic()
-        ended = any(f.instrument == "bounds" for f in found)
-        if checks.allocations is not None:
-            for slot in self.written:
-                checks.allocations.stored(slot.lo, slot.hi, self.kernel, slot.name, whole=not ended)
-        if ended or not again:
-            return found
+        whole = False
+        try:
+            self.found += self._once(state, first, cut_short=self.found)
+            whole = not any(f.instrument == "bounds" for f in self.found)
+        finally:
+            self._count_traffic()
+            if checks.allocations is not None:
+                for slot in self.written:
+                    checks.allocations.stored(slot.lo, slot.hi, self.kernel, slot.name, whole=whole)
+        if not (whole and again):
+            return
         # Each further run leaves memory as the first one did.
         repeat = self._afresh(first) if before is None else self._restored(before)
         for trial in self._trials(first, poisons, count if orders else 0):
-            found += repeat(trial)
-        return _distinct(found)
+            self.found += repeat(trial)
+        self.found = _distinct(self.found)
 
     def _trials(self, first: _Trial, poisons: bool, count: int) -> Iterator[_Trial]:
         """The further runs. `count`: programs, where their order is looked at."""
@@ -393,8 +401,8 @@ class _Launch:
         state.max_nanoseconds = int(checks.max_seconds * 1e9)
         return state
 
-    def _once(self, state: _State, trial: _Trial) -> list[Finding]:
-        """Run the grid once."""
+    def _once(self, state: _State, trial: _Trial, cut_short: list[Finding] | None = None) -> list[Finding]:
+        """Run the grid once. `cut_short` gets what was found by then where Ctrl-C ends the run."""
         order = trial.order
         count = self.grid[0] * self.grid[1] * self.grid[2]
         extents = (_Extent * max(1, len(self.slots)))(*((s.lo, s.hi) for s in self.slots))
@@ -427,9 +435,17 @@ class _Launch:
         state.findings = ctypes.addressof(findings)
         state.order = None if order is None else order.ctypes.data
         self._fill(trial.fill)
-        status = self.library.effattn_launch_checked(self.packed, ctypes.byref(state))
-        if status == _INTERRUPTED:
-            raise KeyboardInterrupt(f"the launch of {self.kernel} ended before all its programs were done")
+        try:
+            # Python's own handler raises as soon as this returns; only one that does not raise lets us come further.
+            status = self.library.effattn_launch_checked(self.packed, ctypes.byref(state))
+            if status == _INTERRUPTED:
+                raise KeyboardInterrupt(
+                    f"the launch of {self.kernel} ended before all its programs were done"
+                )
+        except KeyboardInterrupt:
+            if cut_short is not None:
+                cut_short += [self._finding(f) for f in findings[: state.finding_count]]
+            raise
         if status:
             raise MemoryError(
                 f"could not get {self.arena} bytes of working memory for kernel {self.kernel}, or the memory to check it"

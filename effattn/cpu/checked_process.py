@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from multiprocessing import util
@@ -25,6 +26,12 @@ from effattn.cpu.sanitizer import Checks, Finding, Report, Traffic, parse
 #: environment variable with the names of the checks and the folder, as JSON
 VARIABLE = "EFFATTN_CPU_CHECKS"
 
+#: signals to `effattn cpu --check` that are for the program
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM)
+#: si_code: SI_USER, and less for other ways of sending; the terminal's is greater
+_SENT_BY_A_PROCESS = 0
+_GRACE = 0.3  # seconds
+
 
 class _Process(Checks):
     """The checks of this process, for good."""
@@ -35,12 +42,12 @@ class _Process(Checks):
         self._file: int | None = None
         self._ended = False
 
-    def record(self, found: list[Finding]) -> None:
-        """Take the findings of one launch, and write them down."""
+    def note(self, found: list[Finding], *, launches: int = 1) -> None:
+        """Take findings, and write them down."""
         traffic = [[*key, asdict(t)] for key, t in self.report.traffic.items()]
         self.report.traffic.clear()
-        self.write({"launches": 1, "traffic": traffic, "findings": [asdict(f) for f in found]})
-        super().record(found)
+        self.write({"launches": launches, "traffic": traffic, "findings": [asdict(f) for f in found]})
+        super().note(found, launches=launches)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append to this process's file."""
@@ -54,7 +61,12 @@ class _Process(Checks):
         if self._ended:
             return
         self._ended = True
-        self.write({"findings": [asdict(f) for f in self.end()]})
+        # A second Ctrl-C waits until they are written.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.write({"findings": [asdict(f) for f in self.end()]})
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def forget(self) -> None:
         """In a forked child: what was written before is the parent's."""
@@ -83,23 +95,59 @@ def begin_from_environment() -> None:
 def run(command: Sequence[str], env: Mapping[str, str], checks: Sequence[str]) -> int:
     """Run a program under checks and print what they found to the standard error.
 
-    Returns its exit code (128 + n where signal n ended it), or 1 where it is 0 and something was found.
+    Returns its exit code (128 + n where signal n ended it), or 1 where it is 0 and something was found. Where SIGINT or
+    SIGTERM ended it, this process ends by the same signal, as the program does without checks.
     """
     names = parse(",".join(checks))
     with tempfile.TemporaryDirectory(prefix="effattn-checks-") as folder:
-        process = subprocess.Popen(list(command), env={**env, VARIABLE: json.dumps([names, folder])})
-        # Ctrl-C is for the program, which stands in the same group; what it has found by then is still printed.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            code = process.wait()
-        finally:
-            signal.signal(signal.SIGINT, before)
+        code = _attended(command, {**env, VARIABLE: json.dumps([names, folder])})
         report = collect(Path(folder), names)
     sys.stdout.flush()
-    print(report.summary(), file=sys.stderr)
+    print(report.summary(), file=sys.stderr, flush=True)
+    if -code in _PASSED_ON:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
     if code < 0:
         return 128 - code
     return code or int(bool(report.findings))
+
+
+def _attended(command: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run a program and pass signals on that were sent to this process alone. Returns Popen's exit code.
+
+    The program stands in the same group of processes: Ctrl-C on a terminal reaches both, and is the program's. `kill PID` by
+    a script or a test runner reaches this process, and without checks it would have been the program.
+    """
+    passed_on = {n for n in _PASSED_ON if signal.getsignal(n) != signal.SIG_IGN}
+    # Ignored, it would not say when the program ends.
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # Blocked, so that they can be waited for, with who sent them. The program has them as they were.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, *passed_on})
+    try:
+        process = subprocess.Popen(
+            list(command), env=env, preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        )
+        interrupted: float | None = None  # when SIGINT is to be passed on
+        while process.poll() is None:
+            if interrupted is None:
+                info = signal.sigwaitinfo({signal.SIGCHLD, *passed_on})
+            else:
+                left = max(0.0, interrupted - time.monotonic())
+                info = signal.sigtimedwait({signal.SIGCHLD, *passed_on}, left)
+            if info is None:
+                process.send_signal(signal.SIGINT)
+                interrupted = None
+            elif info.si_signo == signal.SIGTERM:
+                process.send_signal(signal.SIGTERM)
+            elif (
+                info.si_signo == signal.SIGINT and info.si_code <= _SENT_BY_A_PROCESS and interrupted is None
+            ):
+                # To the whole group, perhaps. A program that has it too ends meanwhile, and is not interrupted in ending.
+                interrupted = time.monotonic() + _GRACE
+        return process.returncode
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGCHLD, before)
 
 
 def collect(folder: Path, names: tuple[str, ...]) -> Report:

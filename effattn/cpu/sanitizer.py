@@ -216,9 +216,14 @@ class Checks:
         self.allocations = None
         return found
 
-    def record(self, found: list[Finding]) -> None:
-        """Take the findings of one launch."""
+    def note(self, found: list[Finding], *, launches: int = 1) -> None:
+        """Take findings, and the number of launches that they are all of."""
+        self.report.launches += launches
         self.report.findings += found
+
+    def record(self, found: list[Finding], *, launches: int = 1) -> None:
+        """Take the findings of one launch. Raises Fault where there are some and the checks raise."""
+        self.note(found, launches=launches)
         if found and self.raises:
             raise Fault(found)
 
