@@ -187,3 +187,79 @@ def test_memory_nobody_has_written_on_an_emulated_gpu_that_is_the_default_device
     with cpu.as_cuda(), torch.device("cuda"):
         (found,) = _found(launch)
     assert (found.argument, found.offset) == ("y_ptr", 6)
+
+
+# ------------------------------------------------------------------------------------------- reads of the host's code
+
+
+def _filled(written: int, of: torch.dtype = torch.float32) -> torch.Tensor:
+    """Eight elements; nobody else holds the tensor, so nothing is known of it when the checks end."""
+    x = torch.empty(8, dtype=of)
+    _write[(1,)](x, written, BLOCK=8)
+    return x
+
+
+_READS = [
+    lambda x: x[-1].item(),
+    lambda x: float(x.view(2, 4)[1, 3]),
+    lambda x: bool(x[6]),
+    lambda x: x.sum(),
+    lambda x: torch.max(x),
+    lambda x: x.view(2, 4).T[1:].amax(),
+    lambda x: torch.allclose(torch.zeros(8, dtype=x.dtype), x),
+    lambda x: x.equal(x),
+]
+
+
+@pytest.mark.parametrize("torch_dtype", _TYPES)
+@pytest.mark.parametrize("read", _READS)
+def test_what_host_code_reads_and_nobody_has_written_is_found(read: Any, torch_dtype: torch.dtype) -> None:
+    (found,) = _found(lambda: read(_filled(6, torch_dtype)) and None)
+    assert (found.instrument, found.kernel, found.argument) == ("poison", "_write", "y_ptr")
+    assert found.offset in (6, 7)
+    assert "(torch.empty at test_cpu_checks_undefined.py:" in found.done
+    assert " at test_cpu_checks_undefined.py:" in found.done.partition("is read by")[2]
+    assert _found(lambda: read(_filled(8, torch_dtype)) and None) == []
+
+
+def test_a_read_of_the_host_raises_and_is_told_once() -> None:
+    with cpu.checks("poison") as report:
+        x = _filled(6)
+        with pytest.raises(cpu.Fault, match="element 6 of y_ptr"):
+            x.sum()
+        x.sum()
+    assert len(report.findings) == 1
+    assert report.launches == 1
+    assert torch.Tensor.sum is torch._C.TensorBase.sum, "the functions of torch are themselves again"
+
+
+def test_workspaces_that_are_filled_in_part_are_none() -> None:
+    def launch() -> None:
+        x, untouched = _filled(6), torch.empty(8)
+        y = torch.zeros(8)
+        _masked[(1,)](x, y, 6, BLOCK=8)
+        assert y.sum() == 15
+        assert x[:6].sum() == 15
+        x.clone(), x * 2, x.cpu(), x.sum(0, keepdim=True), torch.max(x, y), str(x)  # moves, rows, prints
+        assert untouched.sum().isnan(), "no kernel is to write it"
+
+    assert _found(launch) == []
+
+
+def test_what_a_kernel_did_to_memory_before_it_was_given_back_is_nothing_to_a_new_tensor() -> None:
+    places = []
+
+    def launch() -> list[torch.Tensor]:
+        n = 1 << 20
+        y = torch.empty(n)
+        _write[(1,)](y, 8, BLOCK=8)
+        places.append(y.data_ptr())
+        del y
+        fresh = torch.empty(n)
+        places.append(fresh.data_ptr())
+        return [fresh]
+
+    # Until the same memory comes again.
+    while not places or places[-1] != places[-2]:
+        assert _found(launch) == []
+        assert len(places) < 200

@@ -242,7 +242,7 @@ def test_a_checked_program_ends_where_its_command_is_told_to(tmp_path: Path) -> 
         "import os, sys; os.write(1, b'running\\n'); sys.stdin.read(); os.write(1, b'by itself')"
     )
     process = subprocess.Popen(
-        [str(Path(sys.executable).with_name("effattn")), *"cpu --check bounds -- waits.py".split()],
+        [str(Path(sys.executable).with_name("effattn")), *["cpu", "--check", "bounds", "--", "waits.py"]],
         cwd=tmp_path,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -22,6 +22,7 @@ tensor. Outside of such a block nothing of this exists: kernels and launches are
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -200,7 +201,7 @@ class Checks:
         if "poison" in self.instruments:
             from effattn.cpu.poison import Allocations
 
-            self.allocations = Allocations()
+            self.allocations = Allocations(functools.partial(self.record, launches=0))
             self.allocations.begin()
         session.begin(self)
         return self.report
