@@ -537,6 +537,10 @@ def _judge(
     """The method, loaded where it will run."""
     if device not in ("cpu", "cuda"):
         raise RequestError(_unknown("device", device, ("cpu", "cuda")))
+    if device == "cpu":
+        from effattn.cpu import launch
+
+        launch.threads_from_environment()  # before the first case, not in each
     if not isolation:
         from effattn.run.executor import Local
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,8 +86,6 @@ def test_the_plugin_does_not_import_torch() -> None:
 
 
 def test_a_sitecustomize_that_was_there_still_runs(tmp_path: Path) -> None:
-    import os
-
     (tmp_path / "sitecustomize.py").write_text("import builtins\nbuiltins.THERE = True\n")
     code = (
         "import sys, torch; print(THERE, torch.cuda.is_available(), any('autoload' in p for p in sys.path))"
@@ -117,3 +116,40 @@ def test_what_cannot_be_started_is_said(arguments: tuple[str, ...], words: str, 
     assert done.returncode == 2
     assert words in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("EFFATTN_DOT_MODEL", "hoper", "EFFATTN_DOT_MODEL: unknown dot model 'hoper'; there are ieee,"),
+        ("EFFATTN_CPU_THREADS", "abc", "EFFATTN_CPU_THREADS is 'abc'; expected a whole number from 1"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("cpu", "--", "python", "-c", "print('started')"),
+        ("cpu", "--check", "bounds", "--", "python", "-c", "print('started')"),
+        ("gate", "flash", "--dtype", "fp16"),
+        ("replay", '{"schema":1,"q_len":3,"kv_len":5,"head_dim":40,"dtype":"fp32"}', "flash"),
+    ],
+    ids=["cpu", "checked", "gate", "replay"],
+)
+def test_a_wrong_setting_in_the_environment_is_said_before_anything_starts(
+    command: tuple[str, ...], variable: str, value: str, words: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("effattn")), *command],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, variable: value},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout
+    assert done.stderr.startswith(f"effattn: {words}")
+    assert done.stdout == ""
+
+
+def test_an_option_stands_before_the_environment(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("effattn")), "cpu", "--dot-model", "hopper", "--", "python", "-c", "print(1)"],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "EFFATTN_DOT_MODEL": "hoper"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from effattn.cpu import compat, models
+from effattn.cpu import compat, launch, models
 from effattn.errors import RequestError
 
 _AUTOLOAD = Path(__file__).with_name("autoload")
@@ -73,6 +73,9 @@ def run(
     Raises RequestError for settings that are not known and programs that cannot be started.
     """
     settings = compat.settings(capability=capability, autotune=autotune)
+    launch.threads_from_environment()
+    if dot_model is None:
+        models.selected()
     env = environment(settings, os.environ, dot_model)
     command = command_line(program, env["PATH"])
     if checks:

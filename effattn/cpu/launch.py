@@ -60,13 +60,18 @@ def get_num_threads() -> int:
     """
     global _threads
     if _threads is None:
-        given = os.environ.get("EFFATTN_CPU_THREADS")
-        if given is not None and not (given.isdecimal() and 1 <= int(given) <= _MOST_THREADS):
-            raise RequestError(
-                f"EFFATTN_CPU_THREADS is {given!r}; expected a whole number from 1 to {_MOST_THREADS}"
-            )
-        _threads = len(os.sched_getaffinity(0)) if given is None else int(given)
+        _threads = threads_from_environment()
     return _threads
+
+
+def threads_from_environment() -> int:
+    """EFFATTN_CPU_THREADS, else the cores this process may use. RequestError where it is no number of threads."""
+    given = os.environ.get("EFFATTN_CPU_THREADS")
+    if given is not None and not (given.isdecimal() and 1 <= int(given) <= _MOST_THREADS):
+        raise RequestError(
+            f"EFFATTN_CPU_THREADS is {given!r}; expected a whole number from 1 to {_MOST_THREADS}"
+        )
+    return len(os.sched_getaffinity(0)) if given is None else int(given)
 
 
 def set_num_threads(count: int) -> None:
