@@ -481,6 +481,44 @@ print("launched")
     assert rest == ["launched"], error
 
 
+def test_a_disk_that_is_full_while_triton_writes_is_one_clear_error(tmp_path: Path) -> None:
+    code = """
+import resource, signal
+from effattn.cpu import cache
+from effattn.errors import RequestError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+manager = cache.CheckedCache("key")
+for data in (bytes(2000), "x" * 2000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
+    try:
+        manager.put(data, "kernel.json")
+    except RequestError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+print(open(manager.put("whole", "kernel.json")).read())
+"""
+    folder = tmp_path / "cache"
+    out, error = python(code, tmp_path, TRITON_CACHE_DIR=str(folder)).communicate()
+    *messages, whole = out.splitlines()
+    assert len(messages) == 2, error
+    for message in messages:
+        assert message.startswith(f"Triton's cache folder {folder} cannot be used ([Errno 27] File too large")
+        assert message.endswith("set TRITON_CACHE_DIR to a folder that is writable and has space")
+    assert whole == "whole", error
+
+
+def test_a_cache_folder_that_cannot_be_made_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from effattn.cpu.cache import CheckedCache
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(RequestError, match=r"file/cache cannot be used .*set TRITON_CACHE_DIR"):
+        CheckedCache("key")
+
+
 def python(code: str, tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": path, **environment}

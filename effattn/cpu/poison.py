@@ -231,8 +231,8 @@ class Allocations:
             instrument="poison",
             kernel=kernel,
             argument=argument,
-            offset=at,
-            offset_bytes=at * x.element_size(),
+            offset=int(at),
+            offset_bytes=int(at) * x.element_size(),
             done=f"element {at} of {argument}, counted from the start of its memory ({origin}), was never written{more}, and is "
             f"read by {name} at {_caller()}",
             expected="every element of a tensor that was made without contents to be written before it is used",

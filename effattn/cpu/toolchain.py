@@ -162,10 +162,15 @@ def check_cache_folder(room: int = 4096) -> None:
             if file.write(bytes(room)) < room:
                 raise OSError("the disk is full")
     except OSError as error:
-        raise RequestError(
-            f"Triton's cache folder {folder} cannot be used ({error}): compiled kernels are kept there; "
-            "set TRITON_CACHE_DIR to a folder that is writable and has space"
-        ) from error
+        raise unusable_cache(folder, error) from error
+
+
+def unusable_cache(folder: str, error: OSError) -> RequestError:
+    """What is said where Triton's cache folder cannot be written to."""
+    return RequestError(
+        f"Triton's cache folder {folder} cannot be used ({error}): compiled kernels are kept there; "
+        "set TRITON_CACHE_DIR to a folder that is writable and has space"
+    )
 
 
 def rebuild(name: str, key: str | None, library: bytes) -> bytes | None:
