@@ -301,6 +301,48 @@ def test_the_declared_gpu_answers(capability: str, name: str, multiprocessors: i
         assert torch.accelerator.current_accelerator().type == "cuda"
 
 
+@pytest.mark.parametrize(
+    ("capability", "tera_flops", "bandwidth"),
+    # FP32 (64 or 128 multiply-adds a cycle in each multiprocessor) and memory bandwidth of the data sheets.
+    [
+        ("7.0", 15.7, 900), ("7.5", 8.1, 320), ("8.0", 19.5, 1555), ("8.6", 37.4, 696), ("8.9", 91.6, 864), ("9.0", 67, 3350),
+        ("10.0", 75, 7700), ("12.0", 104.8, 1792),
+    ],
+)  # fmt: skip
+def test_a_roofline_can_be_drawn(capability: str, tera_flops: float, bandwidth: float) -> None:
+    with effattn.cpu.as_cuda(capability=capability):
+        gpu = torch.cuda.get_device_properties(0)
+        cores = 64 if (gpu.major, gpu.minor) in ((7, 0), (7, 5), (8, 0)) else 128
+        assert gpu.multi_processor_count * cores * 2 * gpu.clock_rate / 1e9 == pytest.approx(
+            tera_flops, rel=0.01
+        )
+        assert 2 * gpu.memory_clock_rate * gpu.memory_bus_width / 8e6 == pytest.approx(bandwidth, rel=0.001)
+        assert torch.cuda.clock_rate() * 1000 == gpu.clock_rate
+        told = triton.runtime.driver.active.utils.get_device_properties(0)
+        assert told["sm_clock_rate"] == gpu.clock_rate
+        assert (told["mem_clock_rate"], told["mem_bus_width"]) == (
+            gpu.memory_clock_rate,
+            gpu.memory_bus_width,
+        )
+        assert triton.testing.get_dram_gbps(0) == pytest.approx(bandwidth, rel=0.001)
+
+
+def test_launches_that_a_gpu_refuses_are_refused(cuda: None) -> None:
+    x = torch.ones(8, device="cuda")
+    y = torch.zeros_like(x)
+    for grid, axis in (((1, 65536), "y"), ((1, 1, 65536), "z")):
+        with pytest.raises(
+            RequestError,
+            match=rf"grid of kernel doubled is .*; a GPU has at most 65535 programs along {axis}",
+        ):
+            doubled[grid](x, y, 8, BLOCK=8)
+    with pytest.raises(RequestError, match="num_warps=3: a GPU takes a power of two"):
+        doubled[(1,)](x, y, 8, BLOCK=8, num_warps=3)
+    assert not y.any()
+    doubled[(1, 65535)](x, y, 8, BLOCK=8, num_warps=8)
+    assert y.cpu().tolist() == [2.0] * 8
+
+
 def test_streams_and_events_are_inert_and_time_runs(cuda: None) -> None:
     with torch.cuda.stream(torch.cuda.Stream()):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -135,8 +135,14 @@ def test_working_memory_that_cannot_be_had_is_an_error() -> None:
 
 def test_tensors_elsewhere_and_wrong_arguments_are_refused() -> None:
     x = torch.ones(64)
-    with pytest.raises(RequestError, match="host memory"):
-        work[(1,)](x.to("meta"), x, 1, N=64)
+    with pytest.raises(RequestError, match=r"kernel work, argument 'o' is on meta; .* host memory: give it"):
+        work[(1,)](x, x.to("meta"), 1, N=64)
+    for argument, tensors in (("x", (x.to(torch.complex64), x)), ("o", (x, x.to(torch.complex64)))):
+        with pytest.raises(
+            ArgumentTypeError,
+            match=f"kernel work, argument '{argument}': kernels have no pointers to complex64; expected a tensor of bool,",
+        ):
+            work[(1,)](*tensors, 1, N=64)
     with pytest.raises(TypeError):
         work[(1,)](x, N=64)
     for wrong in ("text", [1.0], x.numpy(), 1j):
@@ -192,6 +198,15 @@ def test_a_grid_that_is_no_grid_is_refused() -> None:
             RequestError, match="the grid of kernel work is too large: program ids are 32-bit"
         ):
             work[grid](x, o, 1, N=64)
+    compiled = work.warmup(x, o, 1, N=64, grid=(1,))
+    for kernel, arguments in ((work, {"N": 64}), (compiled, {})):
+        # Triton would drop the fourth.
+        with pytest.raises(
+            RequestError, match=r"grid of kernel work is \(1, 1, 1, 1\); expected at most three axes"
+        ):
+            kernel[(1, 1, 1, 1)](x, o, 1, *([64] if not arguments else []), **arguments)
+    with pytest.raises(RequestError, match="expected at most three axes"):
+        work[lambda meta: (1, 1, 1, 2)](x, o, 1, N=64)
     for grid in ((0,), (5, 0), (-1,)):
         work[grid](x, o, 1, N=64)
     assert not o.any()

@@ -236,9 +236,9 @@ def _properties(capability: tuple[int, int]) -> SimpleNamespace:
         pci_bus_id=0,
         pci_device_id=0,
         pci_domain_id=0,
-        clock_rate=0,
-        memory_clock_rate=0,
-        memory_bus_width=0,
+        clock_rate=gpu.clock * 1000,
+        memory_clock_rate=gpu.memory_clock,
+        memory_bus_width=gpu.bus_width,
     )
 
 
@@ -343,7 +343,7 @@ def _answers(capability: tuple[int, int], seed: int) -> dict[str, Any]:
         "utilization": zero,
         "temperature": zero,
         "power_draw": zero,
-        "clock_rate": zero,
+        "clock_rate": lambda device=None: GPUS[capability].clock,
         "default_generators": (generator,),
         "manual_seed": manual_seed,
         "manual_seed_all": manual_seed,

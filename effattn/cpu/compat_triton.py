@@ -12,6 +12,7 @@ from effattn.cpu.compat_gpus import GPUS
 from effattn.cpu.compat_tensor import DEVICE, Patch
 from effattn.cpu.compiler import BACKEND, CPUBackend
 from effattn.cpu.driver import CPUDriver
+from effattn.errors import RequestError
 
 
 class _Utils:
@@ -31,9 +32,9 @@ class _Utils:
             "max_num_regs": 65536,
             "multiprocessor_count": gpu.multiprocessors,
             "warpSize": 32,
-            "sm_clock_rate": 0,
-            "mem_clock_rate": 0,
-            "mem_bus_width": 0,
+            "sm_clock_rate": gpu.clock * 1000,
+            "mem_clock_rate": gpu.memory_clock,
+            "mem_bus_width": gpu.bus_width,
         }
 
 
@@ -50,8 +51,21 @@ def _device_address(value: Any) -> int:
     return launch.address_of(value)
 
 
+#: programs along the second and the third axis of a grid (CUDA programming guide, technical specifications)
+_MOST_YZ = 65535
+
+
 class _Launcher(launch.Launcher):
     pointer = staticmethod(_device_address)
+
+    def __call__(self, grid_x: int, grid_y: int, grid_z: int, *rest: Any) -> None:
+        for axis, size in (("y", grid_y), ("z", grid_z)):
+            if isinstance(size, int) and size > _MOST_YZ:
+                raise RequestError(
+                    f"the grid of kernel {self.name} is ({grid_x}, {grid_y}, {grid_z}); a GPU has at most {_MOST_YZ} programs "
+                    f"along {axis}: put the large axis first"
+                )
+        super().__call__(grid_x, grid_y, grid_z, *rest)
 
 
 class EmulatedDriver(CPUDriver):

@@ -138,6 +138,9 @@ class CPUBackend(BaseBackend):
         return f"{_source_hash()}-{toolchain.compiler().identity}-{target}"
 
     def parse_options(self, options: dict[str, Any]) -> CPUOptions:
+        warps = options.get("num_warps")
+        if self.target.backend != BACKEND and isinstance(warps, int) and (warps < 1 or warps & (warps - 1)):
+            raise RequestError(f"num_warps={warps}: a GPU takes a power of two")
         known = {k: v for k, v in options.items() if k in CPUOptions.__dataclass_fields__ and v is not None}
         # Libraries of device bitcode mean nothing here; extern symbols are answered by name.
         known.pop("extern_libs", None)

@@ -25,8 +25,9 @@ class CPUDriver(DriverBase):
 
     def __init__(self) -> None:
         super().__init__()
-        from effattn.cpu import launch
+        from effattn.cpu import launch, refusals
 
+        refusals.install()
         self.utils = launch.Utils()
         self.launcher_cls = launch.Launcher
 

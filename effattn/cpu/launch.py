@@ -155,6 +155,10 @@ def _load(binary: bytes, mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
         ) from error
 
 
+class _ElsewhereError(RequestError):
+    """A tensor that is not in host memory; the message goes on from the name of the argument."""
+
+
 def address_of(value: Any) -> int:
     """The address that a pointer argument stands for: of a tensor in host memory, or a number."""
     try:
@@ -170,9 +174,9 @@ def address_of(value: Any) -> int:
         raise
     if getattr(value, "_effattn_in_host_memory", False):
         return value.data_ptr()  # of an emulated GPU
-    raise RequestError(
-        f"an argument of the kernel is on {value.device}; the CPU backend runs kernels on tensors in host memory: "
-        "move it with .cpu()"
+    raise _ElsewhereError(
+        f"is on {value.device}; the CPU backend runs kernels on tensors in host memory: "
+        + ("give it contents" if value.device.type == "meta" else "move it with .cpu()")
     )
 
 
@@ -350,6 +354,10 @@ class Launcher:
             return self.pack(*head, *args)
         except _WRONG_ARGUMENT as error:
             raise ArgumentTypeError(self._mistake(grid, args) or f"kernel {self.name}: {error}") from error
+        except _ElsewhereError as error:
+            raise RequestError(
+                self._mistake(grid, args) or f"kernel {self.name}: an argument {error}"
+            ) from error
 
     def _mistake(self, grid: tuple[int, int, int], args: Sequence[Any]) -> str:
         """What is wrong with the arguments of a launch that could not be packed."""
@@ -365,6 +373,8 @@ class Launcher:
             pack, _ = _packer([entry], self.pointer)
             try:
                 pack(0, 0, 0, 0, 0, 0, 0, value)
+            except _ElsewhereError as error:
+                return f"kernel {self.name}, argument {entry[0]!r} {error}"
             except _WRONG_ARGUMENT:
                 type_ = entry[1]
                 words = (
