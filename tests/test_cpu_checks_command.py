@@ -77,6 +77,23 @@ def test_a_finding_that_the_program_swallows_still_makes_the_exit_code_1(tmp_pat
     assert "checked bounds, races in 2 launches: 1 finding" in done.stderr
 
 
+def test_what_a_traceback_has_told_is_only_counted(tmp_path: Path):
+    swallowed = "x = torch.ones(90, device='cuda')\ntry:\n    shift[(2,)](x, x, 91, BLOCK=64)\nexcept Exception:\n    pass\n"
+    for before, count in (("", "1 finding, told above"), (swallowed, "2 findings, 1 told above")):
+        (tmp_path / "script.py").write_text(f"{KERNEL}\n{before}launch('cuda', 101)\n")
+        done = effattn_cpu("--check", "bounds", "--", "script.py", cwd=tmp_path)
+        assert done.returncode == 1
+        told = "bounds: kernel shift, script.py:8, program (1, 0, 0): load of element 100 of x_ptr"
+        traceback, _, summary = done.stderr.partition("effattn.cpu.sanitizer.Fault: ")
+        assert "Traceback (most recent call last)" in traceback
+        assert summary.startswith(told)
+        assert summary.count(told) == 1
+        assert summary.count("load of element 90 of x_ptr") == bool(before)
+        assert summary.endswith(
+            f"checked bounds in {1 + bool(before)} launch{'es' if before else ''}: {count}\n"
+        )
+
+
 @pytest.mark.parametrize("ending", ["os._exit(7)", "os.kill(os.getpid(), signal.SIGKILL)"])
 def test_a_process_that_ends_at_once_is_counted(ending: str, tmp_path: Path):
     (tmp_path / "script.py").write_text(f"{KERNEL}\nimport os, signal\nlaunch('cuda', 100)\n{ending}\n")

@@ -15,13 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
-from effattn.cpu.sanitizer import Checks, Finding, Report, Traffic, parse
+from effattn.cpu.sanitizer import Checks, Fault, Finding, Report, Traffic, parse
 
 #: environment variable with the names of the checks and the folder, as JSON
 VARIABLE = "EFFATTN_CPU_CHECKS"
@@ -68,6 +68,16 @@ class _Process(Checks):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
+    def uncaught(self, hook: Callable[..., Any]) -> Callable[..., None]:
+        """`sys.excepthook` that notes which findings the traceback has told."""
+
+        def excepthook(kind: Any, error: BaseException, trace: Any) -> None:
+            hook(kind, error, trace)
+            if isinstance(error, Fault):
+                self.write({"told": [asdict(f) for f in error.findings]})
+
+        return excepthook
+
     def forget(self) -> None:
         """In a forked child: what was written before is the parent's."""
         if self._file is not None:
@@ -87,6 +97,7 @@ def begin_from_environment() -> None:
     names, folder = json.loads(given)
     checks = _Process(*names, folder=folder)
     checks.begin()
+    sys.excepthook = checks.uncaught(sys.excepthook)
     atexit.register(checks.last_words)
     os.register_at_fork(after_in_child=checks.forget)
     util.register_after_fork(checks, _Process.in_worker)
@@ -162,8 +173,13 @@ def collect(folder: Path, names: tuple[str, ...]) -> Report:
                 whole = report.traffic.setdefault((kernel, argument), Traffic())
                 for field in fields(Traffic):
                     setattr(whole, field.name, getattr(whole, field.name) + counts[field.name])
-            for data in entry.get("findings", ()):
-                values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-                found[Finding(**values)] = None
+            found |= dict.fromkeys(_findings(entry.get("findings", ())))
+            report.told |= set(_findings(entry.get("told", ())))
     report.findings = list(found)
     return report
+
+
+def _findings(written: Iterable[dict[str, Any]]) -> list[Finding]:
+    return [
+        Finding(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}) for data in written
+    ]

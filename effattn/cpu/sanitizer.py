@@ -107,13 +107,17 @@ class Report:
     #: by kernel and argument
     traffic: dict[tuple[str, str], Traffic] = field(default_factory=dict)
     launches: int = 0
+    #: findings that a traceback on the standard error has told already
+    told: set[Finding] = field(default_factory=set)
 
     def summary(self) -> str:
-        """All of it as text: one line for each finding, and the table of traffic."""
-        lines = [str(finding) for finding in self.findings]
+        """All of it as text: one line for each finding that was not told, and the table of traffic."""
+        lines = [str(finding) for finding in self.findings if finding not in self.told]
         launches = "1 launch" if self.launches == 1 else f"{self.launches} launches"
         found = {0: "nothing found", 1: "1 finding"}.get(len(self.findings), f"{len(self.findings)} findings")
-        lines.append(f"checked {', '.join(self.instruments)} in {launches}: {found}")
+        before = len(self.findings) - len(lines)
+        above = "" if not before else ", told above" if not lines else f", {before} told above"
+        lines.append(f"checked {', '.join(self.instruments)} in {launches}: {found}{above}")
         return "\n".join([*lines, *self.traffic_lines()])
 
     def traffic_lines(self) -> list[str]:
