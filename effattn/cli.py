@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from effattn import cli_baseline, cli_certify, cli_lists, cli_report, cli_runs, cli_sweep
+from effattn import cli_baseline, cli_certify, cli_lists, cli_progress, cli_report, cli_runs, cli_sweep
 from effattn.errors import RequestError
 from effattn.study.cli import study
 
 if TYPE_CHECKING:
-    from effattn.gate import Progress
     from effattn.run.executor import Local
     from effattn.run.isolation import Isolated
-    from effattn.verdict import Verdict
 
 PASSED, FAILED, WRONG_REQUEST, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 
@@ -287,7 +285,7 @@ def gate(
             **provenance.collect(device=device, facts=facts),
         }
         with store.RunWriter(folder, overwrite=overwrite, spec=judge.spec, device=device) as writer:
-            with _progress(len(questions)) as progress:
+            with cli_progress.shown(questions) as progress:
                 result = gates.run_gate(request, questions, record=writer.add, progress=progress)
             for failure in result.failures:
                 for failed in failure.verdicts:
@@ -572,27 +570,3 @@ def _checks(given: Sequence[str], device: str) -> tuple[str, ...]:
             "--check traffic counts bytes and says nothing about right or wrong; use `effattn cpu --check traffic -- PROGRAM`"
         )
     return names
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Progress | None]:
-    """A progress bar on stderr where that is a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from effattn.report import terminal
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=terminal.console(stderr=True), transient=True) as bar:
-        task = bar.add_task("judging", total=total)
-
-        def advance(_verdict: Verdict, remaining: int) -> None:
-            bar.update(
-                task,
-                completed=total - remaining,
-                description="judging" if remaining else "shrinking failures",
-            )
-
-        yield advance

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -456,13 +457,40 @@ def test_piped_output_is_plain_and_has_no_progress_bar(methods_file: Path) -> No
         TERM="xterm-256color",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    judged = done.stdout.splitlines()[2].split()[1]
+    (line,) = done.stderr.splitlines()
+    assert re.fullmatch(r"effattn: judging \d+ fp32 cases", line)
+    assert int(line.split()[2]) >= int(judged)
     assert "\x1b" not in done.stdout
     assert "\r" not in done.stdout
     assert all(line == line.rstrip() for line in done.stdout.splitlines())
     header = done.stdout.splitlines()[0]
     assert header.split()[:3] == ["dtype", "judged", "passed"]
     assert header.split()[-1] == "time", "a piped table is whole, on lines of its own"
+
+
+def test_lines_say_how_far_it_is_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from effattn.case import Case
+    from effattn.cli_progress import Lines
+    from effattn.gate import Question
+    from effattn.verdict import Outcome, Verdict
+
+    cases = [Case(q_len=1, kv_len=1, head_dim=1, dtype=dtype) for dtype in ("fp16", "fp16", "fp16", "bf16")]
+    outcomes = [Outcome.PASS, Outcome.CRASHED, Outcome.PASS, Outcome.PASS]
+
+    def printed(every: float) -> list[str]:
+        lines = Lines([Question(case) for case in cases], every=every)
+        for k, (case, outcome) in enumerate(zip(cases, outcomes, strict=True), 1):
+            lines(Verdict(case=case, outcome=outcome, method="m", message="", replay=""), len(cases) - k)
+        out, err = capsys.readouterr()
+        assert out == ""
+        return err.splitlines()
+
+    begins = ["effattn: judging 3 fp16 cases", "effattn: judging 1 bf16 case"]
+    end = "effattn: 1 of 4 cases failed; making one of each kind small"
+    assert printed(1e9) == [*begins, end]
+    counts = ["effattn: 1 of 4 cases judged, 0 failed", "effattn: 2 of 4 cases judged, 1 failed"]
+    assert printed(0.0) == [begins[0], *counts, begins[1], end]
 
 
 @pytest.mark.parametrize("columns", [60, 200])

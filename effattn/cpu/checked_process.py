@@ -180,6 +180,8 @@ def collect(folder: Path, names: tuple[str, ...]) -> Report:
 
 
 def _findings(written: Iterable[dict[str, Any]]) -> list[Finding]:
-    return [
-        Finding(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}) for data in written
-    ]
+    found = []
+    for data in written:
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        found.append(Finding(**values))
+    return found
