@@ -159,7 +159,7 @@ def test_the_gate_records_and_compares(effattn_command: Command, tmp_path: Path)
     code, out, error = effattn_command("baseline", str(tmp_path / "first"), "--file", str(file))
     assert (code, error) == (0, "")
     code, out, error = effattn_command(*gate, str(tmp_path / "second"), "--baseline", str(file))
-    assert (code, error) == (0, "")
+    assert code == 0, error
     assert f"Baseline: as {file} has it" in out
     # As if it had been better before: every error of now is larger.
     text = file.read_text()
