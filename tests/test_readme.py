@@ -156,10 +156,7 @@ def options_of(command: click.Command) -> set[str]:
 
 
 #: pages of figures and of what they rest on
-WITHOUT_COMMANDS = {
-    f"docs/{page}.md"
-    for page in ("cpu-coverage", "cpu-exactness", "cpu-speed", "criteria", "flash-attention")
-}
+WITHOUT_COMMANDS = {f"docs/{page}.md" for page in ("cpu-coverage", "cpu-exactness", "cpu-speed", "criteria")}
 #: what the plugins add to pytest, as their sources name it
 PYTEST_OPTIONS = {
     option
