@@ -82,9 +82,9 @@ def names(*, every: bool = False) -> list[str]:
     """All configurations of the file, or every one that there is: kernel-dtype-head_dim-options-capability.
 
     The file leaves out what others show as well, since each takes seconds to a minute: the blocks and instructions of fp16
-    are those of bf16; a head_dim of 16 or 32 has the blocks of 64; linear attention turns its inputs into fp32. It has the
-    forward kernel for every compute capability, the others for 90 with head_dim 64 and 256, and of the options those with
-    which a set of blocks is most short of registers.
+    are those of bf16; a head_dim of 16 or 32 has the blocks of 64; linear attention turns its inputs into fp32. For every
+    compute capability it has each kernel with head_dim 64 and 256 and those options with which a set of blocks is most
+    short of registers; for 90 also the others, and the forward kernel of 128.
     """
     return [
         "-".join(map(str, (kernel, dtype, dim, option, capability)))
@@ -101,7 +101,7 @@ def _in_file(kernel: str, dtype: str, dim: int, option: str, capability: int) ->
     if kernel == "forward":
         return ends or (dtype != "fp16" and capability == 90)
     short = option in UNALIGNED or kernel in ("merge", *_LINEAR)
-    return dtype != "fp16" and capability == 90 and dim != 128 and (ends or short)
+    return dtype != "fp16" and dim != 128 and (short or (ends and capability == 90))
 
 
 def compiled(name: str) -> ahead_of_time.Usage:

@@ -60,14 +60,17 @@ def backward_tiles(
     width = max(padded(head_dim), padded(v_dim))
     if dtype == torch.float32:
         block = 32 if width <= 64 and not rich else 16
-        both = _gpu_tiles(block, block, num_warps=8, num_stages=1)
-        return both, both
-    if rich or width > 128:
-        by_keys = _gpu_tiles(32 if width <= 128 else 16, 32, num_warps=8, num_stages=1)
-        return by_keys, _gpu_tiles(32, 32, num_warps=8 if width > 128 else 4, num_stages=1)
+        # Left alone, ptxas stops at 128 registers a thread here, so that two blocks fit, and spills.
+        by_keys = _gpu_tiles(block, 16, num_warps=8, num_stages=1, maxnreg=255)
+        return by_keys, _gpu_tiles(block, block, num_warps=8, num_stages=1)
+    # What these take is for `budget` to say; on compute capability 80 registers are shortest.
+    if width > 128:
+        return _gpu_tiles(16, 16, num_warps=8, num_stages=1), _gpu_tiles(32, 16, num_warps=8, num_stages=1)
+    if rich:
+        return _gpu_tiles(32, 32, num_warps=8, num_stages=1), _gpu_tiles(32, 32, num_warps=4, num_stages=1)
     # The keys kernel holds two accumulators; every larger block tried, which wgmma would need, spilled registers on
-    # compute capability 90. What these take is for `budget` to say.
-    by_keys = _gpu_tiles(32, 32, num_warps=4 if width <= 64 else 8, num_stages=1)
+    # compute capability 90.
+    by_keys = _gpu_tiles(32, 32, num_warps=8, num_stages=1)
     return by_keys, _gpu_tiles(128 if width <= 64 else 64, 64, num_warps=8, num_stages=2)
 
 
@@ -101,8 +104,8 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def _gpu_tiles(block_m: int, block_n: int, *, num_warps: int, num_stages: int) -> Tiles:
+def _gpu_tiles(block_m: int, block_n: int, *, num_warps: int, num_stages: int, **more: int) -> Tiles:
     # Fused multiply-adds make the scaled score minus its maximum one instruction, and round once less. Triton
     # 3.9 warns where this is left to its default.
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True} | more
     return Tiles(block_m=block_m, block_n=block_n, options=options)
