@@ -41,8 +41,8 @@ class CheckedCache(FileCacheManager):
         """Paths of the files of a compiled kernel by their names; None where there is none that can be used."""
         try:
             group = super().get_group(filename)
-        except (AttributeError, TypeError):
-            return None  # JSON, but not the object that Triton wrote
+        except (AttributeError, TypeError, ValueError):
+            return None  # not the object that Triton wrote, or, which 3.6 does not expect, no JSON at all
         if group is None or filename not in group:
             return group
         try:
