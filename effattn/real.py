@@ -200,7 +200,7 @@ def _draw(recipe: Recipe, model: Model, layer: int) -> Drawn:
 def cases(name: str, dtype: str) -> list[Case]:
     """The cases of `real:MODEL` or `real:MODEL/LAYER`: all tokens, causal; each layer's output, then gradients.
 
-    Gradients are those of every fifth layer where all are asked for: judging them takes ten times as long.
+    Gradients are those of every fifth layer where all are asked for: judging them takes longer than the outputs.
 
     Captures q, k and v if that hasn't been done; RequestError says what is missing for it.
     """

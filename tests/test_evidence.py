@@ -19,7 +19,7 @@ from effattn.run.executor import Local
 from effattn.tolerances import evidence, statistics
 from effattn.tolerances.evidence import LEAN, SIZE, Account, Evidence
 from effattn.tolerances.statistics import Cells
-from effattn.verdict import Verdict
+from effattn.verdict import Outcome, Verdict
 
 Command = Callable[..., tuple[int, str, str]]
 Draw = Callable[[np.random.Generator], Evidence]
@@ -198,8 +198,8 @@ def test_cases_of_one_stream_of_random_numbers_count_once() -> None:
     def verdict(seed: int, heads: int) -> Verdict:
         case = Case(q_len=8, kv_len=8, head_dim=8, heads=heads, dtype="fp16", seed=seed)
         return Verdict(
-            case=case, method="m", outcome="pass", message="", evidence=(each,), replay=f"replay {seed}"
-        )  # type: ignore[arg-type]
+            case=case, method="m", outcome=Outcome.PASS, message="", evidence=(each,), replay=f"replay {seed}"
+        )
 
     def found(verdicts: list[Verdict]) -> weighing.Weighed:
         by_case = {v.case.id: v for v in verdicts}

@@ -1,7 +1,7 @@
 """The FlashAttention kernel compiled for GPUs that are not here: no spills, the right products, wide loads.
 
-It is not among the tests of Triton's other versions: what a compiler makes of a kernel is its own. 3.8 spills two registers
-of the widest fp32 kernel, say, and none of another.
+It is not among the tests of Triton's other versions: what a compiler makes of a kernel is its own. 3.8 spills
+registers of the widest fp32 kernel here, say, which 3.9 does not.
 """
 
 from __future__ import annotations

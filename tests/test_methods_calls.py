@@ -71,7 +71,7 @@ class _nothing:
 def test_function_is_left_to_its_own_scale_where_the_case_names_none(default: float | None) -> None:
     seen: list[float | None] = []
 
-    def function(q, k, v, *, scale=default):  # type: ignore[no-untyped-def]
+    def function(q, k, v, *, scale=default):
         seen.append(scale)
         return q
 
@@ -82,7 +82,7 @@ def test_function_is_left_to_its_own_scale_where_the_case_names_none(default: fl
 
 
 def test_wrong_scale_of_a_function_s_own_is_found() -> None:
-    def function(q, k, v, *, scale=None):  # type: ignore[no-untyped-def]
+    def function(q, k, v, *, scale=None):
         own = 16**-0.5 if scale is None else scale  # of the padded head_dim
         return exact.attention(q, k, v, scale=own).out.to(q.dtype)
 
@@ -92,7 +92,7 @@ def test_wrong_scale_of_a_function_s_own_is_found() -> None:
 
 def test_module_gets_the_keywords_of_its_forward() -> None:
     class Attention(torch.nn.Module):
-        def forward(self, q, k, v, causal=False):  # type: ignore[no-untyped-def]
+        def forward(self, q, k, v, causal=False):
             return q
 
     assert UserFunction(Attention(), spec="mine.py:attention").keywords == {"causal"}
@@ -101,7 +101,7 @@ def test_module_gets_the_keywords_of_its_forward() -> None:
 def test_options_always_get_scale_and_alignment_is_never_none() -> None:
     seen: dict[str, Any] = {}
 
-    def function(q, k, v, **options):  # type: ignore[no-untyped-def]
+    def function(q, k, v, **options):
         seen.update(options)
         return q
 
@@ -111,13 +111,13 @@ def test_options_always_get_scale_and_alignment_is_never_none() -> None:
 
 
 def test_cases_that_need_a_missing_keyword_are_not_supported() -> None:
-    def bare(q, k, v):  # type: ignore[no-untyped-def]
+    def bare(q, k, v):
         return q
 
-    def causal(q, k, v, *, causal=False):  # type: ignore[no-untyped-def]
+    def causal(q, k, v, *, causal=False):
         return q
 
-    def aligned(q, k, v, *, causal=False, causal_alignment="bottom-right"):  # type: ignore[no-untyped-def]
+    def aligned(q, k, v, *, causal=False, causal_alignment="bottom-right"):
         return q
 
     top_left = effattn.method(causal_alignment="top-left")(lambda q, k, v, causal: q)
@@ -146,7 +146,7 @@ def test_cases_that_need_a_missing_keyword_are_not_supported() -> None:
 
 
 def test_declaration_is_taken_over_and_leaves_the_function_as_it_was() -> None:
-    def attention(q, k, v):  # type: ignore[no-untyped-def]
+    def attention(q, k, v):
         return q
 
     loose = numerics.for_dtype("fp16").replace(score="fp16")
@@ -160,7 +160,7 @@ def test_declaration_is_taken_over_and_leaves_the_function_as_it_was() -> None:
     assert method.unsupported(case()) is None
     assert method.unsupported(case(head_dim=9)) == "head_dim up to 8"
 
-    def other(q, k, v):  # type: ignore[no-untyped-def]
+    def other(q, k, v):
         return q
 
     effattn.method(numerics="torch-math", supports=lambda c: False)(other)
@@ -279,7 +279,7 @@ def test_a_result_without_output_is_typed(result: Any, message: str) -> None:
 
 @pytest.mark.parametrize("error", [NotSupported("no"), NotImplementedError("no"), ZeroDivisionError("no")])
 def test_what_a_function_raises_reaches_the_caller(error: Exception) -> None:
-    def function(q, k, v):  # type: ignore[no-untyped-def]
+    def function(q, k, v):
         raise error
 
     given = case()
@@ -374,7 +374,7 @@ def test_options_are_handed_over_as_the_case_has_them() -> None:
     @effattn.method(
         dropout_mask=lambda b, h, m, n, p, seed, offset, device: torch.ones((b, h, m, n), dtype=torch.bool)
     )
-    def function(  # type: ignore[no-untyped-def]
+    def function(
         q, k, v, *, causal=False, scale=None, causal_alignment=None, window=None, softcap=None, alibi_slopes=None,
         bias=None, mask=None, sinks=None, q_lengths=None, kv_lengths=None, dropout_p=0.0, dropout_seed=0,
         dropout_offset=0, return_lse=False,

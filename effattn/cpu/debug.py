@@ -140,9 +140,8 @@ def raise_failed(address: int, files: Callable[[], Mapping[str, str]]) -> None:
         # The first byte is the flag; the text follows.
         words = bytes(buffer)[1:].split(b"\0", 1)[0].decode(errors="replace")
         ctypes.memset(buffer, 0, _SIZE)
-        head, *rest = words.rsplit(
-            _FILE, 2
-        )  # from the right: the message, which stands before, is the author's
+        # From the right: the message, which stands before, is the author's.
+        head, *rest = words.rsplit(_FILE, 2)
         if len(rest) == 2:
             words = head + files().get(os.path.basename(rest[0]), rest[0]) + rest[1]
         raise DeviceAssertion(words.replace(_FILE, ""))

@@ -95,7 +95,7 @@ def unsteady(verdict: Verdict) -> str:
     return f"{verdict.case.dtype}: a case passed and, judged again, is {verdict.outcome}: {verdict.message.splitlines()[0]}"
 
 
-def weigh(verdicts: Iterable[Verdict], again: Callable[[Case], Verdict], *, dtypes: Sequence[str]) -> Weighed:
+def weigh(verdicts: Sequence[Verdict], again: Callable[[Case], Verdict], *, dtypes: Sequence[str]) -> Weighed:
     """Add up what the verdicts of a run say, dtype by dtype.
 
     Args:
