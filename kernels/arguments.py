@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from effattn.errors import ArgumentError, ArgumentTypeError
 
@@ -215,7 +216,7 @@ def check_softcap(softcap: Any, scale: float) -> float:
         raise ArgumentTypeError(
             f"softcap must be a positive number or None, got {softcap!r} of type {type(softcap).__name__}"
         )
-    softcap = float(softcap)
+    softcap = _float(softcap)
     if not 0 < softcap * math.log2(math.e) <= _MAX_FLOAT32 or not abs(scale) / softcap <= _MAX_FLOAT32:
         raise ArgumentError(
             f"softcap must be positive and finite, and scale / softcap fit float32, got {softcap!r}"
@@ -297,7 +298,12 @@ def check_extra(name: str, x: Any, dtypes: tuple[torch.dtype, ...], q: torch.Ten
     check_dense(name, x)
     if x.dtype not in dtypes:
         wanted = " or ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in dtypes))
-        raise ArgumentTypeError(f"{name} must be {wanted}, got {_dtype(x)}; convert it first")
+        instead = (
+            "pass what may be seen as mask"
+            if name == "bias" and x.dtype == torch.bool
+            else "convert it first"
+        )
+        raise ArgumentTypeError(f"{name} must be {wanted}, got {_dtype(x)}; {instead}")
     if x.device != q.device:
         raise ArgumentTypeError(f"{name} must be on the device of q, {q.device}, got {x.device}")
 
@@ -402,7 +408,7 @@ def check_scale(scale: Any, head_dim: int) -> float:
         raise ArgumentTypeError(
             f"scale must be a real number or None, got {scale!r} of type {type(scale).__name__}"
         )
-    scale = float(scale)
+    scale = _float(scale)
     # The kernel multiplies by float32(scale * log2(e)).
     if not abs(scale) * math.log2(math.e) <= _MAX_FLOAT32:
         raise ArgumentError(f"scale must be finite and fit float32, got {scale!r}")
@@ -423,6 +429,27 @@ def check_block(name: str, block: Any) -> None:
         )
     if block < 16 or block & (block - 1):
         raise ArgumentError(f"{name} must be a power of two of at least 16, got {block}")
+
+
+def check_no_tangents(function: str, *values: Any) -> None:
+    """Raise ArgumentError where a tensor carries a forward-mode tangent, which would be dropped."""
+    for x in values:
+        if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise no_forward_mode(function)
+
+
+def no_forward_mode(function: str) -> ArgumentError:
+    return ArgumentError(
+        f"forward-mode derivatives (torch.func.jvp, jacfwd, forward_ad) of {function} are not offered; use reverse mode"
+        " (torch.func.vjp, jacrev, backward) where there is a gradient, or effattn.exact.attention"
+    )
+
+
+def _float(x: Any) -> float:
+    try:
+        return float(x)
+    except OverflowError:  # an int of more than 1,024 bits
+        return math.inf if x > 0 else -math.inf
 
 
 def _shape(x: torch.Tensor) -> str:

@@ -15,7 +15,7 @@ from effattn.kernels.arguments import (
     check_packed,
     check_tensors,
 )
-from effattn.kernels.operators import forward_op
+from effattn.kernels.operators import attend
 
 
 def flash_attention(
@@ -72,10 +72,11 @@ def flash_attention(
 
     A query that sees no key, and padding, has out = 0, lse = -inf (the sink, where a query of no padding has one) and
     gradients 0. What is hidden from a query has no influence on it, NaN and infinity included. A bias of -inf is a
-    weight of 0.
+    weight of 0, so that NaN in v comes through it; use `mask`. A bias or sink of +inf gives NaN.
 
     Gradients are those of q, k, v, bias and sinks, deterministic, and of a row the same bits whatever else is in the
-    batch. Arithmetic is that of `effattn.kernels.flash_forward` and `effattn.kernels.flash_backward`.
+    batch; first derivatives in reverse mode, by `backward`, `torch.func.grad`, `vjp` or `jacrev`.
+    Arithmetic is that of `effattn.kernels.flash_forward` and `effattn.kernels.flash_backward`.
 
     Raises ArgumentTypeError (a TypeError) for a wrong type, dtype or device, ArgumentError (a ValueError) for a wrong
     shape or value, or for a gradient that is not offered.
@@ -98,7 +99,7 @@ def flash_attention(
     for name, x in (optional | {"q_lengths": q_lengths, "kv_lengths": kv_lengths}).items():
         if x is not None:
             check_dense(name, x)
-    out, lse = forward_op(q, k, v, bias, mask, alibi_slopes, sinks, q_lengths, kv_lengths, *given, 0, 0)
+    out, lse = attend(q, k, v, bias, mask, alibi_slopes, sinks, q_lengths, kv_lengths, *given, 0, 0)
     return (out, lse) if return_lse else out
 
 
@@ -164,13 +165,17 @@ def flash_attention_varlen(
     ]
     # At least 1, which says that sequences are packed.
     longest = [max(1, length) for length in longest]
-    out, lse = forward_op(
+    out, lse = attend(
         q, k, v, bias, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, *given, *longest
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
 def _longest(name: str, lengths: torch.Tensor, total: int, given: int | None) -> int:
+    if given is None and torch.compiler.is_compiling():
+        raise ArgumentError(
+            f"under torch.compile the longest length of {name} has to be given: max_seqlen_{name[-1]}=..., an int"
+        )
     if given is not None:
         if isinstance(given, bool) or not isinstance(given, int) or given < 0:
             raise ArgumentError(f"the longest length of {name} must be an int from 0, got {given!r}")

@@ -26,6 +26,7 @@ from effattn.kernels.arguments import (
     check_extras,
     check_flag,
     check_lengths,
+    check_no_tangents,
     check_numbers,
     check_shapes,
     check_tensors,
@@ -77,7 +78,7 @@ def flash_decode(
     that is out of range is read from whatever lies there.
 
     The other options are those of `flash_attention`. Raises what it raises, and ArgumentError for tensors that require a
-    gradient.
+    gradient or carry a tangent.
     """
     for name, x in (("q", q), ("k", k), ("v", v), ("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled():
@@ -85,6 +86,7 @@ def flash_decode(
                 f"{name} requires a gradient, which flash_decode does not offer; call it under torch.no_grad(), or call"
                 " flash_attention"
             )
+    check_no_tangents("flash_decode", q, k, v, alibi_slopes, sinks)
     check_tensors(q=q, k=k, v=v)
     check_flag("check_values", check_values)
     given = check_numbers(

@@ -1,7 +1,7 @@
 """The kernels as operators of torch: `torch.ops.effattn.flash_attention` and its backward.
 
 As operators they have fake kernels, so that `torch.compile` and `torch.export` see shapes and no Triton, and an autograd
-formula. They take what `effattn.kernels.flash_attention` has brought into numbers; call that.
+formula. They take what `effattn.kernels.flash_attention` has brought into numbers; call that. It reaches them through `attend`.
 
 Packed sequences use the same operators: max_q_len > 0 says that q is (total rows, heads, head_dim), and that the lengths
 are cumulative.
@@ -10,11 +10,12 @@ are cumulative.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from effattn.errors import ArgumentError
 from effattn.kernels.arguments import (
     PACKED,
     Extras,
@@ -22,9 +23,11 @@ from effattn.kernels.arguments import (
     check_cumulative,
     check_extras,
     check_lengths,
+    check_no_tangents,
     check_packed,
     check_shapes,
     check_tensors,
+    no_forward_mode,
     problem_of,
 )
 from effattn.kernels.flash_backward import backward_launches, sink_gradient
@@ -149,12 +152,64 @@ def _differentiate(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tupl
     if d_out is None:
         d_out = torch.zeros((), dtype=out.dtype, device=out.device).expand_as(out)
     needs_bias, needs_sinks = ctx.needs_input_grad[3], ctx.needs_input_grad[6]
-    dq, dk, dv, d_bias, d_sinks = backward_op(d_out, d_lse, out, *rest, *ctx.numbers, needs_bias, needs_sinks)
+    dq, dk, dv, d_bias, d_sinks = _Backward.apply(
+        d_out, d_lse, out, *rest, *ctx.numbers, needs_bias, needs_sinks
+    )  # pyright: ignore[reportGeneralTypeIssues]
     optional = (d_bias if needs_bias else None, None, None, d_sinks if needs_sinks else None, None, None)
     return dq, dk, dv, *optional, *(None for _ in ctx.numbers)
 
 
 forward_op.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def attend(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`forward_op` with what an operator's autograd formula leaves out: `torch.func.grad` works, and forward mode, which
+    would lose its tangents without a word, raises ArgumentError. Arguments by position.
+    """
+    if (
+        torch.compiler.is_compiling()
+    ):  # Dynamo takes the operator, but no Function with setup_context and jvp.
+        check_no_tangents("flash_attention", *inputs[:9])
+        return forward_op(*inputs)
+    return _Forward.apply(*inputs)  # pyright: ignore[reportReturnType]
+
+
+def _refuse_tangents(ctx: Any, *tangents: Any) -> NoReturn:
+    raise no_forward_mode("flash_attention")
+
+
+def _refuse_second(ctx: Any, *grads: Any) -> NoReturn:
+    raise ArgumentError(
+        "second derivatives of flash_attention are not offered; use create_graph=False, or effattn.exact.attention"
+    )
+
+
+backward_op.register_autograd(_refuse_second)
+
+
+class _Forward(torch.autograd.Function):
+    generate_vmap_rule = True
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_differentiate)
+    jvp = staticmethod(_refuse_tangents)
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return forward_op(*inputs)
+
+
+class _Backward(torch.autograd.Function):
+    generate_vmap_rule = True
+    backward = staticmethod(_refuse_second)
+    jvp = staticmethod(_refuse_tangents)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept: there is no further derivative."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return backward_op(*inputs)
 
 
 def _prepare(

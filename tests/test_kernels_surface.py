@@ -57,7 +57,7 @@ def test_operators_pass_torchs_own_checks() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_and_exported_calls_are_the_call_itself(dtype: str) -> None:
-    inputs = [x.to(TORCH_DTYPES[dtype]).requires_grad_() for x in (Q, K, V)]
+    inputs = [x.to(TORCH_DTYPES[dtype], copy=True).requires_grad_() for x in (Q, K, V)]
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return both(flash_attention(q * 2, k, v, causal=True, return_lse=True))
@@ -93,8 +93,82 @@ def test_gradients_that_are_not_offered_are_refused() -> None:
         flash_decode(Q.clone().requires_grad_(), K, V)
     q = Q.clone().requires_grad_()
     (once,) = torch.autograd.grad(flash_attention(q, K, V).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ArgumentError, match="second derivatives of flash_attention are not offered"):
         once.sum().backward()
+
+
+def _loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    out, lse = both(flash_attention(q, k, v, causal=True, return_lse=True))
+    return out.square().sum() + lse.sum()
+
+
+def test_functional_derivatives_are_those_of_backward() -> None:
+    leaves = [x.clone().requires_grad_() for x in (Q, K, V)]
+    expected = torch.autograd.grad(_loss(*leaves), leaves)
+    got = torch.func.grad(_loss, argnums=(0, 1, 2))(Q, K, V)
+    assert all(map(torch.equal, got, expected))
+    _, pull = torch.func.vjp(_loss, Q, K, V)
+    assert all(map(torch.equal, pull(torch.ones(())), expected))
+    with pytest.raises(ArgumentError, match="second derivatives of flash_attention are not offered"):
+        torch.func.grad(lambda q: torch.func.grad(_loss)(q, K, V).square().sum())(Q)
+
+
+def _dual(function: Any) -> None:
+    with torch.autograd.forward_ad.dual_level():
+        function(torch.autograd.forward_ad.make_dual(Q, Q))
+
+
+ENDS = torch.tensor([0, 2, 5], dtype=torch.int32)
+FORWARD_MODE: dict[str, Any] = {
+    "jvp": lambda: torch.func.jvp(lambda q: flash_attention(q, K, V), (Q,), (Q,)),
+    "jvp of a value": lambda: torch.func.jvp(lambda v: flash_attention(Q, K, v), (V,), (V,)),
+    "jvp of sinks": lambda: torch.func.jvp(
+        lambda x: flash_attention(Q, K, V, sinks=x), (torch.ones(4),), (torch.ones(4),)
+    ),
+    "jvp of slopes": lambda: torch.func.jvp(
+        lambda x: flash_attention(Q, K, V, alibi_slopes=x), (torch.ones(4),), (torch.ones(4),)
+    ),
+    "jacfwd": lambda: torch.func.jacfwd(lambda q: flash_attention(q, K, V))(Q[:, :, :1]),
+    "dual tensors": lambda: _dual(lambda q: flash_attention(q, K, V)),
+    "dual tensors that require a gradient": lambda: _dual(
+        lambda q: flash_attention(q, K.clone().requires_grad_(), V)
+    ),
+    "compiled": lambda: torch.compile(
+        lambda q: torch.func.jvp(lambda x: flash_attention(x, K, V), (q,), (q,)), backend="aot_eager"
+    )(Q),
+    "packed": lambda: torch.func.jvp(
+        lambda q: flash_attention_varlen(q, q, q, ENDS, ENDS), (made(5, 2, 8),), (made(5, 2, 8),)
+    ),
+    "decode": lambda: torch.func.jvp(lambda k: flash_decode(Q, k, V), (K,), (K,)),
+}  # fmt: skip
+
+
+# Both are of torch itself: what forward mode calls, and how torch.compile looks at a dual tensor.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("name", FORWARD_MODE)
+def test_forward_mode_raises_and_drops_no_tangent(name: str) -> None:
+    with pytest.raises(
+        ArgumentError, match=r"forward-mode derivatives .* of flash_\w+ are not offered; use reverse mode"
+    ):
+        FORWARD_MODE[name]()
+
+
+def test_compiled_packed_sequences_need_their_longest_lengths() -> None:
+    packed = made(5, 2, 8)
+
+    def call(x: torch.Tensor, **longest: int) -> Any:
+        return flash_attention_varlen(x, x, x, ENDS, ENDS, **longest)
+
+    expected = call(packed)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(packed, max_seqlen_q=3, max_seqlen_k=3), expected)
+    with pytest.raises(
+        Exception, match=r"under torch\.compile the longest length of cu_seqlens_q has to be given"
+    ):
+        compiled(packed)
+    # Where a graph may break, the lengths are read.
+    assert torch.equal(torch.compile(call, backend="aot_eager")(packed), expected)
 
 
 # Packed sequences
@@ -274,6 +348,8 @@ ATTENTION: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"softcap": math.nan}, ArgumentError, "softcap must be positive and finite"),
     ({"softcap": "50"}, ArgumentTypeError, "softcap must be a positive number or None, got '50' of type str"),
     ({"scale": math.inf}, ArgumentError, "scale must be finite and fit float32, got inf"),
+    ({"scale": -(10**400)}, ArgumentError, "scale must be finite and fit float32, got -inf"),
+    ({"softcap": 10**400}, ArgumentError, "softcap must be positive and finite, and scale / softcap fit float32, got inf"),
     ({"dropout_p": 1.0}, ArgumentError, "dropout_p must be in [0, 1), got 1.0"),
     ({"dropout_p": math.nan}, ArgumentError, "dropout_p must be in [0, 1), got nan"),
     ({"dropout_p": "a"}, ArgumentTypeError, "dropout_p must be a number, got 'a'"),
@@ -283,6 +359,7 @@ ATTENTION: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"alibi_slopes": torch.zeros(4).half()}, ArgumentTypeError, "alibi_slopes must be float32, got float16"),
     ({"bias": torch.zeros(20, 23)}, ArgumentError, "to (batch, heads, q_len, kv_len) = (1, 4, 20, 24), got (20, 23)"),
     ({"bias": torch.zeros(24).bfloat16()}, ArgumentTypeError, "bias must be float32, got bfloat16"),
+    ({"bias": torch.ones(24).bool()}, ArgumentTypeError, "bias must be float32, got bool; pass what may be seen as mask"),
     ({"bias": torch.zeros(24, device="meta")}, ArgumentTypeError, "bias must be on the device of q, cpu, got meta"),
     ({"mask": torch.zeros(24)}, ArgumentTypeError, "mask must be bool, got float32"),
     ({"mask": torch.ones(1, 1, 1, 1, 24).bool()}, ArgumentError, "mask must be broadcastable"),
