@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from effattn.case import Case, Inputs
     from effattn.cpu import Report
+    from effattn.exact import Exact
     from effattn.methods.base import Method, Output
     from effattn.tolerances.numerics import Numerics
 
@@ -57,6 +58,11 @@ def judge(
     if reason is not None:
         return _short(case, method, Outcome.NOT_SUPPORTED, f"not supported: {reason}", seconds)
     numerics = _as_run(method.numerics(case), device)
+    if case.backward and numerics.quantised:
+        message = (
+            f"not judged: no bound of gradients is known for quantised operands (numerics {numerics.name!r})"
+        )
+        return _short(case, method, Outcome.NOT_JUDGED, message, seconds)
     with _timed(seconds, "inputs"):
         inputs = case.tensors(device)
         # The method gets its own copies, in the layout of the case; the reference never sees what it held.
@@ -148,6 +154,10 @@ def judge_output(
         raise RequestError(
             "a case with dropout is judged by the weights that it kept; give keep=, a bool tensor."
         )
+    if case.backward and numerics.quantised:
+        raise RequestError(
+            f"gradients of quantised operands are not judged (numerics {numerics.name!r}); give a case without backward"
+        )
     return _judge(case, inputs, output, numerics, method, replay_line(case, method, device), {}, keep)
 
 
@@ -162,12 +172,11 @@ def _judge(
     keep: torch.Tensor | None,
     weigh: str = "",
 ) -> Verdict:
-    import torch
-
     from effattn import exact as reference
     from effattn.exact import Options
     from effattn.judgement import Judgement
     from effattn.tolerances.envelope import forward_envelope
+    from effattn.tolerances.quantise import multiplied
 
     problem = _wrong_form(case, inputs, output, numerics)
     if problem is not None:
@@ -179,18 +188,37 @@ def _judge(
             seconds=seconds,
             replay=replay,
         )
-    inputs = type(inputs)(*(x.detach().to(torch.float64) for x in inputs), extras=inputs.extras)
+    given, read = inputs, multiplied(inputs, numerics)
+    if read.unknown is not None:
+        return Verdict(
+            case=case,
+            method=method,
+            outcome=Outcome.NOT_JUDGED,
+            message=f"not judged: {read.unknown} (numerics {numerics.name!r})",
+            seconds=seconds,
+            replay=replay,
+        )
+    inputs = read.inputs
     options = Options.of(case, inputs, keep=keep)
-    with _timed(seconds, "exact"):
+
+    def attend(inputs: Inputs) -> Exact:
         if options.plain:
-            exact = reference.attention(*inputs, causal=case.causal, scale=case.softmax_scale)
-        else:
-            exact = reference.attention_with(*inputs, options)
+            return reference.attention(*inputs, causal=case.causal, scale=case.softmax_scale)
+        return reference.attention_with(*inputs, options)
+
+    with _timed(seconds, "exact"):
+        exact = attend(inputs)
     with _timed(seconds, "envelope"):
-        envelope = forward_envelope(*inputs, numerics=numerics, exact=exact, options=options)
+        envelope = forward_envelope(
+            *inputs, numerics=numerics, exact=exact, options=options, radius=read.radius
+        )
     with _timed(seconds, "verdict"):
         judgement = Judgement(case, inputs, output, numerics, options, exact, envelope)
         outcome, message, quantities, findings = judgement.decide()
+    if numerics.quantised:
+        with _timed(seconds, "exact"):
+            cost = judgement.accuracy(attend(given).out)
+        message = f"{message}\n{cost}" if outcome != Outcome.PASS else f"{message}; {cost}"
     evidence = []
     if weigh and outcome == Outcome.PASS:
         with _timed(seconds, "evidence"):

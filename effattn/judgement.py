@@ -200,6 +200,24 @@ class Judgement:
         message = f"largest error {max(q.fraction or 0.0 for q in quantities):.2g} of the bound"
         return Outcome.PASS, message + aside, quantities, []
 
+    def accuracy(self, out: torch.Tensor) -> str:
+        """How far the output is from `out`, exact attention on the inputs as they are given, and how far the codes are."""
+        import numpy as np
+
+        of_inputs = out.cpu().numpy()
+        size = math.sqrt(float(np.square(of_inputs).mean())) if of_inputs.size else 0.0
+        if not (math.isfinite(size) and size > 0.0):
+            return "exact attention on the inputs as they are given is 0 or not finite, so there is no relative error"
+
+        def off(x: Floats) -> float:
+            with np.errstate(over="ignore", invalid="ignore"):
+                return math.sqrt(float(np.square(x - of_inputs).mean())) / size
+
+        return (
+            f"from exact attention on the inputs before they are quantised out is {off(self.out.got):.2%} off (rms),"
+            f" and {off(self.out.exact):.2%} without any rounding after that"
+        )
+
     def _empty(self) -> list[Quantity]:
         return [Quantity(name=part.name, count=0) for part in self.parts]
 
@@ -454,6 +472,11 @@ class Judgement:
         rounding = 0.5 * float(part.format.ulp(_one(part.exact[index]))[0])
         rest = part.bound[index] - rounding
         p = numerics.format("p")
+        codes = [
+            f"{name.upper()} as {codes.text}"
+            for name in "qkv"
+            if (codes := getattr(numerics, name)) is not None
+        ]
         weights = (
             f"weights rounded to {p.name} (u = {p.unit_roundoff_text})"
             if numerics.rounds_p
@@ -462,7 +485,7 @@ class Judgement:
         return (
             f"allowed is {rounding:.2g} for rounding to {part.format.name} and {rest:.2g} for what goes before:"
             f" scores of {case.head_dim} terms and sums over {keys} keys in {numerics.acc}, {weights}"
-            f" (numerics {numerics.name!r})"
+            f"{'; exact is that of the codes: ' if codes else ''}{', '.join(codes)} (numerics {numerics.name!r})"
         )
 
     def _allowance_of_gradient(self, part: Part, index: tuple[int, ...]) -> str:
@@ -501,9 +524,10 @@ class Judgement:
         from effattn.tolerances.envelope import LARGEST_WEIGHT_ERROR
 
         worst = float(self.envelope.condition.max())
+        codes = ", and entries that lie between two codes," if self.numerics.quantised else ""
         return (
-            f"condition number {worst:.3g}: in {self.numerics.acc}, rounding the scores may change weights by more than"
-            f" {LARGEST_WEIGHT_ERROR:.0%}, so any output would do. Take smaller inputs or a smaller scale."
+            f"condition number {worst:.3g}: in {self.numerics.acc}, rounding the scores{codes} may change weights by more"
+            f" than {LARGEST_WEIGHT_ERROR:.0%}, so any output would do. Take smaller inputs or a smaller scale."
         )
 
     def _biased(self, findings: list[Finding]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,11 +13,12 @@ if TYPE_CHECKING:
     from effattn.methods.base import Output
     from effattn.tolerances.envelope import Envelope
     from effattn.tolerances.numerics import Numerics
+    from effattn.tolerances.quantise import Multiplied
 
 
 def exact(case: Case, inputs: Inputs, *, keep: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """Exact "out" and "lse", float64."""
-    _, _, found = _exact(case, inputs, keep)
+    _, _, found = _exact(case, inputs, keep, None)
     return {"out": found.out, "lse": found.lse}
 
 
@@ -25,19 +27,28 @@ def bounds(
 ) -> dict[str, torch.Tensor]:
     """Largest error of a correct kernel, per element: "out", "lse", and where the case has gradients "dq", "dk", "dv".
 
-    `keep` is what dropout keeps. Infinite where the case is not judged. On the device of the inputs.
+    `keep` is what dropout keeps. Infinite where the case is not judged. On the device of the inputs. Raises `SetAside` where
+    there is no bound of gradients, which the case asks for.
     """
     import torch
 
     from effattn import exact as reference
+    from effattn.properties.law import SetAside
     from effattn.tolerances.gradients import gradient_envelopes
 
+    if case.backward and numerics.quantised:
+        raise SetAside("no bound of gradients is known for quantised operands")
     wide, options, found, envelope = _envelope(case, inputs, numerics, keep)
     device = inputs.q.device
     result = {
         "out": torch.from_numpy(envelope.out_bound).to(device),
         "lse": torch.from_numpy(envelope.lse_bound).to(device),
     }
+    if numerics.quantised:
+        # A law states what is so of attention on the inputs: it may be off by what quantising them does, too.
+        _, _, plain = _exact(case, inputs, keep, None)
+        result["out"] += (found.out - plain.out).abs()
+        result["lse"] += torch.where(found.lse == plain.lse, 0.0, (found.lse - plain.lse).abs())
     d_out = inputs.extras.d_out
     if case.backward and d_out is not None:
         d_lse = inputs.extras.d_lse
@@ -66,11 +77,17 @@ def errors(case: Case, inputs: Inputs, numerics: Numerics, output: Output) -> to
     return torch.where(sigma > 0.0, error / sigma, 0.0)
 
 
-def _exact(case: Case, inputs: Inputs, keep: torch.Tensor | None) -> tuple[Inputs, Options, Exact]:
+def _exact(
+    case: Case, inputs: Inputs, keep: torch.Tensor | None, read: Multiplied | None
+) -> tuple[Inputs, Options, Exact]:
+    """Exact attention on the inputs, or on what is multiplied."""
     from effattn import exact as reference
     from effattn.exact import Options
 
-    wide = type(inputs)(*(x.detach().double() for x in inputs), extras=inputs.extras)
+    if read is None:
+        wide = type(inputs)(*(x.detach().double() for x in inputs), extras=inputs.extras)
+    else:
+        wide = read.inputs
     options = Options.of(case, wide, keep=keep)
     return wide, options, reference.attention_with(*wide, options)
 
@@ -79,6 +96,12 @@ def _envelope(
     case: Case, inputs: Inputs, numerics: Numerics, keep: torch.Tensor | None
 ) -> tuple[Inputs, Options, Exact, Envelope]:
     from effattn.tolerances.envelope import forward_envelope
+    from effattn.tolerances.quantise import multiplied
 
-    wide, options, found = _exact(case, inputs, keep)
-    return wide, options, found, forward_envelope(*wide, numerics=numerics, exact=found, options=options)
+    read = multiplied(inputs, numerics)
+    wide, options, found = _exact(case, inputs, keep, read)
+    envelope = forward_envelope(*wide, numerics=numerics, exact=found, options=options, radius=read.radius)
+    if read.unknown is not None:
+        envelope.out_bound.fill(math.inf)
+        envelope.lse_bound.fill(math.inf)
+    return wide, options, found, envelope

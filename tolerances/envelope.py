@@ -39,9 +39,10 @@ import torch
 
 from effattn.exact import Exact
 from effattn.exact.blocks import row_blocks, rows_without_keys
-from effattn.exact.scores import score_blocks
+from effattn.exact.scores import Options, score_blocks
 from effattn.tolerances import dots
 from effattn.tolerances.pairs import collect_with_options
+from effattn.tolerances.quantise import SCALE_ERROR
 from effattn.tolerances.sums import (
     ROUNDING_VARIANCE,
     EqualKeys,
@@ -55,8 +56,8 @@ from effattn.tolerances.sums import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from effattn.exact.scores import Options
     from effattn.tolerances.numerics import Numerics
+    from effattn.tolerances.quantise import Radius
 
     Floats = NDArray[np.float64]
 
@@ -134,14 +135,19 @@ def forward_envelope(
     scale: float | None = None,
     block: tuple[int, int] | None = None,
     options: Options | None = None,
+    radius: Radius | None = None,
 ) -> Envelope:
     """Bound and noise of the forward pass, in one pass over the keys with O(N d) memory.
 
     q (batch, heads, q_len, head_dim), k (batch, kv_heads, kv_len, head_dim), v (batch, kv_heads, kv_len, v_dim) on any
     device, `exact` the exact attention of the same inputs and options. `block` as in `exact.attention`.
-    `options` in place of `causal` and `scale` where there are more.
+    `options` in place of `causal` and `scale` where there are more. Where operands are quantised, q, k and v are what is
+    multiplied, and `radius` what they may be off by (`quantise.multiplied`).
     RequestError for shapes that don't go together.
     """
+    if numerics.quantised or numerics.narrow_p:
+        options = Options(causal=causal, scale=scale) if options is None else options
+        return _with_options(q, k, v, numerics=numerics, exact=exact, options=options, radius=radius)
     if options is not None:
         if not options.plain:
             return _with_options(q, k, v, numerics=numerics, exact=exact, options=options)
@@ -205,6 +211,7 @@ def _with_options(
     numerics: Numerics,
     exact: Exact,
     options: Options,
+    radius: Radius | None = None,
 ) -> Envelope:
     """The same from blocks of whole rows, every score judged by itself."""
     shape, dim = tuple(q.shape[:3]), v.shape[3]
@@ -217,9 +224,10 @@ def _with_options(
         equal = EqualKeys.of(q, k, v)
         for block in score_blocks(q, k, v, options):
             lse = block.read(exact.lse)
-            sums = SimpleNamespace(
-                **collect_with_options(block, lse, equal, numerics=numerics, errors=errors, options=options)
+            collected = collect_with_options(
+                block, lse, equal, numerics=numerics, errors=errors, options=options, radius=radius
             )
+            sums = SimpleNamespace(**collected)
             seen, known = sums.seen > 0.0, (lse > -math.inf).cpu().numpy()
             with np.errstate(over="ignore", invalid="ignore"):  # rows that are not judged
                 result = _finish(
@@ -271,8 +279,11 @@ def _finish(
     acc, p, out, input_ = (numerics.format(name) for name in ("acc", "p", "output", "input"))
     u = acc.unit_roundoff
     u_p = p.unit_roundoff if numerics.rounds_p else 0.0
+    narrow = numerics.narrow_p
     operand = numerics.operand_format
     u_v = 0.0 if operand is None else 2.0 * operand.unit_roundoff
+    if numerics.v is not None:
+        u_v, input_ = SCALE_ERROR, numerics.multiplied("v")
     var = ROUNDING_VARIANCE * u * u
     exact_pv = p.precision + input_.precision <= acc.precision
     before = numerics.normalise != "after"
@@ -294,7 +305,7 @@ def _finish(
         b_most = wb = b_most + common + errors.shifted * log_n
     adds = (n + rescales + 3.0) * u
     # A matrix unit's sums may be worse than one addition a term.
-    cut = np.maximum(dots.dot_bound(numerics.dot_block, n) - n * u, 0.0)
+    cut = np.maximum(dots.dot_bound(numerics.value_block, n) - n * u, 0.0)
     worst = np.expm1(b_most)
     stretch = worst / b_most
     total = worst + adds + cut
@@ -302,13 +313,20 @@ def _finish(
     growth = (1.0 + total) * (1.0 + u_p) / (1.0 - total - total * total)
     growth *= 1.0 + FLOAT32_SUMS
     growth[~judged] = math.inf
-    sum_of = u_p if numerics.sum_of == "rounded" else 0.0
+    sum_of = 0.0
+    if numerics.sum_of == "rounded":
+        sum_of = x.p_sum if narrow else u_p
     product = (
-        u_p + u_v + (0.0 if exact_pv else u) + (2.0 * u if before else 0.0) + (3.0 * u if dropout else 0.0)
+        (0.0 if narrow else u_p)
+        + u_v
+        + (0.0 if exact_pv else u)
+        + (2.0 * u if before else 0.0)
+        + (3.0 * u if dropout else 0.0)
     )
     # What flush costs, the sums (half each sign), and the division; then the weights' errors and the products.
     flush = x.flushed * x.v_most
-    steady = x.w_abs * (0.5 * (adds + cut)) + o_abs * (1.5 * adds + 0.5 * cut + 4.0 * u)
+    p_abs = x.p_abs if narrow else 0.0  # sums and products have P as it was rounded
+    steady = (x.w_abs + p_abs) * (0.5 * (adds + cut)) + o_abs * (1.5 * adds + 0.5 * cut + 4.0 * u)
     lost = flush + n * acc.smallest_subnormal
     steady += lost
     if fine:
@@ -317,6 +335,18 @@ def _finish(
         reach = x.w_abs * (b_most * stretch + product)
     reach += o_abs * (wb * stretch + sum_of)
     reach += steady
+    if narrow:
+        reach += p_abs * (1.0 + product)
+        lost = lost + x.p_lost
+        steady = steady + x.p_lost
+    if hasattr(x, "off"):
+        # Entries with two codes, which go one way in all rows: what they do to scores is in b already.
+        shared = (x.off_abs + o_abs * x.off) * stretch + x.off_v
+        reach += x.off_v
+        lost = lost + shared
+        steady = steady + shared
+    else:
+        shared = None
     reach *= growth
     bound = out.ulp(o_abs + reach)
     bound *= 0.5
@@ -355,10 +385,11 @@ def _finish(
     # The scale's constants are rounded once for all pairs: three roundings, u^2 / 3 each with unlucky mantissas.
     along_scale = x.ws_v - o * x.ws
     inner += along_scale * along_scale * (u * u)
+    # A matrix unit is one-sided: scores and sums are too small on the whole, in all rows alike.
     if numerics.dot_block is not None:
-        # One-sided: scores and sums are too small on the whole, in all rows alike.
         inner += np.square(along_scale * dots.dot_sigma(numerics.dot_block, float(q2.shape[-1])))
-        inner += np.square(0.5 * (x.w_abs + o_abs) * dots.dot_sigma(numerics.dot_block, n))
+    if numerics.value_block is not None:
+        inner += np.square(0.5 * (x.w_abs + o_abs) * dots.dot_sigma(numerics.value_block, n))
     # Underflow is as likely up as down, at most half a spacing a key: variance a third of that squared.
     noise = inner + flush * (x.v_most * (p.smallest_subnormal / 6.0))
     if u_v:
@@ -373,10 +404,22 @@ def _finish(
         # Where a sink is larger than all scores, P is 1 nowhere.
         if numerics.normalise == "any" or dropout or sinks:
             spared = np.zeros_like(spared)
-        rounded = x.w2_v2 - spared * (x.top_squares if equal else x.top_v * x.top_v)
-        if equal:
-            rounded = np.maximum(rounded, x.equal_w2_v2 - spared * x.top_sum * x.top_sum)
-        noise += np.maximum(rounded, 0.0, out=rounded) * cast
+        if narrow:
+            # The same where each weight has a variance of its own; whichever key of equal ones is at the maximum.
+            spared = spared / np.maximum(x.top * x.top, 1e-300) * x.p_top * (x.top_v * x.top_v)
+            if p.round(np.array([numerics.p_scale]))[0] != numerics.p_scale:
+                spared = 0.0 * spared
+            rounded = np.maximum(x.p_v2, x.equal_p_v2) if equal else x.p_v2
+            noise += np.maximum(rounded - spared, 0.0)
+            if numerics.sum_of == "rounded":
+                noise += o * o * x.p_2
+        else:
+            rounded = x.w2_v2 - spared * (x.top_squares if equal else x.top_v * x.top_v)
+            if equal:
+                rounded = np.maximum(rounded, x.equal_w2_v2 - spared * x.top_sum * x.top_sum)
+            noise += np.maximum(rounded, 0.0, out=rounded) * cast
+    if shared is not None:
+        noise += np.square(shared)
     sigma = out.ulp(o_abs)
     sigma *= sigma
     sigma *= 1.0 / 12.0
@@ -393,8 +436,10 @@ def _finish(
     largest = getattr(x, "largest", s_most)  # the maximum that is subtracted
     lse_noise = lse_scores + var * (l_var + 3.0 * largest * largest + lse_abs * lse_abs) + LOG_ERROR**2 / 12.0
     lse_noise += lse_format.ulp(lse_abs) ** 2 / 12.0
-    if sum_of:
-        lse_noise += ROUNDING_VARIANCE * u_p * u_p * x.w2
+    if numerics.sum_of == "rounded":
+        lse_noise += x.p_2 if narrow else ROUNDING_VARIANCE * u_p * u_p * x.w2
+    if shared is not None:
+        lse_noise = lse_noise + np.square(x.off * stretch)
     lse_var = lse_noise + (2.0 * u * largest) ** 2  # constants, as above, and ln 2
     return {
         "out_bound": bound,

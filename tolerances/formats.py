@@ -45,6 +45,8 @@ class Format:
     holder: str | None = None
     #: False where the top code is NaN instead of infinity, so values beyond the largest become NaN
     has_inf: bool = True
+    #: True for integers, which have one spacing everywhere: every one lies in or below the only binade
+    integer: bool = False
 
     @property
     def unit_roundoff(self) -> float:
@@ -158,7 +160,8 @@ def _binade(x: Any, fmt: Format) -> Any:
 
 
 #: name -> format. IEEE 754 for fp64, fp32 and fp16; NVIDIA's PTX ISA for tf32 and bf16; the OCP 8-bit floating
-#: point specification for e4m3 (which has no infinity) and e5m2.
+#: point specification for e4m3 (which has no infinity) and e5m2. int8 is that of symmetric quantisation, -127 to 127: what
+#: rounds beyond saturates where it is made, and here it becomes infinite, so that nobody takes it for a number.
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
@@ -169,6 +172,7 @@ FORMATS: dict[str, Format] = {
         Format(name="bf16", precision=8, emin=-126, emax=127, torch_name="bfloat16"),
         Format(name="e4m3", precision=4, emin=-6, emax=8, torch_name="float8_e4m3fn", has_inf=False),
         Format(name="e5m2", precision=3, emin=-14, emax=15, torch_name="float8_e5m2"),
+        Format(name="int8", precision=7, emin=6, emax=6, torch_name=None, holder="float32", integer=True),
     )
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from effattn.errors import RequestError
 from effattn.tolerances import dots, formats
+from effattn.tolerances.codes import Codes
 from effattn.tolerances.formats import Format
 
 #: when the weights are divided by their sum
@@ -34,6 +35,9 @@ class Numerics:
     `acc` with a relative error of at most `exp_ulps` units in the last place, rounded to `p`, multiplied by V and
     accumulated in `acc`; the normaliser l is summed in `acc`.
 
+    Where `q`, `k` or `v` are declared as codes, these are what is multiplied, and the exact result is that of the numbers
+    they stand for. P is multiplied by `p_scale` before it is rounded. Gradients of such methods are not judged.
+
     The backward pass computes P = exp(s - lse) again from the stored log-sum-exp (or has kept it), dP = dO V^T,
     delta = dO.O, dS = P (dP - delta) in `acc`, rounds dS to `ds` and P to `p`, and accumulates their products in `acc`.
 
@@ -52,8 +56,17 @@ class Numerics:
     acc: str = "fp32"
     #: format that operands of a product are rounded to before multiplying (tf32 for fp32 inputs on tensor cores)
     operand: str | None = None
+    #: Q as it is multiplied, where it is quantised: a `Codes`
+    q: Codes | None = None
+    #: the same for K
+    k: Codes | None = None
+    #: the same for V
+    v: Codes | None = None
     #: format that the weights are rounded to for the second product
     p: str = "fp32"
+    #: what the weights are multiplied by before they are rounded to `p`, such as 2^8 for e4m3 (FlashAttention-3), so that
+    #: fewer of them are subnormal
+    p_scale: float = 1.0
     #: format of the log-sum-exp
     lse: str = "fp32"
     #: largest error of exp or exp2 in units in the last place of `acc` (PTX: ex2.approx.f32 within 2)
@@ -99,6 +112,13 @@ class Numerics:
         if self.operand is not None:
             formats.get(self.operand)
         dots.get(self.dot)
+        for field in ("input", "output", "score", "acc", "lse", "dp", "ds", "operand"):
+            if getattr(self, field) is not None and formats.get(getattr(self, field)).integer:
+                raise RequestError(
+                    f"numerics {self.name!r}: {field} is {getattr(self, field)!r}, a format of codes; expected a"
+                    " floating-point format (q, k, v and p may be int8)"
+                )
+        self._check_codes()
         for field, words in (
             ("normalise", NORMALISE),
             ("sum_of", SUM_OF),
@@ -141,6 +161,38 @@ class Numerics:
                 "leave operand out"
             )
 
+    def _check_codes(self) -> None:
+        """Raises RequestError where what is declared of codes contradicts itself."""
+        for field in ("q", "k", "v"):
+            codes = getattr(self, field)
+            if codes is not None and not isinstance(codes, Codes):
+                raise RequestError(
+                    f"numerics {self.name!r}: {field} is {codes!r}; expected a Codes, such as"
+                    ' Codes(format="e4m3", scale="tensor"), or None'
+                )
+        for field in ("q", "k"):
+            codes = getattr(self, field)
+            if codes is not None and codes.scale == "channel":
+                raise RequestError(
+                    f"numerics {self.name!r}: {field} has a scale per channel, which cannot be taken out of a sum over"
+                    ' the channels; declare scale="tensor", "head" or "block"'
+                )
+        if self.operand is not None and self.quantised:
+            raise RequestError(
+                f"numerics {self.name!r}: operands of {self.operand} and codes exclude each other; leave operand out"
+            )
+        p = formats.get(self.p)
+        if not 0.0 < self.p_scale <= p.largest:
+            raise RequestError(
+                f"numerics {self.name!r}: p_scale is {self.p_scale!r}; expected what weights up to 1 are multiplied by,"
+                f" above 0 and at most {p.largest:g}, the largest of {p.name}"
+            )
+        if p.integer and self.p_scale == 1.0:
+            raise RequestError(
+                f"numerics {self.name!r}: weights up to 1 rounded to {p.name} without a p_scale would be 0 or 1;"
+                f" declare p_scale={p.largest:g}"
+            )
+
     def format(self, field: str) -> Format:
         """The format that a field names."""
         return formats.get(getattr(self, field))
@@ -151,15 +203,40 @@ class Numerics:
         return None if self.operand in (None, self.input) else formats.get(self.operand)
 
     @property
+    def quantised(self) -> bool:
+        """Whether Q, K or V become codes."""
+        return any(codes is not None for codes in (self.q, self.k, self.v))
+
+    @property
+    def narrow_p(self) -> bool:
+        """Whether P is rounded to fewer bits than bf16 has: its subnormals matter, and each rounding is looked at alone."""
+        return self.format("p").precision < formats.get("bf16").precision
+
+    def multiplied(self, operand: str) -> Format:
+        """The format in which "q", "k" or "v" is multiplied."""
+        codes: Codes | None = getattr(self, operand)
+        return formats.get(self.operand or self.input) if codes is None else codes.code_format
+
+    @property
     def dot_block(self) -> dots.Block | None:
-        """How the declared unit sums products of the inputs; None where they are added one by one."""
-        return dots.get(self.dot).get(self.operand or self.input)
+        """How the declared unit sums products of Q and K; None where they are added one by one."""
+        return self._block(self.multiplied("q"), self.multiplied("k"))
+
+    @property
+    def value_block(self) -> dots.Block | None:
+        """The same for products of P and V."""
+        if self.v is None and not self.narrow_p:
+            return dots.get(self.dot).get(self.operand or self.input)
+        return self._block(self.format("p"), self.multiplied("v"))
+
+    def _block(self, *factors: Format) -> dots.Block | None:
+        # Of two formats the wider one: the other is converted to it, as a unit has one kind of operands.
+        return dots.get(self.dot).get(max(factors, key=lambda fmt: fmt.precision).name)
 
     @property
     def exact_products(self) -> bool:
-        """Whether a product of two inputs is a number of `acc`, so that it is never rounded (underflow apart)."""
-        multiplied = formats.get(self.operand or self.input)
-        return 2 * multiplied.precision <= self.format("acc").precision
+        """Whether a product of Q and K is a number of `acc`, so that it is never rounded (underflow apart)."""
+        return self.multiplied("q").precision + self.multiplied("k").precision <= self.format("acc").precision
 
     @property
     def rounds_p(self) -> bool:
@@ -244,6 +321,32 @@ FLEX: dict[str, Numerics] = {
     dtype: preset.replace(name=f"flex {dtype}", tanh_of="one") for dtype, preset in FLASH.items()
 }
 
+_E4M3_TENSOR = Codes(format="e4m3", scale="tensor")
+_E4M3_BLOCK = Codes(format="e4m3", scale="block", rows=64)
+_INT8_BLOCK = Codes(format="int8", scale="block", rows=64)
+
+#: Attention in e4m3 as FlashAttention-3 does it: Q, K and V with a scale per tensor, P as e4m3 after an offset of 2^8, sums in
+#: fp32, the output in the dtype of the inputs. Hopper's unit sums e4m3 in 14 bits: on one, .replace(dot="hopper").
+FP8_TENSOR: dict[str, Numerics] = {
+    dtype: FLASH[dtype].replace(
+        name=f"fp8-tensor {dtype}", q=_E4M3_TENSOR, k=_E4M3_TENSOR, v=_E4M3_TENSOR, p="e4m3", p_scale=256.0
+    )
+    for dtype in ("fp16", "bf16")
+}
+
+#: The same with a scale for each 64 rows of a head (FlashAttention-3, section 3.3, block quantisation).
+FP8_BLOCK: dict[str, Numerics] = {
+    dtype: preset.replace(name=f"fp8-block {dtype}", q=_E4M3_BLOCK, k=_E4M3_BLOCK, v=_E4M3_BLOCK)
+    for dtype, preset in FP8_TENSOR.items()
+}
+
+#: Q and K as int8 with a scale for each 64 rows of a head, P and V in the dtype of the inputs, sums of P V in fp32, as
+#: SageAttention (arXiv 2410.02367) does where it keeps its accumulator in fp32; without its smoothing of K.
+INT8_BLOCK: dict[str, Numerics] = {
+    dtype: FLASH[dtype].replace(name=f"int8-block {dtype}", q=_INT8_BLOCK, k=_INT8_BLOCK)
+    for dtype in ("fp16", "bf16")
+}
+
 #: name -> dtype -> numerics
 PRESETS: dict[str, dict[str, Numerics]] = {
     "default": DEFAULT,
@@ -254,6 +357,9 @@ PRESETS: dict[str, dict[str, Numerics]] = {
     "fa3": FA3,
     "fa4": FA4,
     "flex": FLEX,
+    "fp8-tensor": FP8_TENSOR,
+    "fp8-block": FP8_BLOCK,
+    "int8-block": INT8_BLOCK,
 }
 
 

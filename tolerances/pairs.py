@@ -7,6 +7,11 @@ Beside the errors of a product (`sums.ScoreErrors`), all relative to the unit ro
 - bias and ALiBi: a constant, its product with the distance, log2(e) folded in, one addition each.
 
 A sink is a key without a value: it enters the normaliser, nothing else. Dropout's factor is one more product.
+
+Two things only methods of 8 bits have. Where P is rounded to fewer bits than bf16 has, its subnormal numbers matter, and the
+error of each weight is taken alone (`narrow_sums`). Where two codes of an entry are right (`quantise.Radius`), what this does to
+a score is part of its bound, and what it does to an output is added up with its full size, for it is the same in all rows
+(`shared_sums`).
 """
 
 from __future__ import annotations
@@ -16,13 +21,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from effattn.tolerances.sums import flushed
+from effattn.tolerances.sums import ROUNDING_VARIANCE, flushed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from effattn.exact.scores import Block, Options
     from effattn.tolerances.numerics import Numerics
+    from effattn.tolerances.quantise import Radius
     from effattn.tolerances.sums import EqualKeys, ScoreErrors
 
     Floats = NDArray
@@ -90,14 +96,22 @@ def collect_with_options(
     numerics: Numerics,
     errors: ScoreErrors,
     options: Options,
+    radius: Radius | None = None,
 ) -> dict[str, Floats]:
     """The sums over the keys that `sums.collect` gives, of a block of whole rows; lse (P, m, 1).
 
-    Weights that multiply values have dropout's factor, those that make the normaliser have not.
+    Weights that multiply values have dropout's factor, those that make the normaliser have not. `radius`: what q, k and v may
+    be off by.
     """
     found = pair_errors(block, lse, numerics=numerics, errors=errors, options=options)
     w = block.weights(lse)
     sink_w = block.sink_weight(lse)
+    more: dict[str, torch.Tensor] = {}
+    if radius is not None:
+        off, more = shared_sums(block, w, radius, options)
+        found = found._replace(bound=found.bound + off)
+    if numerics.narrow_p:
+        more |= narrow_sums(block, w, sink_w, numerics, equal)
     sink_b, sink_var = sink_errors(block, lse, numerics, errors)
     count = block.visible.sum(-1, keepdim=True).double()
     if block.sink is not None:
@@ -148,7 +162,69 @@ def collect_with_options(
         # Which keys of a group a row sees depends on the options: only the key itself is known to be at the maximum.
         total["top_sum"], total["top_squares"] = total["top_v"], total["top_v"].square()
         total["same_keys"], total["same_pairs"] = block.read(equal.keys), block.read(equal.pairs)
-    return {name: y.cpu().numpy() for name, y in total.items()}
+    return {name: y.cpu().numpy() for name, y in (total | more).items()}
+
+
+def narrow_sums(
+    block: Block, w: torch.Tensor, sink_w: torch.Tensor, numerics: Numerics, equal: EqualKeys | None
+) -> dict[str, torch.Tensor]:
+    """What rounding P to a narrow format does, key by key; w (P, m, n) the weights, sink_w (P, m, 1) that of the sink.
+
+    p_abs sum e |v|, p_sum sum e        e the largest error of a weight: u_p w, or half a subnormal number, at most w itself
+    p_v2 sum var v^2, p_2 sum var       its variance; p_top that of the largest weight; equal_p_v2 of groups of equal keys
+    p_lost sum e |v|                    over weights below two subnormal numbers, which are not as likely to grow as to
+                                        shrink, and what the mean of all roundings may be: u_p^2 / 2 of every weight
+    """
+    p = numerics.format("p")
+    u, v, v_abs = p.unit_roundoff, block.v, block.v.abs()
+    half = torch.full_like(sink_w, 0.5 * p.smallest_subnormal / numerics.p_scale)
+    if numerics.normalise == "after":
+        # P is 1 at the maximum, that of the sink included, or larger where the maximum is still to grow.
+        half = half * torch.maximum(w.amax(-1, keepdim=True), sink_w)
+
+    def errors(weights: torch.Tensor, half: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        error = torch.minimum(weights, torch.maximum(u * weights, half))
+        variance = torch.maximum(ROUNDING_VARIANCE * u * u * weights.square(), half.square() / 3.0)
+        return error, torch.where(weights < half, weights.square(), variance)
+
+    x = block.weighted(w)
+    # Dropout's factor may be multiplied before P is rounded, or after.
+    halves = half if block.factor is None else half * block.factor.clamp(min=1.0)
+    error, variance = errors(x, halves)
+    lost = torch.where(x < 4.0 * halves, error, 0.5 * u * u * x)
+    error_of_sum, variance_of_sum = (error, variance) if block.factor is None else errors(w, half)
+    top = w.max(-1, keepdim=True).indices
+    total = {
+        "p_abs": torch.bmm(error, v_abs),
+        "p_v2": torch.bmm(variance, v.square()),
+        "p_lost": torch.bmm(lost, v_abs),
+        "p_top": torch.gather(variance, 2, top),
+        "p_sum": error_of_sum.sum(-1, keepdim=True),
+        "p_2": variance_of_sum.sum(-1, keepdim=True),
+    }
+    if equal is not None:
+        summed, dim = equal.summed.flatten(0, 1)[_kv_heads(block, equal)], v.shape[-1]
+        total["equal_p_v2"] = torch.bmm(variance, summed[..., :dim].square() / summed[..., -1:])
+    return total
+
+
+def shared_sums(
+    block: Block, w: torch.Tensor, radius: Radius, options: Options
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What entries with two codes may do: to each score, (P, m, n), and off_abs sum w a |v|, off sum w a, off_v sum w r_v."""
+    heads, kv_heads = radius.q.shape[1], radius.k.shape[1]
+    of_kv = torch.arange(block.pairs.start, block.pairs.stop, device=w.device) // (heads // kv_heads)
+    r_q = block.read(radius.q)
+    r_k, r_v = radius.k.flatten(0, 1)[of_kv], radius.v.flatten(0, 1)[of_kv]
+    # |q k - (q + r_q)(k + r_k)| <= |q| r_k + r_q (|k| + r_k); a softcap is 1-Lipschitz.
+    off = torch.bmm(block.q.abs(), r_k.mT) + torch.bmm(r_q, (block.k.abs() + r_k).mT)
+    off = (off * abs(options.scale_for(block.q.shape[-1]))).masked_fill(~block.visible, 0.0)
+    x = block.weighted(w)
+    return off, {
+        "off_abs": torch.bmm(x * off, block.v.abs()),
+        "off": (w * off).sum(-1, keepdim=True),
+        "off_v": torch.bmm(x, r_v),
+    }
 
 
 def _kv_heads(block: Block, equal: EqualKeys) -> torch.Tensor:

@@ -89,14 +89,19 @@ def known_errors(
                 p = (s - (top if block.sink is None else torch.maximum(top, block.sink))).exp_()
             if before:
                 p = block.weighted(p)
+            p = p * numerics.p_scale
             # Weights that overflow are another matter, and not explained by rounding.
             p = torch.where(p < math.inf, p, 0.0)
             rounded = numerics.format("p").round(p)
             rounded = torch.where(rounded < math.inf, rounded, p)
             spacing = numerics.format("p").ulp(p).masked_fill_(p == rounded, 0.0)
             share = torch.where(p > 0.0, block.weighted(w) / p, 0.0)
-            block.write(error, torch.bmm((rounded - p) * share, block.v))
-            block.write(variance, torch.bmm((spacing * share).square_().div_(12.0), block.v.square()))
+            off, even = (rounded - p) * share, (spacing * share).square_().div_(12.0)
+            moved = torch.bmm(off, block.v)
+            if numerics.sum_of == "rounded" and options.keep is None:
+                moved -= block.read(exact.out) * off.sum(-1, keepdim=True)
+            block.write(error, moved)
+            block.write(variance, torch.bmm(even, block.v.square()))
         columns = v.shape[3]
         yield Prediction(
             error.reshape(-1, columns).cpu().numpy(), variance.reshape(-1, columns).cpu().numpy()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from effattn.tolerances import dots
+from effattn.tolerances.quantise import SCALE_ERROR
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,6 +64,7 @@ class ScoreErrors:
     - a product that is not exact in the accumulator, inputs rounded to a narrower operand format, and q or k
       scaled before the product (a constant, a product): factors of A;
     - the scale, with log2(e) folded in: a constant, its product, the multiplication;
+    - scales of codes (`quantise.SCALE_ERROR`), also factors of A;
     - the format the score is kept in;
     - s - m, or a fused multiply-add with a rounded m: u |s - m| and 2 u max |s| for the row; |s - m| <= |s - lse|;
     - exp: `exp_ulps`, each at most 2 u, for the weight itself and for each of R + 2 rescalings of its block.
@@ -91,17 +93,22 @@ class ScoreErrors:
         repeats = _repeats(k) if is_fine(numerics) else 1.0
         var = one * (min(repeats, _repeats(q)) if repeats > 1.0 else 1.0)
         inexact = 0.0 if numerics.exact_products else 1.0
+        # Scales of codes, each in fp32 and shared by what it scales: Q's and K's.
+        u_scales = SCALE_ERROR * sum(codes is not None for codes in (numerics.q, numerics.k))
         unit = numerics.dot_block
         worst = max(gamma(d, u), dots.dot_bound(unit, float(d)))
         # The one-sided part, relative to a partial sum, whose square is about T + s^2.
         aligned = dots.dot_sigma(unit, float(d)) ** 2
         return cls(
             dot=worst * (1.0 + 2.0 * worst),
-            factors=2.0 * u * inexact + 4.0 * u + 2.0 * u_operand + u_operand**2,
+            factors=2.0 * u * inexact + 4.0 * u + 2.0 * u_operand + u_operand**2 + u_scales,
             rounded=5.0 * u + u_keep,
             shifted=3.0 * u,
             terms=var * ((d + 1) / 6.0 + inexact) + 2.0 * ROUNDING_VARIANCE * u_operand**2 + aligned,
-            each=var * ((d + 1) / 3.0 + 1.0) + ROUNDING_VARIANCE * u_keep**2 + aligned,
+            each=var * ((d + 1) / 3.0 + 1.0)
+            + ROUNDING_VARIANCE * u_keep**2
+            + aligned
+            + (0.25 * u_scales) ** 2,
             gap=one,
             exp=one * max(1.0, numerics.exp_ulps**2),
         )
@@ -418,6 +425,8 @@ def flushed(w: torch.Tensor, low: torch.Tensor, numerics: Numerics, count: torch
     """
     p, acc = numerics.format("p"), numerics.format("acc")
     floor = acc.smallest_normal if numerics.flush else acc.smallest_subnormal / 2.0
+    if numerics.narrow_p:  # every rounding of P is looked at alone: `pairs.narrow_sums`
+        return count * floor
     if p.emin == acc.emin:
         return count * (floor + p.smallest_subnormal / 2.0)
     if float(low.min()) > math.log(p.smallest_normal):

@@ -121,6 +121,12 @@ class UserFunction(Method):
         return self._declared_unsupported(case)
 
     def _declared_unsupported(self, case: Case) -> str | None:
+        preset = self._declared.numerics
+        if isinstance(preset, str):
+            from effattn.tolerances.numerics import dtypes_of
+
+            if case.dtype not in dtypes_of(preset):
+                return f"the preset {preset!r} is for {', '.join(dtypes_of(preset))}"
         if self._declared.supports is None:
             return None
         answer = self._declared.supports(case)

@@ -14,6 +14,7 @@ from effattn.errors import RequestError
 if TYPE_CHECKING:
     from effattn.case import Case
     from effattn.methods.base import Method
+    from effattn.tolerances.numerics import Numerics
 
 ALL = ("fp16", "bf16", "fp32")
 HALF = ("fp16", "bf16")
@@ -36,6 +37,8 @@ class Specimen:
     dtypes: tuple[str, ...]
     #: cases made to show it; it need not be found in each of them
     shows: Callable[[Case], bool]
+    #: what it is judged by; None for the numerics of kernels that declare nothing
+    numerics: Callable[[Case], Numerics] | None = None
 
     @property
     def offers_options(self) -> bool:
@@ -46,16 +49,27 @@ class Specimen:
     def function(self) -> Callable[..., Any]:
         """The kernel with the signature of a user's function."""
         attention = _with_options(self.kernel) if self.offers_options else _plain(self.kernel)
+        if self.numerics is not None:
+            attention = _declare(numerics=self.numerics, same_bits=False, supports=self._supports)(attention)
         attention.__name__ = attention.__qualname__ = self.name.replace("-", "_")
         attention.__module__ = "effattn.zoo"
         attention.__doc__ = self.what
         return attention
 
+    def _supports(self, case: Case) -> bool | str:
+        return case.dtype in self.dtypes or f"the kernel is for {', '.join(self.dtypes)}"
+
     def method(self) -> Method:
-        """The kernel as a method, judged by the numerics of kernels that declare nothing."""
+        """The kernel as a method, judged by its numerics."""
         from effattn.methods.user import UserFunction
 
         return UserFunction(self.function, spec=f"effattn.zoo:{self.name.replace('-', '_')}")
+
+
+def _declare(**declared: Any) -> Callable[..., Any]:
+    from effattn.methods.declare import method
+
+    return method(**declared)
 
 
 def _with_options(kernel: Any) -> Callable[..., Any]:
@@ -100,34 +114,66 @@ def wrong(
     return lambda kernel: _register(kernel, name, False, dtypes, shows)
 
 
+def quantised(
+    name: str,
+    numerics: Callable[[Case], Numerics],
+    *,
+    is_right: bool,
+    shows: Callable[[Case], bool] = lambda case: True,
+) -> Callable[[_K], _K]:
+    """Register a kernel whose operands are quantised, and what it is judged by."""
+    return lambda kernel: _register(kernel, name, is_right, HALF, shows, numerics, _QUANTISED)
+
+
+_QUANTISED: dict[str, Specimen] = {}
+
+
 def _register(
-    kernel: Any, name: str, is_right: bool, dtypes: tuple[str, ...], shows: Callable[[Case], bool]
+    kernel: Any,
+    name: str,
+    is_right: bool,
+    dtypes: tuple[str, ...],
+    shows: Callable[[Case], bool],
+    numerics: Callable[[Case], Numerics] | None = None,
+    register: dict[str, Specimen] = _REGISTER,
 ) -> Any:
-    assert name not in _REGISTER, f"two kernels named {name}"
+    assert name not in _REGISTER | _QUANTISED, f"two kernels named {name}"
     # A class is a kernel of its default block size; a function is one as it is.
     call: Kernel = kernel() if isinstance(kernel, type) else kernel
     what = " ".join((kernel.__doc__ or "").split())
-    _REGISTER[name] = Specimen(name=name, right=is_right, what=what, kernel=call, dtypes=dtypes, shows=shows)
+    register[name] = Specimen(
+        name=name, right=is_right, what=what, kernel=call, dtypes=dtypes, shows=shows, numerics=numerics
+    )
     return kernel
 
 
-def specimens(*, right: bool | None = None) -> tuple[Specimen, ...]:
-    """All kernels of the zoo, or the right or the wrong ones only."""
+def specimens(*, right: bool | None = None, quantised: bool = False) -> tuple[Specimen, ...]:
+    """All kernels of the zoo, or the right or the wrong ones only; or those whose operands are quantised."""
     _load()
-    return tuple(s for s in _REGISTER.values() if right is None or s.right == right)
+    register = _QUANTISED if quantised else _REGISTER
+    return tuple(s for s in register.values() if right is None or s.right == right)
 
 
 def get(name: str) -> Specimen:
     """The kernel of that name; RequestError with close matches if there is none."""
     _load()
-    if name in _REGISTER:
-        return _REGISTER[name]
-    near = difflib.get_close_matches(name, _REGISTER, n=3)
+    known = _REGISTER | _QUANTISED
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=3)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise RequestError(f"the zoo has no kernel {name!r}.{hint}")
 
 
 def _load() -> None:
     # Not `from effattn.zoo import ...`: that asks the package's own __getattr__, which ends up here.
-    for name in ("right_kernels", "wrong_kernels", "subtle_kernels", "right_gradients", "wrong_gradients"):
+    for name in (
+        "right_kernels",
+        "wrong_kernels",
+        "subtle_kernels",
+        "right_gradients",
+        "wrong_gradients",
+        "right_quantised",
+        "wrong_quantised",
+    ):
         importlib.import_module(f"effattn.zoo.{name}")
