@@ -263,12 +263,8 @@ def gate(
     ):
         committed = None
         if baseline_file is not None:
-            committed = cli_baseline.load(
-                baseline_file,
-                method=judge.name,
-                kind=cli_baseline.kind(device, multiplied, profile),
-                values=chosen_values,
-            )
+            kind = {"device": device, "dot_model": multiplied, "profile": profile, "values": chosen_values}
+            committed = cli_baseline.load(baseline_file, method=judge.name, facts=kind)
         request = gates.Request(
             judge=judge,
             dtypes=wanted,
@@ -326,7 +322,8 @@ def gate(
     if committed is not None and baseline_file is not None:
         as_before = cli_baseline.report(committed, result.verdicts, file=baseline_file, folder=folder)
     if with_report:
-        console.print(f"Report: {cli_report.write_report(folder, against)}", markup=False, soft_wrap=True)
+        made = cli_report.write_report(folder, against, baseline_file)
+        console.print(f"Report: {made}", markup=False, soft_wrap=True)
     return result.exit_code if as_before else FAILED
 
 

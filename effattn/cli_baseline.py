@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import click
 from effattn.errors import RequestError
 
 if TYPE_CHECKING:
-    from effattn.tolerances.baselines import Kind, Section
+    from effattn.tolerances.baselines import Section
     from effattn.verdict import Verdict
 
 #: changes of each kind that are shown; the rest is counted
@@ -51,7 +51,7 @@ def baseline(run: str, file: Path, reason: str | None) -> int:
     after = baselines.updated(
         before,
         method=facts["method"]["name"],
-        kind=kind(facts["device"], facts.get("dot_model"), facts["profile"]),
+        kind=baselines.kind_of(facts),
         verdicts=store.read_verdicts(folder),
         origin=_origin(facts, reason),
     )
@@ -60,32 +60,18 @@ def baseline(run: str, file: Path, reason: str | None) -> int:
     return 0
 
 
-def kind(device: str, dot_model: str | None, profile: str) -> Kind:
-    """What a run is compared by."""
-    from effattn.tolerances.baselines import Kind
-
-    return Kind(device=device, dot_model=dot_model or "hardware", profile=profile)
-
-
-def load(file: Path, *, method: str, kind: Kind, values: Iterable[str]) -> Section:
-    """The rows that a run of this kind is to be compared with. RequestError where there are none."""
+def load(file: Path, *, method: str, facts: Mapping[str, Any]) -> Section:
+    """The rows that a run with these facts is to be compared with. RequestError where there are none."""
     from effattn.tolerances import baselines
 
-    if tuple(values):
-        raise RequestError("--baseline is for a profile's own values; leave --values out.")
     found = baselines.load(file)
     if found.method != method:
         raise RequestError(
             f"baseline {file}: it is of {found.method!r}, not of {method!r}; give that method's file."
         )
-    section = found.section(kind)
-    if section is None:
-        there = "; ".join(str(section.kind) for section in found.sections) or "nothing"
-        raise RequestError(
-            f"baseline {file}: it has nothing for {kind}, only for {there}. Run without --baseline, then add it by "
-            f"`effattn baseline RUN --file {shlex.quote(str(file))}`."
-        )
-    return section
+    return baselines.section_for(
+        found, baselines.kind_of(facts), file=file, own_values=bool(facts.get("values"))
+    )
 
 
 def report(section: Section, verdicts: Iterable[Verdict], *, file: Path, folder: Path) -> bool:

@@ -29,6 +29,21 @@ _PATH = click.Path(path_type=Path)
     "--history", type=_PATH, metavar="DIR", help="Accuracy per commit, from a folder of run folders."
 )
 @click.option(
+    "--baseline",
+    "baseline_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Beside a committed baseline: what is worse, what is better.",
+)
+@click.option(
+    "--study",
+    "studies",
+    type=_PATH,
+    multiple=True,
+    metavar="DIR",
+    help="Also a study's error against rank or features, from the folder of `effattn study`; may be repeated.",
+)
+@click.option(
     "--markdown", "markdown_file", type=_PATH, metavar="FILE", help="Also a summary for a pull request."
 )
 @click.option(
@@ -45,6 +60,8 @@ def report(
     out: Path | None,
     against: str | None,
     history: Path | None,
+    baseline_file: Path | None,
+    studies: tuple[Path, ...],
     markdown_file: Path | None,
     pictures: str | None,
     junit_file: Path | None,
@@ -61,7 +78,11 @@ def report(
     if pictures is not None and markdown_file is None:
         raise RequestError("--pictures are for the summary; give --markdown FILE too")
     material = gather.gather(
-        folders, against=None if against is None else catalog.resolve(against), history=history
+        folders,
+        against=None if against is None else catalog.resolve(against),
+        history=history,
+        baseline=baseline_file,
+        studies=studies,
     )
     target = out if out is not None else folders[0] / "report.html"
     write(target, html.render(material))
@@ -114,14 +135,14 @@ def check_installed() -> None:
     html.load()
 
 
-def write_report(folder: Path, against: str | None) -> Path:
+def write_report(folder: Path, against: str | None, baseline: Path | None) -> Path:
     """Write `report.html` into a run folder; its path."""
     from effattn.report import gather, html
     from effattn.run import catalog
 
     target = folder / "report.html"
     other = None if against is None else catalog.resolve(against)
-    write(target, html.render(gather.gather([folder], against=other)))
+    write(target, html.render(gather.gather([folder], against=other, baseline=baseline)))
     return target
 
 

@@ -18,6 +18,7 @@ method. All tests of one comparison together alarm with a probability of at most
 from __future__ import annotations
 
 import math
+import shlex
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -337,6 +338,30 @@ def load(path: Path) -> Baseline:
         return _read(data)
     except _Invalid as error:
         raise RequestError(f"baseline {path}: {error}.") from None
+
+
+def kind_of(facts: Mapping[str, Any]) -> Kind:
+    """What a run is compared by, from its provenance."""
+    return Kind(
+        device=facts["device"], dot_model=facts.get("dot_model") or "hardware", profile=facts["profile"]
+    )
+
+
+def section_for(baseline: Baseline, kind: Kind, *, file: Path, own_values: bool) -> Section:
+    """The rows that a run of this kind is compared with. RequestError where there are none.
+
+    `own_values` says that the run's values were not those of its profile.
+    """
+    if own_values:
+        raise RequestError("a baseline is for a profile's own values; leave --values out.")
+    section = baseline.section(kind)
+    if section is None:
+        there = "; ".join(str(section.kind) for section in baseline.sections) or "nothing"
+        raise RequestError(
+            f"baseline {file}: it has nothing for {kind}, only for {there}. Run without --baseline, then add it by "
+            f"`effattn baseline RUN --file {shlex.quote(str(file))}`."
+        )
+    return section
 
 
 class _Invalid(Exception):

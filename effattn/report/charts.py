@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from effattn.errors import RequestError
-from effattn.report import gather
+from effattn.report import gather, studies
 from effattn.report.gather import Material
 
 #: The data that the filters of the page change.
@@ -31,6 +31,8 @@ class Chart:
     spec: dict[str, Any]
     #: rows that are its own; the page's cases if None
     rows: list[dict[str, Any]] | None = None
+    #: where in the page it stands
+    section: str = "charts"
 
 
 def load() -> tuple[Any, Any]:
@@ -69,6 +71,9 @@ def charts(material: Material) -> list[Chart]:
         found.append(_difference(alt, changes))
     if material.history:
         found.append(_history(alt, material))
+    if material.beside is not None and material.beside.lines:
+        found.append(_baseline(alt, material.beside.points))
+    found += [_study(alt, table) for study in material.studies for table in study.tables]
     return found
 
 
@@ -304,6 +309,62 @@ def _history(alt: Any, material: Material) -> Chart:
         tooltip=["run:N", "commit:N", "line:N", "state:N", "failed:Q"],
     )
     return Chart("history", "Accuracy per commit", words, _spec(lines + dots, 260, words), rows)
+
+
+def _baseline(alt: Any, rows: list[dict[str, Any]]) -> Chart:
+    words = (
+        "Each row of the baseline (a dtype, an option, a quantity): the median of error over bound then and now. Above "
+        "the diagonal errors have become larger; colours say what is more than chance."
+    )
+    low, high = _domain([row[name] for row in rows for name in ("before", "now")])
+    scale = alt.Scale(type="log", domain=[low, high])
+    states = {"worse": "#cc3311", "better": "#009988", "no significant change": "#888888"}
+    dots = (
+        alt.Chart(alt.NamedData(name="baseline"))
+        .mark_point(filled=True, size=36, opacity=0.7)
+        .encode(
+            x=alt.X("before:Q", scale=scale, title="median error / bound, baseline"),
+            y=alt.Y("now:Q", scale=scale, title="median error / bound, now"),
+            color=alt.Color(
+                "state:N", scale=alt.Scale(domain=list(states), range=list(states.values())), title=None
+            ),
+            tooltip=["row:N", "state:N", "before:Q", "now:Q", "cases:Q"],
+        )
+    )
+    ends = alt.InlineData(values=[{"a": low}, {"a": high}])
+    diagonal = alt.Chart(ends).mark_line(color="#888888", strokeDash=[4, 4]).encode(x="a:Q", y="a:Q")
+    return Chart(
+        "baseline", "Beside the baseline", words, _spec(dots + diagonal, 280, words), rows, "baseline"
+    )
+
+
+def _study(alt: Any, table: studies.Table) -> Chart:
+    words = (
+        f"Medians over draws with their intervals, against {table.size}. Dashed: theory, floors, and controls that know "
+        "nothing; a method above uniform attention is of no use at that size. Below the axis: exact but for rounding."
+    )
+    sizes = _domain([point["size"] for point in table.points])
+    # Intervals reach far where errors have heavy tails, and what is exact at the last size is rounding, at 1e-15:
+    # the axis is for the medians in between.
+    most = max(point["median"] for point in table.points)
+    errors = _domain([point["median"] for point in table.points if point["median"] > 1e-4 * most])
+    methods = list(dict.fromkeys(point["method"] for point in table.points))
+    base = alt.Chart(alt.NamedData(name=table.name)).encode(
+        x=alt.X("size:Q", scale=alt.Scale(type="log", base=2, domain=sizes), title=table.size),
+        color=alt.Color(
+            "method:N", sort=methods, title="method", scale=alt.Scale(scheme="tableau20"),
+            legend=alt.Legend(symbolOpacity=1, labelLimit=260),
+        ),
+    )  # fmt: skip
+    y = alt.Y("median:Q", scale=alt.Scale(type="log", domain=errors), title=table.measure)
+    lines = base.mark_line(point=True, clip=True).encode(
+        y=y,
+        strokeDash=alt.condition("datum.kind == 'method'", alt.value([1, 0]), alt.value([4, 4])),
+        tooltip=["method:N", "size:Q", "median:Q", "low:Q", "high:Q"],
+    )
+    bands = base.mark_area(opacity=0.12, clip=True).encode(y=alt.Y("low:Q"), y2="high:Q")
+    made = _spec(alt.layer(bands, lines), 340, words)
+    return Chart(table.name, table.heading, words, made, table.points, "approximations")
 
 
 def static(chart: Chart, cases: list[dict[str, Any]], *, width: int = 640) -> dict[str, Any]:

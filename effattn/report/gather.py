@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from effattn.errors import RequestError
-from effattn.report import summary
+from effattn.report import beside, summary
+from effattn.report.studies import Study
+from effattn.report.studies import read as read_study
 from effattn.run import catalog, store
 from effattn.run.records import Damage, Key
 from effattn.verdict import Quantity, Verdict
@@ -70,6 +72,8 @@ class Material:
     difference: catalog.Difference | None = None
     against: str = ""
     history: list[Moment] = field(default_factory=list)
+    beside: beside.Beside | None = None
+    studies: list[Study] = field(default_factory=list)
 
     @property
     def methods(self) -> list[str]:
@@ -111,22 +115,33 @@ class Material:
         return f"{subject} passed all {self.judged} judged cases."
 
 
-def gather(folders: Sequence[Path], *, against: Path | None = None, history: Path | None = None) -> Material:
+def gather(
+    folders: Sequence[Path],
+    *,
+    against: Path | None = None,
+    history: Path | None = None,
+    baseline: Path | None = None,
+    studies: Sequence[Path] = (),
+) -> Material:
     """Read the runs.
 
     Args:
         folders: the runs to report on.
         against: a run to compare with.
         history: a folder of runs, for accuracy per commit.
+        baseline: a committed baseline to put the gates of its method beside.
+        studies: folders of studies, whose error against rank or features is shown too.
 
     Raises:
-        RequestError: a folder is no run, or none of them has a verdict.
+        RequestError: a folder is no run, or none of them has a verdict; what is to be compared with does not fit.
     """
     damaged: list[Damage] = []
     found: dict[Key, Verdict] = {}
-    for folder in folders:
+    origins: dict[Key, int] = {}
+    for number, folder in enumerate(folders):
         for record in store.read_records(folder, damaged):
             found[record.key] = Verdict.from_dict(record.verdict)
+            origins[record.key] = number
     if not found:
         names = ", ".join(str(folder) for folder in folders)
         raise RequestError(f"there is no verdict in {names}; a report needs at least one")
@@ -154,6 +169,11 @@ def gather(folders: Sequence[Path], *, against: Path | None = None, history: Pat
             )
     if history is not None:
         material.history = moments(history)
+    if baseline is not None:
+        members = [[found[key] for key, of in origins.items() if of == i] for i in range(len(folders))]
+        facts = [facts for _, facts in material.runs]
+        material.beside = beside.compare(baseline, list(zip(facts, members, strict=True)))
+    material.studies = [read_study(folder, number) for number, folder in enumerate(studies)]
     return material
 
 

@@ -54,6 +54,8 @@ def render(material: Material) -> str:
     sections += [("laws", "Laws")] if material.laws else []
     sections += [("evidence", "Evidence")] if material.evidence else []
     sections += [("against", "Comparison")] if material.difference else []
+    sections += [("baseline", "Baseline")] if material.beside else []
+    sections += [("approximations", "Approximations")] if material.studies else []
     sections += [("history", "History")] if material.history else []
     sections += [("worst", "Worst cases"), ("cases", "Cases"), ("origin", "Provenance")]
     environment = jinja2.Environment(
@@ -73,7 +75,8 @@ def render(material: Material) -> str:
         fraction=catalog.fraction,
         failed=summary.failed,
         outcomes=sorted({str(verdict.outcome) for verdict in material.verdicts}),
-        charts=drawn,
+        charts=[chart for chart in drawn if chart.section == "charts"],
+        figures={chart.name: chart for chart in drawn},
         sections=sections,
         sampled=len(points) if len(points) < len(material.verdicts) else 0,
         table_columns=_TABLE,

@@ -56,7 +56,7 @@ def run(name: str, *, out: Path | None, profile: str, target_error: float | None
         click.echo(f"{where.part}: {where.words()}")
         _print_table(results.table(of_setting, size=_SIZE[name]))
         for line in results.comparisons(of_setting):
-            click.echo(line)
+            click.echo(f"- {line}")
         click.echo()
     _say_where(folder, charts)
 

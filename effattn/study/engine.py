@@ -73,6 +73,18 @@ class Row:
 _KEYS = (*(field.name for field in fields(Point)), "draw")
 
 
+def row_from(header: Sequence[str], line: Sequence[str]) -> Row:
+    """A row from a line of the CSV file. ValueError or KeyError for one that no study wrote."""
+    record = dict(zip(header, line, strict=True))
+    point = Point(
+        part=record["part"], n=int(record["n"]), head_dim=int(record["head_dim"]), values=record["values"],
+        input_scale=float(record["input_scale"]), dtype=record["dtype"], causal=record["causal"] == "True",
+        method=record["method"], size=int(record["size"]),
+    )  # fmt: skip
+    measures = {name: float(text) for name, text in record.items() if name not in _KEYS and text != ""}
+    return Row(job=Job(point=point, draw=int(record["draw"])), measures=measures)
+
+
 class Store:
     """The rows of a study in its folder. RequestError if the folder holds something else or can't be written."""
 
@@ -115,19 +127,9 @@ class Store:
             )
         rows: dict[tuple[str, ...], Row] = {}
         for line in lines[1:]:
-            row = self._row(line)
+            row = row_from(self._header, line)
             rows[row.job.key] = row
         return rows
-
-    def _row(self, line: Sequence[str]) -> Row:
-        record = dict(zip(self._header, line, strict=True))
-        point = Point(
-            part=record["part"], n=int(record["n"]), head_dim=int(record["head_dim"]), values=record["values"],
-            input_scale=float(record["input_scale"]), dtype=record["dtype"], causal=record["causal"] == "True",
-            method=record["method"], size=int(record["size"]),
-        )  # fmt: skip
-        measures = {name: float(record[name]) for name in self.columns if record[name] != ""}
-        return Row(job=Job(point=point, draw=int(record["draw"])), measures=measures)
 
     @contextmanager
     def _writer(self) -> Iterator[Callable[[Row], None]]:

@@ -293,7 +293,7 @@ class _Sentences(_Network):
 # -- results -----------------------------------------------------------------------------------------------
 
 #: model -> (what the charts show, its name)
-_SHOWN = {
+SHOWN = {
     "smollm2": ("loss_change", "change of the loss"),
     "minilm": ("similarity_change", "change of similarities"),
 }
@@ -321,7 +321,7 @@ def layers(rows: Sequence[Row]) -> list[str]:
     """One layer at a time: the median and the worst layer, as Markdown."""
     lines = ["| model | method | size | median layer | worst layer |", "|---|---|---|---|---|"]
     for (part, method, size), by_layer in _by_layer(rows).items():
-        name, words = _SHOWN[part]
+        name, words = SHOWN[part]
         found = {layer: row.measures[name] for layer, row in by_layer.items()}
         worst = max(found, key=lambda layer: found[layer])
         middle = sorted(found.values())[len(found) // 2]
@@ -348,7 +348,7 @@ def write(rows: Sequence[Row], folder: Path) -> list[Path]:
     drawn = []
     if charts.available():
         for part in dict.fromkeys(row.job.point.part for row in rows):
-            name, words = _SHOWN[part]
+            name, words = SHOWN[part]
             curves = [
                 charts.Curve(
                     label=f"{method}, {size}" if size else method, x=sorted(found),

@@ -15,7 +15,8 @@ from effattn.study.intervals import Interval, constant, mean_interval, median_in
 
 SUMMARY_CSV = "summary.csv"
 SUMMARY_MD = "summary.md"
-_STYLES = {
+#: method -> how a chart draws it, if it is none of those that a study is about
+STYLES = {
     "theory": "theory",
     "truncated SVD": "floor",
     "zero": "control",
@@ -116,7 +117,7 @@ def write(rows: Sequence[Row], folder: Path, columns: Sequence[str], *, title: s
             path = charts.draw(chart(where, of_setting, size=size), folder)
             drawn.append(path)
             parts += [f"![{where.words()}]({path.name})", ""]
-        parts += [*table(of_setting, size=size), "", *comparisons(of_setting), ""]
+        parts += [*table(of_setting, size=size), "", *(f"- {line}" for line in comparisons(of_setting)), ""]
     (folder / SUMMARY_MD).write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
     return drawn
 
@@ -134,7 +135,7 @@ def chart(
         drawn.append(
             charts.Curve(
                 label=curve.method, x=x, y=[p.median for p in points], low=[p.low for p in points],
-                high=[p.high for p in points], style=_STYLES.get(curve.method, "method"),
+                high=[p.high for p in points], style=STYLES.get(curve.method, "method"),
             )
         )  # fmt: skip
     return charts.Chart(name=where.slug(), title=where.words(), x_label=size, y_label=y, curves=drawn)
@@ -185,7 +186,7 @@ def comparisons(of_setting: Sequence[Curve]) -> list[str]:
                 below = sum(x < y for x, y in zip(a, b, strict=False))
                 count = min(len(a), len(b))
                 words.append(f"{number}: {below}/{count} (p = {sign_test(a[:count], b[:count]):.1g})")
-            lines.append(f"- {better} below {worse}, draws at each size: {'; '.join(words)}.")
+            lines.append(f"{better} below {worse}, draws at each size: {'; '.join(words)}.")
     uniform = by_method.get("uniform")
     if uniform is not None:
         level = uniform.intervals[0].median
@@ -195,9 +196,9 @@ def comparisons(of_setting: Sequence[Curve]) -> list[str]:
                 for number, got in zip(curve.sizes, curve.intervals, strict=True)
                 if number and not got.median < level
             ]
-            if useless and _STYLES.get(curve.method) is None:
+            if useless and STYLES.get(curve.method) is None:
                 lines.append(
-                    f"- {curve.method} is no better than uniform attention ({text.number(level)}) at"
+                    f"{curve.method} is no better than uniform attention ({text.number(level)}) at"
                     f" {', '.join(map(str, useless))}."
                 )
     return lines

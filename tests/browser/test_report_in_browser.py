@@ -12,6 +12,8 @@ import pytest
 from effattn.case import Case
 from effattn.report import charts, gather, html
 from effattn.run import store
+from effattn.study.engine import Job, Point, Store
+from effattn.tolerances import baselines
 from effattn.verdict import Outcome, Quantity, Verdict
 
 #: What would show if a name of a user became HTML, a script, or a link.
@@ -43,6 +45,7 @@ def write(folder: Path, verdicts: list[Verdict], spec: str, started: str) -> Pat
         for item in verdicts:
             writer.add(item)
         writer.commit({"started": started, "ended": started, "kind_of_run": "gate", "command": HOSTILE,
+                       "device": "cpu", "profile": "smoke", "method": {"name": spec},
                        "working_directory": {"commit": "c" * 40, "clean": True}})  # fmt: skip
     return folder
 
@@ -70,7 +73,23 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> gather.Material:
         HOSTILE,
         "2032-01-01T00:00:00+00:00",
     )
-    return gather.gather([now, mine], against=old, history=folder)
+    baseline = folder / "torch.toml"
+    facts = {"device": "cpu", "profile": "smoke"}
+    kept = baselines.updated(
+        None,
+        method="torch",
+        kind=baselines.kind_of(facts),
+        verdicts=[verdict(s, 0.3 + s / 90, method="torch") for s in range(30)],
+        origin={"reason": HOSTILE},
+    )
+    baseline.write_text(baselines.render(kept))
+    study = Store(folder / "study", {"study": "linformer"}, ("error",))
+    points = [Point(n=64, head_dim=16, method=m, size=k) for m in ("gaussian", HOSTILE) for k in (8, 16, 32)]
+    jobs = [Job(point=point, draw=draw) for point in points for draw in range(4)]
+    study.run(jobs, lambda job: {"error": (1 + job.draw) / job.point.size})
+    return gather.gather(
+        [now, mine], against=old, history=folder, baseline=baseline, studies=[folder / "study"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +117,7 @@ def test_every_chart_is_drawn(opened: Any, material: gather.Material, screenshot
     wanted = {chart.name for chart in charts.charts(material)}
     assert wanted == {
         "overview", "ulps", "z", "places", "kv_len", "head_dim", "scale", "pairs", "difference", "history",
+        "baseline", "study-0-0",
     }  # fmt: skip
     for name in wanted:
         assert marks(opened, name) > 1, name

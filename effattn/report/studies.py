@@ -1,0 +1,155 @@
+"""Studies in a report: an approximation's error against its rank or its number of features.
+
+Read from the folder of an `effattn study`, which is left as it is: one that is still running can be shown.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from effattn.errors import RequestError
+from effattn.study import model, results
+from effattn.study.engine import DRAWS, SCHEMA, STUDY, Row, row_from
+from effattn.study.intervals import Interval
+
+#: study -> (the measure that is shown, what it is called, what the size is)
+SHOWN = {
+    "performer": ("error", "relative error of the output", "features m"),
+    "linformer": ("error", "relative error of the output", "rank k"),
+    "model": ("change", "change that the model shows", "features m or rank k"),
+}
+#: settings of one study that are shown; the rest is counted
+MOST_SETTINGS = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One setting: methods in rows, sizes in columns."""
+
+    name: str  #: of its chart
+    heading: str
+    measure: str
+    size: str
+    sizes: list[int]
+    #: method and its cells, the last of which is the slope of log(error) against log(size)
+    rows: list[tuple[str, list[str]]]
+    sentences: list[str]
+    #: points of the chart: method, kind, size, median, low, high
+    points: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """One folder."""
+
+    folder: Path
+    name: str
+    tables: list[Table]
+    #: settings beyond `MOST_SETTINGS`
+    more: int
+
+
+def read(folder: Path, number: int = 0) -> Study:
+    """What a study's folder shows against size; `number` distinguishes its charts from those of other studies.
+
+    Raises:
+        RequestError: the folder is no study, of another schema, of costs instead of errors, or has no draw.
+    """
+    try:
+        asked = json.loads((folder / STUDY).read_text(encoding="utf-8"))
+        data = (folder / DRAWS).read_bytes()
+    except FileNotFoundError as error:
+        raise RequestError(
+            f"{str(folder)!r} is no folder of a study: it has no {Path(error.filename).name}; give what"
+            " `effattn study ... --out` wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise RequestError(f"the study in {str(folder)!r} cannot be read ({error})") from None
+    name = asked.get("study") if isinstance(asked, dict) else None
+    if not isinstance(asked, dict) or asked.get("kind") != "effattn study" or asked.get("schema") != SCHEMA:
+        raise RequestError(f"{str(folder / STUDY)!r} is of no study that this effattn wrote; run it again")
+    if name not in SHOWN:
+        raise RequestError(
+            f"the study in {str(folder)!r} is of {name!r}, which has no error against rank or features; a report shows"
+            f" {', '.join(SHOWN)}"
+        )
+    rows = _rows(folder, data)
+    measure, called, size = SHOWN[name]
+    if name == "model":
+        rows = _models(rows)
+    found = [
+        (where, of_setting)
+        for where, of_setting in results.curves(rows, measure).items()
+        if any(len(curve.sizes) > 1 for curve in of_setting)
+    ]
+    if not found:
+        raise RequestError(f"the study in {str(folder)!r} has no draw of two sizes yet")
+    tables = []
+    for i, (where, of_setting) in enumerate(found[:MOST_SETTINGS]):
+        if name == "model":
+            heading = f"{where.part}, {where.n} tokens, {where.values}"
+            called = model.SHOWN[_model(where.part)][1]
+        else:
+            heading = f"{where.part}: {where.words()}"
+        tables.append(_table(f"study-{number}-{i}", heading, called, size, of_setting))
+    return Study(folder=folder, name=name, tables=tables, more=len(found) - len(tables))
+
+
+def _rows(folder: Path, data: bytes) -> list[Row]:
+    """All whole lines."""
+    try:
+        lines = list(csv.reader(io.StringIO(data[: data.rfind(b"\n") + 1].decode("utf-8"))))
+        return [row_from(lines[0], line) for line in lines[1:]] if lines else []
+    except (ValueError, KeyError, UnicodeDecodeError) as error:
+        raise RequestError(f"{str(folder / DRAWS)!r} cannot be read: {error!r}") from None
+
+
+def _models(rows: Sequence[Row]) -> list[Row]:
+    """What each model shows as one measure, all layers together, under the model's name."""
+    return [
+        replace(
+            row,
+            job=replace(row.job, point=replace(row.job.point, part=model.MODELS[row.job.point.part])),
+            measures={"change": row.measures[model.SHOWN[row.job.point.part][0]]},
+        )
+        for row in rows
+        if row.job.point.values == model.ALL and row.job.point.method != "exact"
+    ]
+
+
+def _model(title: str) -> str:
+    return next(name for name, called in model.MODELS.items() if called == title)
+
+
+def _table(name: str, heading: str, measure: str, size: str, of_setting: Sequence[results.Curve]) -> Table:
+    sizes = sorted({n for curve in of_setting for n in curve.sizes if n})
+    rows = []
+    points: list[dict[str, Any]] = []
+    for curve in of_setting:
+        known = dict(zip(curve.sizes, curve.intervals, strict=True))
+        cells = [results.cell(known.get(n) or known.get(0)) for n in sizes]
+        rows.append((curve.method, [*cells, results.cell(curve.slope)]))
+        # What has no size is a level: a line from the first size to the last.
+        ends = [(n, known[0]) for n in (sizes[0], sizes[-1])] if curve.sizes == [0] else list(known.items())
+        kind = results.STYLES.get(curve.method, "method")
+        points += [point for n, got in ends if (point := _point(curve.method, kind, n, got)) is not None]
+    return Table(
+        name=name, heading=heading, measure=measure, size=size, sizes=sizes, rows=rows,
+        sentences=results.comparisons(of_setting), points=points,
+    )  # fmt: skip
+
+
+def _point(method: str, kind: str, size: int, got: Interval) -> dict[str, Any] | None:
+    """A point of a chart with logarithmic axes, which have no 0 and no infinity."""
+    if not size or not (math.isfinite(got.median) and got.median > 0):
+        return None
+    low = got.low if math.isfinite(got.low) and got.low > 0 else got.median
+    high = got.high if math.isfinite(got.high) else got.median
+    return {"method": method, "kind": kind, "size": size, "median": got.median, "low": low, "high": high}
