@@ -386,7 +386,7 @@ def replay(
             checks=checks,
         ) as judge,
     ):
-        verdict = judge.judge(found, law)
+        verdict = judge.judge(found, law, explain=True)
         terminal.print_details(terminal.console(), verdict)
         if export is not None:
             text = judge.call("effattn.report.export:for_command", found.to_dict(), judge.spec, law, device)

@@ -6,12 +6,13 @@ Read `run_gate` first. Nothing here prints; the command line shows what it retur
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from effattn.errors import RequestError
 from effattn.report import summary
 from effattn.run.evidence import Weighed
+from effattn.verdict import Outcome
 
 if TYPE_CHECKING:
     from effattn.case import Case
@@ -47,7 +48,7 @@ class Judge(Protocol):
         """Seconds for one case."""
         ...
 
-    def judge(self, case: Case, law: str | None = None, *, weigh: str = "") -> Verdict:
+    def judge(self, case: Case, law: str | None = None, *, weigh: str = "", explain: bool = False) -> Verdict:
         """Compare one case with exact attention, or try a law on it; `weigh` as in `effattn.judge`."""
         ...
 
@@ -266,12 +267,29 @@ def _failures(verdicts: Sequence[Verdict], request: Request) -> list[Failure]:
             lambda case, law=law: request.judge.judge(case, law),
             most_judgements=_judgements(outcome, request.judge.time_limit),
         )
+        if law is None:
+            told = _explained(worst, request)
+            if told.message == worst.message:
+                # A small case agrees with many questions; it is asked only where the worst has nothing to say.
+                shrunk = replace(shrunk, verdict=_explained(shrunk.verdict, request))
+            worst = told
         failures.append(
             Failure(
                 dtype=dtype, outcome=outcome, law=law, verdicts=tuple(members), worst=worst, shrunk=shrunk
             )
         )
     return failures
+
+
+def _explained(verdict: Verdict, request: Request) -> Verdict:
+    """The verdict with the most likely cause in its message, or with what became of it the next time."""
+    if verdict.outcome != Outcome.INACCURATE:
+        return verdict
+    again = request.judge.judge(verdict.case, explain=True)
+    if again.outcome == verdict.outcome:
+        return replace(verdict, message=again.message)
+    note = f"judged again it came out as {again.outcome}: the same inputs do not give the same output"
+    return replace(verdict, message=f"{verdict.message}\n{note}")
 
 
 def _judgements(outcome: str, time_limit: float | None) -> int:

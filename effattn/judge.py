@@ -42,12 +42,19 @@ NOTHING_CHECKED = "nothing was checked: no Triton kernel ran on the CPU"
 
 
 def judge(
-    case: Case, method: Method, *, device: str = "cpu", checks: Sequence[str] = (), weigh: str = ""
+    case: Case,
+    method: Method,
+    *,
+    device: str = "cpu",
+    checks: Sequence[str] = (),
+    weigh: str = "",
+    explain: bool = False,
 ) -> Verdict:
     """Run the method on the case and judge what it gives.
 
     `checks` names instruments of `effattn.cpu.checks` that look at the kernels which the method runs on the CPU. `weigh` asks
-    for the `evidence` of a pass: "quick", an upper limit, or "explained".
+    for the `evidence` of a pass: "quick", an upper limit, or "explained". `explain` adds the most likely cause of an
+    inaccurate output to the message, see `effattn.causes`.
 
     Never raises for what the method does, except KeyboardInterrupt. RequestError where the request itself is wrong: a
     device that is not there, numerics that contradict themselves, no C compiler, a kernel with an operation that the
@@ -106,6 +113,7 @@ def judge(
         seconds,
         keep,
         weigh,
+        explain,
     )
     if report is not None and report.launches == 0 and verdict.outcome == Outcome.PASS:
         verdict = replace(verdict, message=f"{verdict.message}; {NOTHING_CHECKED}")
@@ -171,7 +179,9 @@ def _judge(
     seconds: dict[str, float],
     keep: torch.Tensor | None,
     weigh: str = "",
+    explain: bool = False,
 ) -> Verdict:
+    from effattn import causes
     from effattn import exact as reference
     from effattn.exact import Options
     from effattn.judgement import Judgement
@@ -215,6 +225,10 @@ def _judge(
     with _timed(seconds, "verdict"):
         judgement = Judgement(case, inputs, output, numerics, options, exact, envelope)
         outcome, message, quantities, findings = judgement.decide()
+    if explain and outcome == Outcome.INACCURATE:
+        with _timed(seconds, "cause"):
+            likely = causes.find(case, inputs, options, numerics, judgement.parts)
+        message = "\n".join([message, *(f"likely cause: {sentence}" for sentence in likely)])
     if numerics.quantised:
         with _timed(seconds, "exact"):
             cost = judgement.accuracy(attend(given).out)

@@ -88,7 +88,7 @@ def test_failures_come_with_the_worst_and_a_small_case(failed_result: gate.Resul
     assert failed_result.exit_code == 1
     assert failed_result.failures
     for failure in failed_result.failures:
-        assert failure.worst in failure.verdicts
+        assert failure.worst.case in [verdict.case for verdict in failure.verdicts]
         assert all(gate.severity(failure.worst) >= gate.severity(v) for v in failure.verdicts)
         small = failure.shrunk.verdict
         assert small.outcome == failure.worst.outcome

@@ -43,10 +43,12 @@ class Local:
         self._method = methods.get(spec)
         self.name, self.spec = self._method.name, self._method.spec
 
-    def judge(self, case: Case, law: str | None = None, *, weigh: str = "") -> Verdict:
-        """Compare one case with exact attention, or try a law on it; `weigh` as in `effattn.judge`."""
+    def judge(self, case: Case, law: str | None = None, *, weigh: str = "", explain: bool = False) -> Verdict:
+        """Compare one case with exact attention, or try a law on it; `weigh` and `explain` as in `effattn.judge`."""
         if law is None:
-            return judge(case, self._method, device=self.device, checks=self.checks, weigh=weigh)
+            return judge(
+                case, self._method, device=self.device, checks=self.checks, weigh=weigh, explain=explain
+            )
         from effattn import laws
         from effattn.properties.law import get
 
@@ -70,13 +72,19 @@ class Local:
 
 
 def judge(
-    case: Case, method: Method, *, device: str = "cpu", checks: Sequence[str] = (), weigh: str = ""
+    case: Case,
+    method: Method,
+    *,
+    device: str = "cpu",
+    checks: Sequence[str] = (),
+    weigh: str = "",
+    explain: bool = False,
 ) -> Verdict:
     """Judge one case, with the number of threads that suits its size: the same for a gate and for a replay."""
     from effattn import judge as judging
 
     with _threads(case):
-        return judging.judge(case, method, device=device, checks=checks, weigh=weigh)
+        return judging.judge(case, method, device=device, checks=checks, weigh=weigh, explain=explain)
 
 
 @contextlib.contextmanager

@@ -369,15 +369,17 @@ class Isolated:
         self.name: str = described["name"]
         self.spec: str = described["spec"]
 
-    def judge(self, case: Case, law: str | None = None, *, weigh: str = "") -> Verdict:
-        """Compare one case with exact attention, or try a law on it; `weigh` as in `effattn.judge`.
+    def judge(self, case: Case, law: str | None = None, *, weigh: str = "", explain: bool = False) -> Verdict:
+        """Compare one case with exact attention, or try a law on it; `weigh` and `explain` as in `effattn.judge`.
 
         A worker that dies over it makes the verdict crashed or timed out.
         """
         from effattn.verdict import Outcome, Verdict
 
         asked = (self._asked, self.device, case.to_dict(), self.time_limit)
-        function, last = ("judge_case", (self.checks, weigh)) if law is None else ("judge_law", (law,))
+        function, last = (
+            ("judge_case", (self.checks, weigh, explain)) if law is None else ("judge_law", (law,))
+        )
         try:
             found = self._worker.call(
                 f"effattn.run.work:{function}", *asked, *last, backstop=self.time_limit + GRACE

@@ -125,22 +125,29 @@ def judge_case(
     limit: float | None,
     checks: Sequence[str] = (),
     weigh: str = "",
+    explain: bool = False,
 ) -> dict[str, Any]:
     """Judge one case, both as plain data."""
     from effattn.case import Case
 
-    return judged(Case.from_dict(case), spec, device, limit, checks, weigh).to_dict()
+    return judged(Case.from_dict(case), spec, device, limit, checks, weigh, explain).to_dict()
 
 
 def judged(
-    case: Case, spec: str, device: str, limit: float | None, checks: Sequence[str] = (), weigh: str = ""
+    case: Case,
+    spec: str,
+    device: str,
+    limit: float | None,
+    checks: Sequence[str] = (),
+    weigh: str = "",
+    explain: bool = False,
 ) -> Verdict:
     """Judge one case within the time limit, in seconds."""
     from effattn.run import executor
 
     loaded = method(spec)
     with time_limit(limit):
-        return executor.judge(case, loaded, device=device, checks=checks, weigh=weigh)
+        return executor.judge(case, loaded, device=device, checks=checks, weigh=weigh, explain=explain)
 
 
 def judge_law(spec: str, device: str, case: dict[str, Any], limit: float | None, law: str) -> dict[str, Any]:
