@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -140,6 +142,18 @@ def test_listings_are_the_files(transcripts: ModuleType, name: str) -> None:
         return kept[command].removeprefix(f"```console\n$ {command}\n").removesuffix("\n```\n")
 
     assert transcripts.rewritten(text, as_it_stands) == text
+
+
+def test_example_of_the_kernels_prints_what_its_page_shows() -> None:
+    done = subprocess.run(
+        [sys.executable, "docs/examples/use_kernels.py"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"It prints\n\n```console\n{done.stdout}```" in DOCUMENTS["docs/flash-attention.md"]
 
 
 def test_example_is_short_and_complete() -> None:
