@@ -229,10 +229,10 @@ def _judge(
         with _timed(seconds, "cause"):
             likely = causes.find(case, inputs, options, numerics, judgement.parts)
         message = "\n".join([message, *(f"likely cause: {sentence}" for sentence in likely)])
+    accuracy = None
     if numerics.quantised:
         with _timed(seconds, "exact"):
-            cost = judgement.accuracy(attend(given).out)
-        message = f"{message}\n{cost}" if outcome != Outcome.PASS else f"{message}; {cost}"
+            accuracy = judgement.accuracy(attend(given).out)
     evidence = []
     if weigh and outcome == Outcome.PASS:
         with _timed(seconds, "evidence"):
@@ -245,6 +245,7 @@ def _judge(
         quantities=tuple(quantities),
         findings=tuple(findings),
         evidence=tuple(evidence),
+        accuracy=accuracy,
         seconds=seconds,
         replay=replay,
     )

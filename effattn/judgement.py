@@ -200,23 +200,20 @@ class Judgement:
         message = f"largest error {max(q.fraction or 0.0 for q in quantities):.2g} of the bound"
         return Outcome.PASS, message + aside, quantities, []
 
-    def accuracy(self, out: torch.Tensor) -> str:
-        """How far the output is from `out`, exact attention on the inputs as they are given, and how far the codes are."""
+    def accuracy(self, out: torch.Tensor) -> tuple[float, float] | None:
+        """`Verdict.accuracy`; `out` is exact attention on the inputs as they are given. None where that is 0 or not finite."""
         import numpy as np
 
         of_inputs = out.cpu().numpy()
-        size = math.sqrt(float(np.square(of_inputs).mean())) if of_inputs.size else 0.0
-        if not (math.isfinite(size) and size > 0.0):
-            return "exact attention on the inputs as they are given is 0 or not finite, so there is no relative error"
 
-        def off(x: Floats) -> float:
+        def size(x: Floats) -> float:
             with np.errstate(over="ignore", invalid="ignore"):
-                return math.sqrt(float(np.square(x - of_inputs).mean())) / size
+                return math.sqrt(float(np.square(x).mean())) if x.size else 0.0
 
-        return (
-            f"from exact attention on the inputs before they are quantised out is {off(self.out.got):.2%} off (rms),"
-            f" and {off(self.out.exact):.2%} without any rounding after that"
-        )
+        whole = size(of_inputs)
+        if not (math.isfinite(whole) and whole > 0.0):
+            return None
+        return size(self.out.got - of_inputs) / whole, size(self.out.exact - of_inputs) / whole
 
     def _empty(self) -> list[Quantity]:
         return [Quantity(name=part.name, count=0) for part in self.parts]

@@ -84,6 +84,9 @@ class Verdict:
     findings: tuple[Finding, ...] = ()
     #: what the case adds to the evidence of a run; only of a pass, and only where it was asked for
     evidence: tuple[Evidence, ...] = ()
+    #: root mean square distance of out from exact attention on the inputs before they were quantised, relative to that of the
+    #: latter: of what came, and of exact attention on what the codes stand for; None where nothing is quantised
+    accuracy: tuple[float, float] | None = None
     #: the law that was tried; None where the output was compared with exact attention
     law: str | None = None
     #: seconds by stage: inputs, method, exact, envelope, verdict
@@ -102,6 +105,7 @@ class Verdict:
             "quantities": [_plain(q) for q in self.quantities],
             "findings": [_plain(f) for f in self.findings],
             **({"evidence": [_plain(e) for e in self.evidence]} if self.evidence else {}),
+            **({} if self.accuracy is None else {"accuracy": list(self.accuracy)}),
             "seconds": {name: round(s, 6) for name, s in self.seconds.items()},
             "replay": self.replay,
         }
@@ -114,7 +118,7 @@ class Verdict:
         if not isinstance(data, dict):
             raise RequestError(f"a verdict given as {type(data).__name__}: expected a JSON object.")
         expected = [f.name for f in fields(cls)]
-        if sorted({*data, "law", "evidence"}) != sorted(expected):
+        if sorted({*data, "law", "evidence", "accuracy"}) != sorted(expected):
             raise RequestError(
                 f"a verdict with the fields {', '.join(sorted(map(str, data)))}: expected {', '.join(expected)}."
                 " Was it written by another version of effattn?"
@@ -129,6 +133,7 @@ class Verdict:
                 quantities=tuple(_rebuild(Quantity, q) for q in data["quantities"]),
                 findings=_findings(data["findings"]),
                 evidence=tuple(_rebuild(Evidence, e) for e in data.get("evidence", ())),
+                accuracy=_pair(data.get("accuracy")),
                 seconds={_text(name): float(s) for name, s in data["seconds"].items()},
                 replay=_text(data["replay"]),
             )
@@ -157,6 +162,13 @@ def _plain(item: Any) -> dict[str, Any]:
         elif type(x) is tuple:
             data[name] = list(x)
     return data
+
+
+def _pair(data: Any) -> tuple[float, float] | None:
+    if data is None:
+        return None
+    first, second = data
+    return float(first), float(second)
 
 
 def _text(x: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -254,19 +255,25 @@ def test_gradients_of_quantised_operands_are_not_judged_by_name() -> None:
 
 
 def test_a_verdict_says_how_far_the_output_is_from_attention_on_the_inputs() -> None:
-    from effattn import zoo
+    from effattn import methods, zoo
     from effattn.exact import attention
     from effattn.judge import judge
+    from effattn.verdict import Verdict
     from effattn.zoo.eight_bits import EightBits
 
     case = Case(heads=2, q_len=64, kv_len=96, head_dim=32, dtype="fp16")
-    message = judge(case, zoo.get("fp8-tensor").method()).message
+    verdict = judge(case, zoo.get("fp8-tensor").method())
     inputs = case.tensors()
     exact = attention(*inputs).out
     out = EightBits()(*inputs)[0].double()
     off = float((out - exact).square().mean().sqrt() / exact.square().mean().sqrt())
-    assert f"before they are quantised out is {off:.2%} off (rms)" in message
-    assert 0.01 < off < 0.1
+    assert verdict.accuracy is not None
+    assert verdict.accuracy == pytest.approx((off, verdict.accuracy[1]), rel=1e-12)
+    assert 0.01 < verdict.accuracy[1] < off < 0.1
+    assert Verdict.from_dict(json.loads(json.dumps(verdict.to_dict()))).accuracy == verdict.accuracy
+    plain = judge(case, methods.get("flash@flash"))
+    assert plain.accuracy is None
+    assert "accuracy" not in plain.to_dict()
 
 
 def test_laws_allow_what_quantising_does_to_what_they_compare() -> None:

@@ -297,6 +297,9 @@ def _finish(
     # Bound. R rescalings at most, two more for merging split keys; each costs an exp and a rounding of l and acc.
     rescales = np.ceil(n / numerics.smallest_block) + 2.0
     common = s_most * (6.0 * u) + rescales * (2.0 * numerics.exp_ulps * u)
+    # What P is multiplied by is added to its exponent, and taken off the log-sum-exp again.
+    offset = abs(math.log(numerics.p_scale))
+    common = common + 3.0 * u * offset
     if fine:
         b_most, wb = x.b_most + common, x.wb + common
     else:
@@ -309,13 +312,13 @@ def _finish(
     worst = np.expm1(b_most)
     stretch = worst / b_most
     total = worst + adds + cut
-    judged = total <= LARGEST_WEIGHT_ERROR
-    growth = (1.0 + total) * (1.0 + u_p) / (1.0 - total - total * total)
-    growth *= 1.0 + FLOAT32_SUMS
-    growth[~judged] = math.inf
     sum_of = 0.0
     if numerics.sum_of == "rounded":
         sum_of = x.p_sum if narrow else u_p
+    judged = total + sum_of <= LARGEST_WEIGHT_ERROR
+    growth = (1.0 + total) * (1.0 + u_p) / (1.0 - total - total * total - (1.0 + total) * sum_of)
+    growth *= 1.0 + FLOAT32_SUMS
+    growth[~judged] = math.inf
     product = (
         (0.0 if narrow else u_p)
         + u_v
@@ -326,7 +329,7 @@ def _finish(
     # What flush costs, the sums (half each sign), and the division; then the weights' errors and the products.
     flush = x.flushed * x.v_most
     p_abs = x.p_abs if narrow else 0.0  # sums and products have P as it was rounded
-    steady = (x.w_abs + p_abs) * (0.5 * (adds + cut)) + o_abs * (1.5 * adds + 0.5 * cut + 4.0 * u)
+    steady = (x.w_abs + 2.0 * p_abs) * (0.5 * (adds + cut)) + o_abs * (1.5 * adds + 0.5 * cut + 4.0 * u)
     lost = flush + n * acc.smallest_subnormal
     steady += lost
     if fine:
@@ -430,11 +433,15 @@ def _finish(
     # that are alike have the same error of the score, so these errors count as one.
     lse_abs = np.abs(lse)
     lse_format = numerics.format("lse")
-    lse_reach = wb * stretch + adds + sum_of + LOG_ERROR + u * (6.0 * s_most + 4.0 * log_n + 2.0 * lse_abs)
+    lse_reach = (
+        wb * stretch + adds + sum_of + LOG_ERROR + u * (6.0 * s_most + 4.0 * (log_n + offset) + 2.0 * lse_abs)
+    )
     lse_reach *= growth
     lse_bound = lse_reach + 0.5 * lse_format.ulp(lse_abs + lse_reach)
     largest = getattr(x, "largest", s_most)  # the maximum that is subtracted
-    lse_noise = lse_scores + var * (l_var + 3.0 * largest * largest + lse_abs * lse_abs) + LOG_ERROR**2 / 12.0
+    lse_noise = (
+        lse_scores + var * (l_var + 3.0 * (largest**2 + offset**2) + lse_abs * lse_abs) + LOG_ERROR**2 / 12.0
+    )
     lse_noise += lse_format.ulp(lse_abs) ** 2 / 12.0
     if numerics.sum_of == "rounded":
         lse_noise += x.p_2 if narrow else ROUNDING_VARIANCE * u_p * u_p * x.w2

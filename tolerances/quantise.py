@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 #: relative error of x / scale in fp32, however it is computed: below this distance from a boundary a code may be either
 BOUNDARY = 2.0**-20
 
-#: relative error of scale * code as it is multiplied: that of the scale, stored in fp32, and of what it is folded into
-SCALE_ERROR = 8.0 * 2.0**-24
+#: relative error of scale * code as it is multiplied: that of the scale in fp32, the reciprocal of a reciprocal at worst, 4 u
+#: each, and of what it is folded into
+SCALE_ERROR = 12.0 * 2.0**-24
 
 #: the smallest normal number of fp32: scales below it have lost their digits
 _SMALLEST_SCALE = 2.0**-126

@@ -30,6 +30,11 @@ def summary(result: Result, origin: Mapping[str, Any]) -> str:
         "",
         *table(result.rows, ("dtype",)),
         "",
+        *(
+            f"{row.label[0]}: {terminal.accuracy(row.accuracy)}, in the median case.\n"
+            for row in result.rows
+            if row.accuracy
+        ),
     ]
     for failure in result.failures[:MOST_FAILURES]:
         lines += [*_failure(failure), ""]

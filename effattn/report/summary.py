@@ -47,6 +47,8 @@ class Row:
     ulp_p50: float | None
     ulp_p99: float | None
     ulp_max: float | None
+    #: `Verdict.accuracy`, medians over the cases that passed; None where nothing is quantised.
+    accuracy: tuple[float, float] | None
     #: Time in seconds of everything: tensors, method, exact attention, envelope.
     seconds: float
     #: Time in seconds of the method alone.
@@ -170,9 +172,15 @@ def row(label: tuple[str, ...], verdicts: Sequence[Verdict]) -> Row:
         ulp_p50=_median([q.ulp_p50 for q in outs]),
         ulp_p99=_median([q.ulp_p99 for q in outs]),
         ulp_max=_largest([q.ulp_max for q in outs]),
+        accuracy=_accuracy([v.accuracy for v in verdicts if str(v.outcome) == PASS]),
         seconds=sum(sum(v.seconds.values()) for v in verdicts),
         method_seconds=sum(v.seconds.get("method", 0.0) for v in verdicts),
     )
+
+
+def _accuracy(pairs: Sequence[tuple[float, float] | None]) -> tuple[float, float] | None:
+    known = [pair for pair in pairs if pair is not None]
+    return (statistics.median(p[0] for p in known), statistics.median(p[1] for p in known)) if known else None
 
 
 def _largest(values: Sequence[float | None], *, key: Callable[[float], float] = float) -> float | None:

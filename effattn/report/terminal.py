@@ -50,6 +50,7 @@ def print_result(out: Console, result: Result, *, by_values: bool = False) -> No
     print_rows(out, result.rows, ("dtype",))
     if by_values:
         print_rows(out, result.rows_by_values, ("dtype", "values"))
+    print_accuracy(out, result.rows)
     print_set_aside(out, result.compared)
     print_laws(out, result.laws, result.unjudged_laws)
     for failure in result.failures:
@@ -57,6 +58,25 @@ def print_result(out: Console, result: Result, *, by_values: bool = False) -> No
     print_weighed(out, result.weighed)
     style = {0: "bold green", 1: "bold red", 2: "bold yellow"}[result.exit_code]
     out.print(Text(text.one_line(result.sentence), style=style))
+
+
+def print_accuracy(out: Console, rows: Sequence[Row]) -> None:
+    """Of methods with quantised operands, how far the output is from attention on the inputs before that."""
+    for row in rows:
+        if row.accuracy is not None:
+            out.print(
+                Text(
+                    f"{' '.join(map(text.one_line, row.label))}: {accuracy(row.accuracy)}, in the median case"
+                )
+            )
+
+
+def accuracy(pair: tuple[float, float]) -> str:
+    """`Verdict.accuracy` in words."""
+    return (
+        f"out is {pair[0]:.2%} off (rms) from exact attention on the inputs before they are quantised,"
+        f" {pair[1]:.2%} without any rounding after that"
+    )
 
 
 def print_weighed(out: Console, weighed: Weighed) -> None:
@@ -222,6 +242,8 @@ def print_details(out: Console, verdict: Verdict, *, folder: Path | None = None)
     out.print(Text.assemble("outcome  ", (str(verdict.outcome), "bold green" if passed else "bold red")))
     for line in text.plain(verdict.message).splitlines():
         out.print(Text(f"         {line}"))
+    if verdict.accuracy is not None:
+        out.print(Text(f"accuracy {accuracy(verdict.accuracy)}"))
     if verdict.quantities:
         table = plain_table("", *(q.name for q in verdict.quantities))
         for label, cell in _QUANTITY_ROWS:
