@@ -64,12 +64,13 @@ def value_names() -> tuple[str, ...]:
     return tuple(name for name in values.names() if not name.startswith("real:"))
 
 
-#: option -> fields of a case that have it. Windows are cut inside and at the edges of tiles, down to the own position.
+#: option -> fields of a case that have it, in the order in which profiles take them. Windows are cut inside and at the edges
+#: of tiles, down to the own position.
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
-    "window": tuple({"window": w} for w in ((32, -1), (0, 0), (7, 40), (-1, 16), (64, 64))),
+    "window": tuple({"window": w} for w in ((7, 40), (32, -1), (-1, 16), (64, 64), (0, 0))),
     "softcap": ({"softcap": 20.0}, {"softcap": 2.0}),
     "alibi": ({"alibi": "geometric"}, {"alibi": "drawn"}),
-    "bias": tuple({"bias": axes} for axes in ("bhqk", "hqk", "qk", "bk", "bhqk:fp32", "hqk:fp32")),
+    "bias": tuple({"bias": axes} for axes in ("bhqk", "qk", "bk", "hqk", "bhqk:fp32", "hqk:fp32")),
     "mask": tuple({"mask": axes} for axes in ("bhqk", "bqk", "qk", "bk")),
     "sinks": ({"sinks": True},),
     "lengths": ({"lengths": "kv"}, {"lengths": "both"}),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from effattn.case import Case
 
 T = TypeVar("T")
+Fields = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,10 @@ SMOKE = Profile(
     batches=(1, 1, 2),
     most_scores=400_000,
     option_repeats=1,
-    pairs=(("window", "sinks"), ("softcap", "bias"), ("alibi", "lengths"), ("mask", "dropout")),
+    pairs=(
+        ("window", "sinks"), ("softcap", "bias"), ("alibi", "lengths"), ("mask", "dropout"), ("window", "softcap"),
+        ("alibi", "bias"),
+    ),
     option_lengths=(17, 33, 64, 65, 97, 129),
     option_dims=((64, None), (40, None)),
     most_option_scores=60_000,
@@ -124,7 +128,15 @@ def cases(profile: str | Profile, *, dtype: str) -> list[Case]:
         for _ in range(regime.weight)
     ]
     plain = [_draw_one(draw, profile, regime, seed, dtype) for seed, regime in enumerate(in_turn)]
-    return plain + _with_options(profile, dtype, len(plain))
+    # In turn, so that the first cases of a long profile have seen every option and gradient.
+    return _in_turn(plain, _with_options(profile, dtype, len(plain)))
+
+
+def _in_turn(first: Sequence[T], second: Sequence[T]) -> list[T]:
+    """One of each list for as long as both last, then the rest."""
+    both = min(len(first), len(second))
+    pairs = itertools.chain.from_iterable(zip(first, second, strict=False))
+    return [*pairs, *first[both:], *second[both:]]
 
 
 def _with_options(profile: Profile, dtype: str, first_seed: int) -> list[Case]:
@@ -135,12 +147,15 @@ def _with_options(profile: Profile, dtype: str, first_seed: int) -> list[Case]:
         for regime in regimes.OPTION_REGIMES:
             name = regime.name.removeprefix("gradients with ")
             options = (name,) if name in menus.OPTIONS else ()
-            wanted.append((regime, options, regime.name.startswith("gradients")))
+            wanted += [(regime, options, regime.name.startswith("gradients"))] * regime.weight
     # The forward pass of a case with gradients is judged as well.
     wanted += [(None, pair, True) for pair in profile.pairs]
+    # The entries of a menu in turn: a short profile would miss most of one if it drew them.
+    menu = {option: itertools.cycle(entries) for option, entries in menus.OPTIONS.items()}
     drawn = []
     for seed, (regime, options, backward) in enumerate(wanted, first_seed):
-        case = _draw_options(draw, profile, options, backward, seed, dtype, regime)
+        fields = {field: value for option in options for field, value in next(menu[option]).items()}
+        case = _draw_options(draw, profile, fields, backward, seed, dtype, regime)
         if regime is not None and not regime.holds(case):
             raise AssertionError(f"drawn for the regime {regime.name!r}, which it is not in: {case!r}")
         drawn.append(case)
@@ -148,7 +163,7 @@ def _with_options(profile: Profile, dtype: str, first_seed: int) -> list[Case]:
 
 
 def _draw_options(
-    draw: Draw, profile: Profile, options: tuple[str, ...], backward: bool, seed: int, dtype: str,
+    draw: Draw, profile: Profile, options: Fields, backward: bool, seed: int, dtype: str,
     regime: regimes.Regime | None,
 ) -> Case:  # fmt: skip
     from effattn.case import Case
@@ -159,11 +174,19 @@ def _draw_options(
     fields |= {"q_len": q_len, "kv_len": kv_len}
     fields["head_dim"], fields["v_dim"] = draw.pick(profile.option_dims)
     fields["values"] = draw.pick(("normal", "normal", "uniform", "outliers"))
+    most = profile.most_option_scores
     if not regimes.last_axis_contiguous(fields["layout"]) and profile.strided_dims:
         fields["layout"] = menus.CONTIGUOUS  # kernels are compiled apart for it
-    for option in options:
-        fields |= draw.pick(menus.OPTIONS[option])
-    if "lengths" in options:
+    fields |= options
+    if "window" in options:
+        # Lengths that it cuts.
+        left, right = options["window"]
+        fields["q_len"] = draw.pick([n for n in lengths if n > max(right + 1, 8)])
+        fields["kv_len"] = draw.pick([n for n in lengths if n > max(left + 1, right + 1, 8)])
+    if "alibi" in options:
+        # Else both alignments measure the same distances.
+        fields["kv_len"] = draw.pick([n for n in lengths if n not in (1, fields["q_len"])])
+    if "lengths" in options or "b" not in options.get("bias", "b"):
         fields["batch"] = draw.pick((2, 3))
     if regime is not None and regime.name == "gradients":
         fields["q_len"] = draw.pick([n for n in lengths if n > 16])
@@ -176,7 +199,26 @@ def _draw_options(
             "q_len": 33,
             "kv_len": 97,
         }
-    return Case(**_small_enough(fields, replace(profile, most_scores=profile.most_option_scores)))
+    if regime is not None and regime.name in _LARGE_GRADIENTS:
+        fields |= draw.pick(_LARGE_GRADIENTS[regime.name])
+        fields |= {"causal": "none", "scale": None, "layout": menus.CONTIGUOUS}
+        most = profile.most_scores
+    return Case(**_small_enough(fields, replace(profile, most_scores=most)))
+
+
+def _of(shapes: tuple[tuple[int, int], ...], **fields: Any) -> tuple[Fields, ...]:
+    return tuple({"q_len": m, "kv_len": n, **fields} for m, n in shapes)
+
+
+_SHAPES, _MANY = ((97, 65), (65, 97)), {"batch": 2, "heads": 16, "kv_heads": 16}
+#: regimes of gradients that need more than other cases with options have
+_LARGE_GRADIENTS: dict[str, tuple[Fields, ...]] = {
+    "gradients of many heads": _of(_SHAPES, values="normal", **_MANY),
+    "gradients of many heads, similar weights": _of(_SHAPES, values="uniform", **_MANY),
+    "gradients over many queries": _of(
+        ((257, 129), (271, 97)), batch=1, heads=4, kv_heads=4, values="normal"
+    ),
+}
 
 
 def with_values(drawn: Sequence[Case], value_names: Sequence[str]) -> list[Case]:
@@ -205,7 +247,6 @@ class Draw:
         return self._random.random() < probability
 
 
-Fields = dict[str, Any]
 _Change = Callable[[Draw, Profile, Fields], Fields]
 
 

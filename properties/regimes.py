@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: More keys than one tile of any usual kernel (the largest is 128).
 SEVERAL_TILES = 128
+#: Independent heads enough for what the keys of a head have in common to average out.
+MANY_HEADS = 16
 #: Keys enough for a sum in 16 bits to lose terms: a bf16 sum of ones stops at 256.
 MANY_KEYS = 192
 
@@ -33,6 +35,8 @@ class Regime:
     holds: Callable[[Case], bool]
     #: How many cases a profile draws for it, in units of the profile's repeats.
     weight: int = 1
+    #: needs more heads or queries than Hypothesis draws, whose cases are to be small
+    large: bool = False
 
 
 def group(case: Case) -> int:
@@ -69,6 +73,7 @@ def _suffix(text: str) -> Callable[[Case], bool]:
     return lambda case: _filled(case) and text in case.layout.split("+")[1:]
 
 
+#: in the order in which profiles draw cases for them: their first cases should find most mistakes
 REGIMES: tuple[Regime, ...] = (
     Regime(
         name="no keys",
@@ -91,11 +96,6 @@ REGIMES: tuple[Regime, ...] = (
         exposes="sums that are kept in few bits",
         holds=lambda c: c.q_len > 8 and c.kv_len > MANY_KEYS and c.causal != "top-left",
         weight=2,
-    ),
-    Regime(
-        name="whole tiles",
-        exposes="a tile too many or too few",
-        holds=lambda c: c.q_len > 0 and c.kv_len in menus.WHOLE_TILES,
     ),
     Regime(
         name="decode",
@@ -133,11 +133,6 @@ REGIMES: tuple[Regime, ...] = (
         holds=lambda c: _filled(c) and kv_heads(c) > 1 and group(c) > 1,
     ),
     Regime(
-        name="group of seven",
-        exposes="group sizes taken for powers of two",
-        holds=lambda c: _filled(c) and group(c) == 7,
-    ),
-    Regime(
         name="one KV head for all",
         exposes="a KV head index that is not divided",
         holds=lambda c: _filled(c) and kv_heads(c) == 1 and c.heads > 1,
@@ -168,17 +163,6 @@ REGIMES: tuple[Regime, ...] = (
         holds=lambda c: _filled(c) and c.kv_len > 1 and c.scale is not None,
     ),
     Regime(
-        name="permuted axes",
-        exposes="strides that are ignored",
-        holds=lambda c: _filled(c) and c.layout.split("+")[0] != menus.CONTIGUOUS,
-    ),
-    Regime(name="padded rows", exposes="strides that are computed from the shape", holds=_suffix("pad")),
-    Regime(name="storage offset", exposes="loads that assume an alignment", holds=_suffix("offset")),
-    Regime(name="last axis strided", exposes="a last stride taken to be one", holds=_suffix("step")),
-    Regime(name="batch expanded", exposes="strides of zero", holds=_suffix("expand-b")),
-    Regime(name="heads expanded", exposes="strides of zero", holds=_suffix("expand-h")),
-    Regime(name="keys expanded", exposes="strides of zero", holds=_suffix("expand-s")),
-    Regime(
         name="rescale over several tiles",
         exposes="an accumulator that is not rescaled when the maximum grows",
         holds=lambda c: c.values == "growing-max" and c.q_len > 0 and c.kv_len > SEVERAL_TILES,
@@ -199,11 +183,34 @@ REGIMES: tuple[Regime, ...] = (
         exposes="rounding that is not to nearest",
         holds=lambda c: c.values == "repeated-max" and c.q_len > 0 and c.kv_len > SEVERAL_TILES,
     ),
+    Regime(
+        name="whole tiles",
+        exposes="a tile too many or too few",
+        holds=lambda c: c.q_len > 0 and c.kv_len in menus.WHOLE_TILES,
+    ),
+    Regime(
+        name="group of seven",
+        exposes="group sizes taken for powers of two",
+        holds=lambda c: _filled(c) and group(c) == 7,
+    ),
+    Regime(
+        name="permuted axes",
+        exposes="strides that are ignored",
+        holds=lambda c: _filled(c) and c.layout.split("+")[0] != menus.CONTIGUOUS,
+    ),
+    Regime(name="padded rows", exposes="strides that are computed from the shape", holds=_suffix("pad")),
+    Regime(name="storage offset", exposes="loads that assume an alignment", holds=_suffix("offset")),
+    Regime(name="last axis strided", exposes="a last stride taken to be one", holds=_suffix("step")),
+    Regime(name="batch expanded", exposes="strides of zero", holds=_suffix("expand-b")),
+    Regime(name="heads expanded", exposes="strides of zero", holds=_suffix("expand-h")),
+    Regime(name="keys expanded", exposes="strides of zero", holds=_suffix("expand-s")),
 )
 
 
 def _has(field: str, plain: object) -> Callable[[Case], bool]:
-    return lambda case: _filled(case) and getattr(case, field) != plain
+    return lambda case: (
+        _filled(case) and getattr(case, field) != plain and (field not in _SHOWN or _SHOWN[field](case))
+    )
 
 
 def _differentiated(holds: Callable[[Case], bool]) -> Callable[[Case], bool]:
@@ -215,6 +222,11 @@ _WITHOUT: dict[str, object] = {
     "window": None, "softcap": None, "alibi": "none", "bias": "none", "mask": "none", "sinks": False, "lengths": "none",
     "dropout": 0.0,
 }  # fmt: skip
+
+#: option -> what else a case with it must have, to show a mistake in it
+_SHOWN: dict[str, Callable[[Case], bool]] = {
+    "window": lambda case: case.window is not None and cuts(case.window, case.q_len, case.kv_len),
+}
 
 #: option -> what it exposes in a forward pass
 _EXPOSED: dict[str, str] = {
@@ -254,7 +266,38 @@ OPTION_REGIMES: tuple[Regime, ...] = (
         exposes="a backward pass with the other alignment",
         holds=_differentiated(lambda case: case.causal != "none" and case.q_len != case.kv_len),
     ),
+    # What the keys of a head have in common hides a small mistake in a few heads; many heads are independent.
+    Regime(
+        name="gradients of many heads",
+        exposes="a factor near 1, sums in few bits",
+        holds=_differentiated(lambda case: _many_heads(case) and case.values == "normal"),
+        weight=2,
+        large=True,
+    ),
+    Regime(
+        name="gradients of many heads, similar weights",
+        exposes="a delta in few bits: with many similar weights, and values of one sign, it is large beside all else",
+        holds=_differentiated(lambda case: _many_heads(case) and case.values == "uniform"),
+        weight=2,
+        large=True,
+    ),
+    Regime(
+        name="gradients over many queries",
+        exposes="dK and dV that are kept in few bits from block to block",
+        holds=_differentiated(lambda case: case.q_len > MANY_KEYS and case.kv_len > 64 and case.plain),
+        weight=2,
+    ),
 )
+
+
+def _many_heads(case: Case) -> bool:
+    return case.plain and case.batch * kv_heads(case) >= MANY_HEADS and case.q_len > 32 and case.kv_len > 32
+
+
+def cuts(window: tuple[int, int], q_len: int, kv_len: int) -> bool:
+    """Whether each limited side of a window hides a key next to those that some row sees, the last query at the last key."""
+    left, right = window
+    return (left < 0 or kv_len > left + 1) and (right < 0 or min(q_len, kv_len) > right + 1)
 
 
 def options_of(case: Case) -> tuple[str, ...]:

@@ -150,6 +150,28 @@ def test_the_limit_for_the_size_is_above_the_chi_squared_tail(n: int) -> None:
         assert stats.chi2.logsf(n * x, n) <= limit
 
 
+@pytest.mark.parametrize("counts", [[1] * 30, [7] * 5, [1] * 40 + [9], [1, 2, 3, 4, 20], [50, 0, 1]])
+def test_the_limit_for_cells_of_any_size_holds_where_their_rows_are_all_alike(counts: list[int]) -> None:
+    cells = np.array(counts)
+    squares = np.random.default_rng(0).standard_normal((20000, len(cells))) ** 2
+    mean = squares @ cells / cells.sum()
+    for x in (1.2, 1.5, 2.0, 4.0):
+        limit = statistics.log_tail(x, cells)
+        assert (mean > x).mean() <= math.exp(limit)
+        # No worse than as if the largest cell were all of them, nor better than rows without cells.
+        largest = cells.sum() / cells.max()
+        assert -0.5 * cells.sum() * (x - 1.0 - math.log(x)) - 1e-9 <= limit
+        assert limit <= -0.5 * largest * (x - 1.0 - math.log(x)) + 1e-9
+    assert statistics.log_tail(0.9, cells) == 0.0
+
+
+def test_a_single_large_cell_does_not_hide_what_many_rows_show() -> None:
+    # Rows and one cell of eight: an eighth of the rows would say nothing.
+    cells = np.array([1] * 2000 + [8])
+    assert statistics.log_tail(1.3, cells) < math.log(statistics.ALARM / statistics.TESTS)
+    assert -0.5 * (2008 / 8) * (0.3 - math.log(1.3)) > math.log(0.005)
+
+
 def test_signs_of_symmetric_errors_have_the_tail_of_the_limit() -> None:
     rng = np.random.default_rng(0)
     sizes = rng.pareto(1.0, 60) + 0.01  # no mean, let alone a variance

@@ -7,9 +7,10 @@ on the average. From (a + c)^2 <= (1 + h) a^2 + (1 + 1/h) c^2 with h = sqrt(thet
 
     (1 + h) A + h (1 + h) C,       E A <= 1 and E C <= 1,
 
-A the mean of independent rows, C that of independent heads. Each exceeds its limit x with probability at most
-exp(-n (x - 1 - ln x) / 2), half of what the test may alarm with. Where theta is large, as in fp32, nothing less than a
-gross error is found; where P and dS are rounded, theta is near 0 and the limit that of independent rows.
+A the mean of independent rows, C that of independent heads. Each exceeds its limit with the probability that `statistics`
+states, exp(-n (x - 1 - ln x) / 2) for n heads; that is half of what the test may alarm with. Where theta is large, as in
+fp32, nothing less than a gross error is found; where P and dS are rounded, theta is near 0 and the limit that of
+independent rows.
 
 For the same reason 7 deviations of the common part, with all elements aligned, are taken off before the direction is
 tested: more has a probability below 1e-11.
@@ -32,7 +33,7 @@ import numpy as np
 
 from effattn.tolerances import evidence
 from effattn.tolerances.evidence import Evidence, Lean, Size
-from effattn.tolerances.statistics import ALARM, Cells, Finding, lean_of, neighbourhoods, size_of
+from effattn.tolerances.statistics import ALARM, Cells, Finding, lean_of, log_tail, neighbourhoods, size_of
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +107,8 @@ def examine(errors: GradientErrors, *, alarm: float) -> list[Finding]:
         return []
     rows = np.asarray(counts.any(axis=1))
     theta = _share(errors)
-    size = _size(errors.error**2, errors.sigma**2, rows, len(errors.error), errors.heads, theta, alarm)
+    alone = np.ones(int(rows.sum()), np.int64)
+    size = _size(errors.error**2, errors.sigma**2, rows, alone, errors.heads, theta, alarm)
     slope = _slope(errors.error, errors, None, alarm)
     if size is None and slope is None:
         return []
@@ -114,7 +116,7 @@ def examine(errors: GradientErrors, *, alarm: float) -> list[Finding]:
     findings = []
     if size is not None:
         found = [
-            _size(squares, np.maximum(even, known), rows, explained.independent, errors.heads, theta, alarm)
+            _size(squares, np.maximum(even, known), rows, explained.counts, errors.heads, theta, alarm)
             for squares, even, known in explained.squares()
         ]
         if all(found):
@@ -145,9 +147,10 @@ class Explained:
         self._explained = explained
         self._known = list(errors.known()) if explained else []
         rows = np.asarray((errors.sigma > 0.0).any(axis=1))
-        counts = np.bincount(index[rows])
-        #: independent rows, of those that have an error at all
-        self.independent = min(float(np.count_nonzero(counts)), float(rows.sum()) / float(counts.max()))
+        #: rows of each cell, of those that have an error at all
+        self.counts = np.bincount(index[rows])
+        #: so many independent rows at least
+        self.independent = float(rows.sum()) / float(self.counts.max())
 
     def variants(self) -> list[Floats]:
         """The errors as they are, and with what is known taken out, in each way that may be that of a correct kernel."""
@@ -248,20 +251,18 @@ def limit(n: float, probability: float) -> float:
 
 
 def _size(
-    squares: Floats, variance: Floats, rows: NDArray[np.bool_], n: float, heads: int, theta: float, alarm: float
+    squares: Floats, variance: Floats, rows: NDArray[np.bool_], counts: NDArray[np.int64], heads: int, theta: float,
+    alarm: float,
 ) -> Finding | None:  # fmt: skip
-    """Is the mean of error^2 / variance larger than chance explains?"""
+    """Is the mean of error^2 / variance larger than chance explains? `counts`: rows of each cell."""
     x = _mean(squares, variance, rows)
     h = math.sqrt(theta)
-    n = min(n, float(rows.sum()))
     if h == 0.0:
         own, p = x, alarm
     else:
         shared = h * (1.0 + h) * limit(heads, alarm / 2.0)
         own, p = (x - shared) / (1.0 + h), alarm / 2.0
-    if own <= 1.0:
-        return None
-    log_p = -0.5 * n * (own - 1.0 - math.log(own))
+    log_p = log_tail(own, counts)
     if log_p >= math.log(p):
         return None
     return Finding(name="size", statistic=math.sqrt(x), p_value=math.exp(log_p), threshold=alarm)

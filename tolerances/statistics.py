@@ -9,9 +9,9 @@ scale near 0), nor may rows whose scores differ by less than `CELL` roundings (t
 one cell, and what is in a cell may be correlated at will too.
 
 Size. For errors with the tail of a normal distribution of the predicted deviation, E exp(y z^2) <= (1 - 2 y)^(-1/2);
-the mean over a row keeps that by Jensen's inequality, and a weighted sum over cells by convexity, the largest weight
-counting for all. So the mean square S over R rows, with n = R / (rows of the largest cell), has
-P(S > x) <= exp(-n (x - 1 - ln x) / 2): Chernoff's bound for chi-squared, for fully correlated rows.
+the mean over a cell keeps that by Jensen's inequality. So the mean square S over R rows in independent cells of m_c rows
+has, for every t < R / (2 max m_c), ln P(S > x) <= -t x - sum_c ln(1 - 2 t m_c / R) / 2 (Chernoff's bound for a weighted
+sum of chi-squared numbers); the best t is taken. Without cells that is -R (x - 1 - ln x) / 2.
 
 Direction. For a direction c of each row, y = e.c. Roundings to nearest are as likely up as down, so the y of
 different cells are symmetric and independent, whatever their sizes. Given |y|, their signs are fair coins, and by
@@ -209,15 +209,28 @@ def _weakest(findings: Sequence[Finding]) -> Finding:
 
 def _size(z2: Floats, cells: Cells | None, alarm: float) -> Finding | None:
     """Is the mean of z^2 larger than chance explains?"""
-    rows = z2.shape[0]
     x = float(z2.mean())
-    independent = rows / cells.largest if cells is not None else float(rows)
-    if x <= 1.0:
-        return None
-    log_p = -0.5 * independent * (x - 1.0 - math.log(x))
+    log_p = log_tail(x, np.ones(len(z2), np.int64) if cells is None else cells.counts)
     if log_p >= math.log(alarm):
         return None
     return Finding(name="size", statistic=math.sqrt(x), p_value=math.exp(log_p), threshold=alarm)
+
+
+def log_tail(x: float, counts: NDArray[np.int64]) -> float:
+    """Limit of ln P(mean square > x) over rows in independent cells of these sizes, rows of a cell correlated at will."""
+    counts = counts[counts > 0]
+    if x <= 1.0 or not len(counts):
+        return 0.0
+    sizes, cells = np.unique(counts, return_counts=True)
+    shares = sizes / float(counts.sum())
+    if len(sizes) == 1:
+        return -0.5 * float(cells[0]) * (x - 1.0 - math.log(x))
+    # The derivative grows with t, from 1 - x < 0 to infinity. Any t gives a limit, so the last one does.
+    low, high = 0.0, 0.5 / float(shares[-1])
+    for _ in range(60):
+        t = 0.5 * (low + high)
+        low, high = (t, high) if float((cells * shares / (1.0 - 2.0 * t * shares)).sum()) < x else (low, t)
+    return -low * x - 0.5 * float((cells * np.log1p(-2.0 * low * shares)).sum())
 
 
 def _size_in_spite(errors: Errors, explained: Explained, alarm: float) -> Finding | None:

@@ -33,7 +33,7 @@ _OPTIONS: tuple[dict[str, Any], ...] = (
     {"heads": 2, "q_len": 100, "kv_len": 129, "head_dim": 32, "softcap": 2.0, "mask": "bhqk", "backward": True},
     {"batch": 2, "heads": 4, "kv_heads": 2, "q_len": 65, "kv_len": 97, "head_dim": 24, "alibi": "drawn",
      "lengths": "both", "backward": True},
-    {"batch": 2, "heads": 3, "q_len": 65, "kv_len": 90, "head_dim": 32, "bias": "hqk", "sinks": True, "backward": True},
+    {"batch": 2, "heads": 3, "q_len": 65, "kv_len": 90, "head_dim": 32, "bias": "qk", "sinks": True, "backward": True},
     {"heads": 4, "kv_heads": 1, "q_len": 80, "kv_len": 80, "head_dim": 32, "causal": "top-left", "dropout": 0.2,
      "layout": "bshd+pad", "backward": True},
     {"batch": 3, "heads": 4, "kv_heads": 2, "q_len": 70, "kv_len": 111, "head_dim": 16, "causal": "bottom-right",

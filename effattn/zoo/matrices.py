@@ -225,6 +225,9 @@ class Whole:
         """dS as it is multiplied by Q and K, without the scale."""
         return d_s.to(dtype).float()
 
+    def sum_over_keys(self, d_s: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return self.dot(d_s, k)
+
     def sum_over_queries(self, d_s: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         return self.dot(d_s.mT, q)
 
@@ -270,7 +273,7 @@ class Whole:
         d_p = self.dropped(self.dot(d_out, self.expand(v, heads).mT), setting)
         d_s = p * self.difference(d_p, delta, dtype)
         d_t = self.cast_ds(d_s if slope is None else d_s * slope, dtype, setting)
-        d_q = self.scaled(self.dot(d_t, self.expand(k, heads)), setting, "q")
+        d_q = self.scaled(self.sum_over_keys(d_t, self.expand(k, heads)), setting, "q")
         d_k = self.scaled(self.to_group(self.sum_over_queries(d_t, q), k.shape[1], dtype), setting, "k")
         d_bias = None if bias is None else self.bias_gradient(d_s, bias, setting)
         d_sinks = None

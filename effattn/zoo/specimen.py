@@ -173,6 +173,7 @@ def _load() -> None:
         "subtle_kernels",
         "right_gradients",
         "wrong_gradients",
+        "subtle_gradients",
         "right_quantised",
         "wrong_quantised",
     ):

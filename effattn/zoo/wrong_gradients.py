@@ -179,11 +179,7 @@ class CapBeforeScale(Whole):
         return super().capped(s / setting.scale, setting) * setting.scale
 
 
-def _windowed(case: Case) -> bool:
-    return case.window is not None
-
-
-@wrong("window-one-key-too-many", shows=_windowed)
+@wrong("window-one-key-too-many", shows=lambda case: case.window is not None and case.window[0] >= 0)
 class WindowTooWide(Whole):
     """Sees one key more on the left."""
 
