@@ -232,7 +232,13 @@ def _judge(
     accuracy = None
     if numerics.quantised:
         with _timed(seconds, "exact"):
-            accuracy = judgement.accuracy(attend(given).out)
+            of_inputs = attend(given).out
+            accuracy = judgement.accuracy(of_inputs)
+        if outcome in (Outcome.INACCURATE, Outcome.BIASED) and judgement.is_nearer_to(of_inputs):
+            message += (
+                "\nlikely cause: out is nearer to exact attention on the inputs as they are than to that on their codes: Q,"
+                " K or V is not quantised as declared"
+            )
     evidence = []
     if weigh and outcome == Outcome.PASS:
         with _timed(seconds, "evidence"):

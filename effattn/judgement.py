@@ -215,6 +215,16 @@ class Judgement:
             return None
         return size(self.out.got - of_inputs) / whole, size(self.out.exact - of_inputs) / whole
 
+    def is_nearer_to(self, out: torch.Tensor) -> bool:
+        """Whether the output is nearer to `out` than to what it is judged by, in the root mean square."""
+        import numpy as np
+
+        with np.errstate(over="ignore", invalid="ignore"):
+            return bool(
+                np.square(self.out.got - out.cpu().numpy()).sum()
+                < np.square(self.out.got - self.out.exact).sum()
+            )
+
     def _empty(self) -> list[Quantity]:
         return [Quantity(name=part.name, count=0) for part in self.parts]
 

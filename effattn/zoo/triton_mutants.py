@@ -259,7 +259,7 @@ def edited(edits: tuple[tuple[str, str], ...], *, name: str) -> dict[str, str]:
     return sources
 
 
-def _made(name: str, source: str) -> ModuleType:
+def made(name: str, source: str) -> ModuleType:
     """A module with this source, which `inspect` can read: Triton compiles from what `inspect` finds."""
     file = f"<{name}>"
     module = ModuleType(name)
@@ -274,9 +274,9 @@ def _made(name: str, source: str) -> ModuleType:
 @functools.cache
 def _module_of(name: str, mask: str, forward: str) -> ModuleType:
     """The kernel's module with this source, and with a mask of that source."""
-    masked = _made(f"{__name__}.{name}_mask", mask)
+    masked = made(f"{__name__}.{name}_mask", mask)
     forward = forward.replace("from effattn.kernels.mask import", f"from {masked.__name__} import")
-    return _made(f"{__name__}.{name}", forward)
+    return made(f"{__name__}.{name}", forward)
 
 
 def _module(mutant: Mutant) -> ModuleType:
