@@ -2,10 +2,13 @@
 
     python benchmarks/alarms.py [--method flash] [--dtype fp16,bf16,fp32] [--cases 2000] [--out FILE]
     python benchmarks/alarms.py --method zoo --small --cases 1500 --jobs 2 --out docs/measurements/alarms-zoo.json
+    python benchmarks/alarms.py --method zoo-quantised --dtype fp16,bf16 --small --cases 1500 --jobs 2 \
+        --out docs/measurements/alarms-quantised.json
 
 Cases are drawn like those of the ci profile (`--small`: like those of the smoke profile, with lengths that make one a matter
 of milliseconds), by the same generator under another name, so none of them is in a profile. `zoo` stands for all right
-kernels of `effattn.zoo`, of very different design, in torch.
+kernels of `effattn.zoo`, of very different design, in torch, `zoo-quantised` for those whose operands are quantised (fp16 and
+bf16, forward only).
 Prints the share of alarms, z over all cases, and the share of elements that equal the correctly rounded exact value bit for
 bit. `--out` writes the same as JSON, with versions, machine and every alarm's case.
 """
@@ -55,11 +58,12 @@ def _cases(base: Any, changes: dict[str, Any], repeats: int, dtype: str) -> list
 
 def names_of(method: str) -> list[str]:
     """The methods that an argument names."""
-    if method != "zoo":
+    if method not in ("zoo", "zoo-quantised"):
         return method.split(",")
     from effattn import zoo
 
-    return [f"effattn.zoo:{s.name.replace('-', '_')}" for s in zoo.specimens(right=True)]
+    found = zoo.specimens(right=True, quantised=method != "zoo")
+    return [f"effattn.zoo:{s.name.replace('-', '_')}" for s in found]
 
 
 def campaign(method_name: str, dtype: str, count: int, small: bool = False) -> dict[str, Any]:
@@ -71,10 +75,10 @@ def campaign(method_name: str, dtype: str, count: int, small: bool = False) -> d
     torch.set_num_threads(1)
     method = methods.get(method_name)
     # Gradients that torch makes of a kernel that is written forward only are not that kernel's promise.
-    forward_only = (
-        method_name.startswith("effattn.zoo:")
-        and not zoo.get(method_name.partition(":")[2].replace("_", "-")).offers_options
-    )
+    forward_only = False
+    if method_name.startswith("effattn.zoo:"):
+        specimen = zoo.get(method_name.partition(":")[2].replace("_", "-"))
+        forward_only = not specimen.offers_options or specimen.numerics is not None
     outcomes: dict[str, int] = {}
     alarms: list[dict[str, Any]] = []
     squares, elements, equal, fractions, rms, extremes = 0.0, 0, 0.0, [], [], []

@@ -32,10 +32,12 @@ def drawn(dtype: str, repeats: int) -> list[Case]:
         "lengths": (1, 2, 5, 8, 15, 16, 17, 31, 33),
         "long_lengths": (129, 211, 257),
         "most_scores": 25_000,
-        "option_repeats": 0,
+        "option_lengths": (1, 2, 5, 16, 17, 33),
+        "option_dims": ((33, None), (7, None)),
+        "most_option_scores": 5_000,
     }
     profile = replace(profiles.get("smoke"), name="quantised", repeats=repeats, **smaller)
-    return [case for case in profiles.cases(profile, dtype=dtype) if not case.backward]
+    return [replace(case, backward=False) for case in profiles.cases(profile, dtype=dtype)]
 
 
 @pytest.mark.parametrize("dtype", HALF)

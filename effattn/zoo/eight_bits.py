@@ -75,7 +75,7 @@ class EightBits:
             k=codes(self.dtype, self.scales),
             v=None if self.v_dtype is None else codes(self.v_dtype, self.v_scales or self.scales),
             p=case.dtype if self.p_dtype is None else CODES[self.p_dtype][0],
-            p_scale=2.0**self.offset,
+            p_scale=round(2.0**self.offset, 6),
         )
 
     def __call__(
@@ -185,6 +185,8 @@ class EightBits:
         return self.offset
 
     def cast(self, p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if self.p_dtype == INT8:
+            return p.round().to(INT8)
         return p.to(self.p_dtype or dtype)
 
     def product(self, p: torch.Tensor, v: Scaled) -> torch.Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from effattn.zoo import specimen
 from effattn.zoo.eight_bits import INT8, EightBits
+from effattn.zoo.matrices import Setting, Whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +64,59 @@ right(
     "SageAttention2: Q and K as int8 with a scale for each 64 rows, P and V as e4m3, V with a scale per channel.",
 )
 right(
+    "int8-all",
+    EightBits(
+        dtype=INT8, scales="head", v_dtype=INT8, v_scales="channel", p_dtype=INT8, offset=math.log2(127.0)
+    ),
+    "Q, K, V and P as int8: a scale per head, per channel of V, and 127 for P.",
+)
+right(
     "fp8-cast",
     EightBits(scales="none"),
     "Q, K and V rounded to e4m3 as they are, without a scale.",
 )
+
+
+class _Dequantised(Whole):
+    """With every option: codes are turned back to fp32 before they are multiplied."""
+
+    def __init__(self, codes: EightBits, what: str) -> None:
+        self.codes = codes
+        self.__doc__ = what
+
+    def forward(
+        self, setting: Setting, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        codes, group = self.codes, q.shape[1] // k.shape[1]
+        made = (
+            codes.quantise(q.float(), codes.dtype, codes.scales, group),
+            codes.quantise(k.float(), codes.dtype, codes.scales),
+            codes.values(v),
+        )
+        found = super().forward(setting, *(x.codes.float() * x.scale for x in made), bias, sinks)
+        out = found[2] / (1.0 - setting.dropout)
+        return out.to(q.dtype), found[1], out
+
+    def dropped(self, p: torch.Tensor, setting: Setting) -> torch.Tensor:
+        """The factor of kept weights comes last: P multiplied by more than 1 would be beyond e4m3's largest number."""
+        return p * self.keep(setting, tuple(p.shape), p.device) if setting.dropout else p
+
+    def cast(self, p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        offset = 2.0**self.codes.offset
+        return self.codes.cast(p * offset, dtype).float() / offset
+
+
+for _name, _codes, _what in (
+    (
+        "fp8-tensor-options",
+        EightBits(),
+        "Every option; codes of e4m3, a scale per tensor, are turned back to fp32.",
+    ),
+    (
+        "fp8-block-options",
+        EightBits(scales="block", rows=16, v_scales="channel", offset=0.0),
+        "Every option; codes of e4m3, a scale for each 16 rows or channel, turned back to fp32; P without an offset.",
+    ),
+):
+    specimen.quantised(_name, _codes.numerics, is_right=True)(_Dequantised(_codes, _what))

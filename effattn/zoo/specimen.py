@@ -50,7 +50,7 @@ class Specimen:
         """The kernel with the signature of a user's function."""
         attention = _with_options(self.kernel) if self.offers_options else _plain(self.kernel)
         if self.numerics is not None:
-            attention = _declare(numerics=self.numerics, same_bits=False, supports=self._supports)(attention)
+            attention = _declare(self.numerics, self._supports, self.offers_options)(attention)
         attention.__name__ = attention.__qualname__ = self.name.replace("-", "_")
         attention.__module__ = "effattn.zoo"
         attention.__doc__ = self.what
@@ -66,10 +66,12 @@ class Specimen:
         return UserFunction(self.function, spec=f"effattn.zoo:{self.name.replace('-', '_')}")
 
 
-def _declare(**declared: Any) -> Callable[..., Any]:
+def _declare(numerics: Any, supports: Any, offers_options: bool) -> Callable[..., Any]:
     from effattn.methods.declare import method
+    from effattn.zoo.matrices import dropout_mask
 
-    return method(**declared)
+    drops = dropout_mask if offers_options else None
+    return method(numerics=numerics, supports=supports, same_bits=False, dropout_mask=drops)
 
 
 def _with_options(kernel: Any) -> Callable[..., Any]:
