@@ -56,7 +56,7 @@ PROFILES: dict[str, dict[str, Plan]] = {
             sizes=(16, 32, 64, 128, 256), draws=15, methods=_FIGURE_4,
         ),
         "moments": Plan(
-            study="performer", n=(1,), head_dim=(2,), dtype=("fp64",), sizes=(), draws=64,
+            study="performer", n=(1,), head_dim=(2,), dtype=("fp64",), sizes=(), draws=100,
             methods=(), extras=("moments",),
         ),
         "full": Plan(
