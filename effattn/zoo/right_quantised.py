@@ -89,12 +89,15 @@ class _Dequantised(Whole):
         sinks: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         codes, group = self.codes, q.shape[1] // k.shape[1]
-        made = (
-            codes.quantise(q.float(), codes.dtype, codes.scales, group),
-            codes.quantise(k.float(), codes.dtype, codes.scales),
-            codes.values(v),
+        a, b, c = (
+            x.codes.float() * x.scale
+            for x in (
+                codes.quantise(q.float(), codes.dtype, codes.scales, group),
+                codes.quantise(k.float(), codes.dtype, codes.scales),
+                codes.values(v),
+            )
         )
-        found = super().forward(setting, *(x.codes.float() * x.scale for x in made), bias, sinks)
+        found = super().forward(setting, a, b, c, bias, sinks)
         out = found[2] / (1.0 - setting.dropout)
         return out.to(q.dtype), found[1], out
 
