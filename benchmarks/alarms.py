@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {
     "lengths": (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33),
     "long_lengths": (129, 211, 257),
     "most_scores": 25_000,
-    "option_lengths": (1, 2, 5, 16, 17, 33),
+    "option_lengths": (1, 2, 5, 16, 17, 33, 97),
     "option_dims": ((33, None), (7, None)),
     "most_option_scores": 5_000,
 }

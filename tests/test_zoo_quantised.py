@@ -32,7 +32,7 @@ def drawn(dtype: str, repeats: int) -> list[Case]:
         "lengths": (1, 2, 5, 8, 15, 16, 17, 31, 33),
         "long_lengths": (129, 211, 257),
         "most_scores": 25_000,
-        "option_lengths": (1, 2, 5, 16, 17, 33),
+        "option_lengths": (1, 2, 5, 16, 17, 33, 97),
         "option_dims": ((33, None), (7, None)),
         "most_option_scores": 5_000,
     }

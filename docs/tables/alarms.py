@@ -26,9 +26,9 @@ def _row(dtype: str, rows: list[Any]) -> list[str]:
     ]
 
 
-def render() -> str:
+def render(measurement: Path = MEASUREMENT) -> str:
     """A row for each dtype, and what the alarms are about."""
-    found = json.loads(MEASUREMENT.read_text(encoding="utf-8"))
+    found = json.loads(measurement.read_text(encoding="utf-8"))
     results = found["results"]
     dtypes = list(dict.fromkeys(r["dtype"] for r in results))
     rows = [_row(dtype, [r for r in results if r["dtype"] == dtype]) for dtype in dtypes]
