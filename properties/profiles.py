@@ -157,6 +157,8 @@ def _with_options(profile: Profile, dtype: str, first_seed: int) -> list[Case]:
         fields = {field: value for option in options for field, value in next(menu[option]).items()}
         case = _draw_options(draw, profile, fields, backward, seed, dtype, regime)
         if regime is not None and not regime.holds(case):
+            if regime.name in _LARGE_GRADIENTS and profile.most_scores < SMOKE.most_scores:
+                continue  # a list of smaller cases than any profile's, such as that of benchmarks/alarms.py
             raise AssertionError(f"drawn for the regime {regime.name!r}, which it is not in: {case!r}")
         drawn.append(case)
     return drawn
