@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,9 +122,39 @@ def equal_queries(rng: np.random.Generator) -> Errors:
     )
 
 
+def one_offset_in_all_rows(rng: np.random.Generator) -> Errors:
+    """An entry between two codes, off to one side in all rows; its size is in variance and steady part."""
+    exact = rng.standard_normal((ROWS, COLUMNS))
+    offset = rng.choice([1e-4, 2e-3, 1e-2]) * rng.choice([-1.0, 1.0], (1, COLUMNS))
+    errors = errors_of(rounded(1e-3 * rng.standard_normal(exact.shape) + offset, exact), exact)
+    size = np.broadcast_to(np.abs(offset), exact.shape)
+    return replace(
+        errors,
+        noise=errors.noise + size**2,
+        sigma=np.sqrt(errors.sigma**2 + size**2),
+        steady=errors.steady + size,
+        lost=errors.lost + size,
+    )
+
+
+def test_an_offset_that_nobody_allows_for_is_found() -> None:
+    errors = one_offset_in_all_rows(np.random.default_rng(1))
+    assert not examine(errors, alarm=LEVEL)
+    size = errors.lost
+    unaware = replace(
+        errors,
+        noise=errors.noise - size**2,
+        sigma=np.sqrt(errors.sigma**2 - size**2),
+        steady=size * 0.0,
+        lost=size * 0.0,
+    )
+    assert {finding.name for finding in examine(unaware, alarm=LEVEL)} & {"size", "v-mean", "mean"}
+
+
 @pytest.mark.parametrize(
     "simulate",
     [
+        one_offset_in_all_rows,
         independent,
         one_rounding_a_row,
         few_keys,

@@ -27,29 +27,29 @@ LEVEL = 1e-2
 
 
 def drawn(dtype: str, repeats: int) -> list[Case]:
-    """Small cases of every regime, drawn under a name that no profile has."""
+    """Small cases of every regime without gradients, drawn under a name that no profile has."""
     smaller: dict[str, Any] = {
         "lengths": (1, 2, 5, 8, 15, 16, 17, 31, 33),
         "long_lengths": (129, 211, 257),
-        "most_scores": 25_000,
+        "most_scores": 12_000,
         "option_lengths": (1, 2, 5, 16, 17, 33, 97),
         "option_dims": ((33, None), (7, None)),
         "most_option_scores": 5_000,
     }
     profile = replace(profiles.get("smoke"), name="quantised", repeats=repeats, **smaller)
-    return [replace(case, backward=False) for case in profiles.cases(profile, dtype=dtype)]
+    return [case for case in profiles.cases(profile, dtype=dtype) if not case.backward]
 
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("name", RIGHT)
 def test_no_right_kernel_is_called_wrong(name: str, dtype: str) -> None:
     method, outcomes = zoo.get(name).method(), Counter[Outcome]()
-    for case in drawn(dtype, 4):
+    for case in drawn(dtype, 2):
         verdict = judge(case, method)
         outcomes[verdict.outcome] += 1
         assert verdict.outcome not in FAILED, f"{case.to_json()}: {verdict.message}"
         assert verdict.outcome in (Outcome.PASS, Outcome.NOT_SUPPORTED, Outcome.NOT_JUDGED), verdict.message
-    assert outcomes[Outcome.PASS] >= 100
+    assert outcomes[Outcome.PASS] >= 55
     assert outcomes[Outcome.NOT_JUDGED] <= 10
 
 
