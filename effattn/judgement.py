@@ -266,16 +266,15 @@ class Judgement:
         if judged is not None:
             fraction[~judged] = -1.0
         index = _index(int(fraction.argmax()), fraction.shape)
-        # Where nothing takes part there is no deviation to divide by.
-        z = part.error / (
-            part.sigma if part.sigma.min() > 0.0 else np.where(part.sigma > 0.0, part.sigma, math.inf)
-        )
+        # Where nothing takes part there is no deviation to divide by, and nothing to count.
+        uncertain = part.sigma > 0.0
+        z = part.error / np.where(uncertain, part.sigma, math.inf)
         rounded = part.format.round(part.exact)
         off = part.got != rounded
         if judged is not None:
-            z = z[judged]
+            uncertain &= judged
             off &= judged
-        z = z.ravel()
+        z = z[uncertain] if uncertain.any() else np.zeros(1)
         ulps = part.format.distance(part.got[off], rounded[off])
         middle, high, most = _quantiles(ulps, count)
         return Quantity(
@@ -287,9 +286,9 @@ class Judgement:
             ulp_p50=middle,
             ulp_p99=high,
             ulp_max=most,
-            z_rms=math.sqrt(float(z @ z) / count),
+            z_rms=math.sqrt(float(z @ z) / z.size),
             z_max=max(float(z.max()), float(z.min()), key=abs),
-            z_mean=float(z.sum()) / count,
+            z_mean=float(z.sum()) / z.size,
             worst=index,
             got=float(part.got[index]),
             exact=float(part.exact[index]),

@@ -58,7 +58,7 @@ class Quantity:
     ulp_p50: float | None = None
     ulp_p99: float | None = None
     ulp_max: float | None = None
-    #: error / expected deviation: root mean square, the largest in magnitude with its sign, mean
+    #: error / expected deviation: root mean square, the largest in magnitude with its sign, mean; of elements that have one
     z_rms: float | None = None
     z_max: float | None = None
     z_mean: float | None = None

@@ -145,13 +145,18 @@ def _with_options(profile: Profile, dtype: str, first_seed: int) -> list[Case]:
     wanted: list[tuple[regimes.Regime | None, tuple[str, ...], bool]] = []
     for _ in range(profile.option_repeats):
         for regime in regimes.OPTION_REGIMES:
+            if any(_scores(fields) > profile.most_scores for fields in _LARGE_GRADIENTS.get(regime.name, ())):
+                continue
             name = regime.name.removeprefix("gradients with ")
             options = (name,) if name in menus.OPTIONS else ()
             wanted += [(regime, options, regime.name.startswith("gradients"))] * regime.weight
     # The forward pass of a case with gradients is judged as well.
     wanted += [(None, pair, True) for pair in profile.pairs]
     # The entries of a menu in turn: a short profile would miss most of one if it drew them.
-    menu = {option: itertools.cycle(entries) for option, entries in menus.OPTIONS.items()}
+    menu = {
+        option: itertools.cycle([entry for entry in entries if _fits(entry, profile)])
+        for option, entries in menus.OPTIONS.items()
+    }
     drawn = []
     for seed, (regime, options, backward) in enumerate(wanted, first_seed):
         fields = {field: value for option in options for field, value in next(menu[option]).items()}
@@ -206,6 +211,15 @@ def _draw_options(
         fields |= {"causal": "none", "scale": None, "layout": menus.CONTIGUOUS}
         most = profile.most_scores
     return Case(**_small_enough(fields, replace(profile, most_scores=most)))
+
+
+def _fits(entry: Fields, profile: Profile) -> bool:
+    """Whether the profile has lengths that a window cuts."""
+    return max(entry.get("window", (0, 0))) < max(profile.option_lengths) - 1
+
+
+def _scores(fields: Fields) -> int:
+    return fields["batch"] * fields["heads"] * fields["q_len"] * fields["kv_len"]
 
 
 def _of(shapes: tuple[tuple[int, int], ...], **fields: Any) -> tuple[Fields, ...]:

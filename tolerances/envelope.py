@@ -51,6 +51,7 @@ from effattn.tolerances.sums import (
     collect,
     is_fine,
     narrow,
+    shifted,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ LARGEST_WEIGHT_ERROR = 0.5
 
 #: relative error of sums that were done in float32; see `sums.narrow`
 FLOAT32_SUMS = 1e-5
+
+#: units in the last place of an exp whose errors have no steady part to speak of
+FINE_EXP = 2.0
 
 #: PTX: lg2.approx.f32 is within 2^-22 (absolute) near 1
 LOG_ERROR = 2.0**-22
@@ -358,7 +362,9 @@ def _finish(
     # Noise. Equal keys may have equal errors, or not: the larger is expected.
     equal = hasattr(x, "equal_w2_v2")
     if fine:
-        lse_scores = x.w_var
+        if hasattr(x, "h"):
+            shifted(x, errors.gap)
+        lse_scores, all_alike = (np.maximum(x.g, x.equal_g) if equal else x.g), x.w_var
         inner = np.maximum(x.g_v2 - 2.0 * o * x.g_v + o * o * x.g, 0.0)
         if equal:
             inner = np.maximum(inner, x.equal_g_v2 - 2.0 * o * x.equal_g_v + o * o * x.equal_g)
@@ -372,6 +378,8 @@ def _finish(
         inner += o_abs * np.sqrt(np.maximum(x.w2, x.equal_w2) if equal else x.w2)
         inner *= inner
         inner *= lse_scores
+        all_alike = lse_scores
+        lse_scores = all_alike * (np.maximum(x.w2, x.equal_w2) if equal else x.w2)
     l_terms, l_sum = running_sum(n, numerics.sum_block)
     a_terms, a_sum = running_sum(n, numerics.product_block)
     a_terms = a_terms + (0.0 if exact_pv else 1.0) + (1.0 if before and not u_p else 0.0)
@@ -429,8 +437,12 @@ def _finish(
     sigma += noise
     np.sqrt(sigma, out=sigma)
 
-    # Log-sum-exp: the weights' errors on the average, the sum, the logarithm, its product and the sum with m. Keys
-    # that are alike have the same error of the score, so these errors count as one.
+    # Log-sum-exp: the weights' errors on the average, the sum, the logarithm, its product and the sum with m. Where a matrix
+    # unit or a coarse exp errs to one side, all weights may have the same error.
+    if numerics.dot_block is not None:
+        lse_scores = all_alike
+    elif numerics.exp_ulps > FINE_EXP:
+        lse_scores = lse_scores + errors.exp
     lse_abs = np.abs(lse)
     lse_format = numerics.format("lse")
     lse_reach = (

@@ -3,19 +3,22 @@
 Notation as in `effattn.exact.backward`: w weights, r dropout's factors, g = dO, dP = r g.v, D = dP - delta, dS = w D,
 dT = slope dS. What is computed, to the letter (u of the accumulators):
 
-1. P^ = w (1 + t), |t| <= T = e^(b + l) - 1: b the error of the score and of exp, l that of the stored log-sum-exp.
+1. P^ = w (1 + t)(1 + h), |t| <= T = e^b - 1, |h| <= H = e^l - 1: b the error of the score and of exp, l that of the stored
+   log-sum-exp, which all keys of a row have in common.
 2. dP^ = dP + e, |e| <= E: a product of v_dim terms, and its rounding to the format of dP.
-3. delta^ = delta + f, |f| <= F: from the output within its own bound, or from sum P dP.
+3. delta^ = delta + f, |f| <= F: from the output within its own bound, or from sum P dP; common to a row too.
 4. dS^ = P^ (dP^ - delta^)(1 + k), |k| <= K: three roundings, and that to the format of dS.
 
-Hence, for each pair, exactly,
+Hence, for each pair, exactly, with M = T + K + T K,
 
-    |dS^ - dS| <= w [ |D| (T + K + T K) + (1 + T)(1 + K)(E + F) ] =: Z,
+    dS^ - dS = h dS - (1 + h) f w + r,    |r| <= (1 + H) w [ |D| M + (1 + M) E + M F ] =: R,
+    |dS^ - dS| <= H |dS| + (1 + H) F w + R =: Z,
 
-and |r P^ cast - r w| <= r w (T + u_p + T u_p) =: Y in dV. With the derivative of the softcap, known to within an absolute
-C, Z becomes Z (slope + C) + |dS| C. Underflow adds half of the smallest number of the format cast to. A gradient is a
-sum of such terms times Q, K or dO, so its error is at most the sum of Z |.|, the error of the sum itself
-(n u over all terms' sizes, any order), and the rounding to the dtype of the input.
+and |r P^ cast - r w| <= r w (N + u_p + N u_p) =: Y in dV, N = e^(b + l) - 1. In dQ the sum over the keys is taken before
+absolute values of what is common to a row: H |dQ| + (1 + H) F |scale sum w k| + |scale| sum R |k|. With the derivative of the
+softcap, known to within an absolute C, Z becomes Z (slope + C) + |dS| C. Underflow adds half of the smallest number of the
+format cast to. A gradient is a sum of such terms times Q, K or dO, so its error is at most the sum of Z |.|, the error of the
+sum itself (n u of half the terms' sizes and half their sum, any order), and the rounding to the dtype of the input.
 
 The noise replaces each rounding by its variance, as in `envelope`. Roundings of P and dS are those of known numbers, so
 their variance is that of their spacing, ulp^2 / 12. Errors of the log-sum-exp and of delta are common to a row: they add
@@ -83,8 +86,10 @@ class _Sizes:
     u_ds: float
     u_dp: float
     u_operand: float
-    #: largest error of a product of v_dim terms relative to the sum of their sizes; of its variance, T and S^2
+    #: largest error of a product of v_dim terms: of its sum, relative to the terms of one sign, and of the terms, relative to
+    #: the sum of their sizes; of its variance, T and S^2
     dot: float
+    dot_each: float
     dot_terms: float
     dot_sum: float
     dropout: bool
@@ -107,7 +112,8 @@ class _Sizes:
             u_ds=numerics.format("ds").unit_roundoff if numerics.rounds_ds else 0.0,
             u_dp=dp.unit_roundoff if dp.precision < acc.precision else 0.0,
             u_operand=u_operand,
-            dot=worst * (1.0 + 2.0 * worst) + 2.0 * u * inexact + 2.0 * u_operand + u_operand**2,
+            dot=worst * (1.0 + 2.0 * worst),
+            dot_each=2.0 * u * inexact + 2.0 * u_operand + u_operand**2,
             dot_terms=one * ((v_dim + 1) / 6.0 + inexact) + 2.0 * ROUNDING_VARIANCE * u_operand**2 + aligned,
             dot_sum=one * (v_dim + 1) / 3.0 + aligned,
             dropout=dropout,
@@ -121,10 +127,11 @@ class _Pairs:
     w: torch.Tensor
     d_s: torch.Tensor
     d_t: torch.Tensor
-    #: bounds: of P^ cast - r w, of dS, of dT as it is multiplied
+    #: bounds: of P^ cast - r w, of dS, of dT as it is multiplied, and that without what is common to a row
     y: torch.Tensor
     z_bias: torch.Tensor
     z: torch.Tensor
+    z_own: torch.Tensor
     #: variances by pair: of P^ cast, of dS, of dT as multiplied; of the accumulators' format alone: of P^, of dT
     y_var: torch.Tensor
     s_var: torch.Tensor
@@ -187,10 +194,15 @@ def gradient_envelopes(
         d_t = x.d_t * scale
         d_abs, d2 = d_t.abs(), d_t.square()
         # dQ: the sum over n keys, and the scale.
-        reach = torch.bmm(x.z, keys) + torch.bmm(d_abs + x.z, keys) * (
-            _sum_error(n, size) + 4.0 * size.u + 2.0 * size.u_operand
-        )
         exact_dq = torch.bmm(d_t, block.k)
+        of_row = torch.expm1(x.l_most)
+        mean_key = scale * torch.bmm(x.carried, block.k)
+        reach = (
+            torch.bmm(x.z_own, keys) + of_row * exact_dq.abs() + (1.0 + of_row) * x.f_most * mean_key.abs()
+        )
+        sizes = torch.bmm(d_abs + x.z, keys)
+        reach = reach + sizes * (4.0 * size.u + 2.0 * size.u_operand)
+        reach = reach + 0.5 * (sizes + exact_dq.abs() + reach) * _sum_error(n, size)
         terms = torch.bmm(d2, keys2)
         per_term, per_sum = (
             torch.from_numpy(c) for c in running_sum(n.cpu().numpy().clip(1.0), numerics.product_block)
@@ -204,13 +216,13 @@ def gradient_envelopes(
             1,
             k.shape[2],
             options.mask is None,
-            torch.bmm(d_abs + x.z, keys),
+            sizes,
             exact_dq,
             terms,
             numerics.format("input"),
         )
         reach, accumulated = reach + more, accumulated + more_noise
-        of_delta = x.f_var * (scale * torch.bmm(x.carried, block.k)).square()
+        of_delta = x.f_var * mean_key.square()
         in_row = x.l_var * exact_dq.square() + of_delta
         block.write(per_query["reach"], reach)
         block.write(per_query["var"], torch.bmm(x.z_var, keys2) + accumulated + in_row)
@@ -321,32 +333,40 @@ def _pairs(
     # The log-sum-exp as it was stored, times log2(e).
     l_most = of(forward.lse_bound) + 3.0 * u * finite_lse.abs()
     l_var = of(forward.lse_noise) + one * finite_lse.square()
-    t = torch.expm1((found.bound + l_most + 2.0 * numerics.exp_ulps * u).clamp_(max=LARGEST_WEIGHT_ERROR))
+    exp = 2.0 * numerics.exp_ulps * u
+    n = block.visible.sum(-1, keepdim=True).double()
+    rescales = torch.ceil(n / numerics.smallest_block) + 2.0
+
+    def grown(b: torch.Tensor) -> torch.Tensor:
+        return torch.expm1(b.clamp(max=LARGEST_WEIGHT_ERROR))
+
+    t, with_lse = grown(found.bound + exp), grown(found.bound + exp + l_most)
+    # Of the forward pass: no log-sum-exp, but rescaling, as in `envelope`.
+    before = grown(found.bound + exp * rescales + 6.0 * u * found.most)
 
     # dP, and delta from the output or from dP.
     g_abs, v_abs, g2 = g.abs(), block.v.abs(), g.square()
     product = torch.bmm(g, block.v.mT)
     d_p = factor * product
     sizes = torch.bmm(g_abs, v_abs.mT)
-    e = (
-        factor * (size.dot * sizes + (3.0 * u if size.dropout else 0.0) * product.abs())
-        + size.u_dp * d_p.abs()
-    )
+    e = 0.5 * size.dot * (sizes + product.abs()) + size.dot_each * sizes
+    e = factor * (e + (3.0 * u if size.dropout else 0.0) * product.abs()) + size.u_dp * d_p.abs()
     e_var = torch.bmm(g2, block.v.square().mT).mul_(size.dot_terms).add_(product.square(), alpha=size.dot_sum)
     e_var = factor * factor * e_var + (one + ROUNDING_VARIANCE * size.u_dp**2) * d_p.square()
     delta = (g * o).sum(-1, keepdim=True)
     dim = g.shape[-1]
     output = numerics.format("output")
     rounds_out = numerics.delta_of != "unrounded"
-    n = block.visible.sum(-1, keepdim=True).double()
     away = (d_p - delta).masked_fill(~block.visible, 0.0)
-    # What `envelope` says of the output, multiplied by g before absolute values are taken.
-    every = t.amax(-1, keepdim=True) if t.shape[-1] else torch.zeros_like(lse)
-    every = (every + (n + 5.0) * u).clamp(max=LARGEST_WEIGHT_ERROR)
-    growth = (1.0 + every) * (1.0 + size.u_p) / (1.0 - every - every * every)
-    f = (w * (t * away.abs() + (1.0 + t) * size.u_p * d_p.abs())).sum(-1, keepdim=True)
+    # What `envelope` says of the output, multiplied by g before absolute values are taken. Errors of l are common to a row.
+    adds = (n + rescales + 3.0) * u
+    g_o = (g_abs * o.abs()).sum(-1, keepdim=True)
+    every = before.amax(-1, keepdim=True) if t.shape[-1] else torch.zeros_like(lse)
+    every = (every + adds).clamp(max=LARGEST_WEIGHT_ERROR)
+    growth = (1.0 + every) * (1.0 + size.u_p) / (1.0 - every - every * every).clamp(min=0.1)
+    f = (w * (before * away.abs() + (1.0 + before) * size.u_p * d_p.abs())).sum(-1, keepdim=True)
     f += (w * factor * sizes).sum(-1, keepdim=True) * (6.0 * u + size.u_operand)
-    f += (g_abs * of(forward.out_steady)).sum(-1, keepdim=True)
+    f += (g_abs * of(forward.out_steady)).sum(-1, keepdim=True) - adds * (g_o - delta.abs())
     if numerics.sum_of == "rounded":
         f += size.u_p * delta.abs()
     f *= growth
@@ -354,11 +374,12 @@ def _pairs(
         f += 0.5 * (g_abs * output.ulp(o.abs() + of(forward.out_reach).clamp(max=1e300))).sum(
             -1, keepdim=True
         )
-    f += gamma(dim + 1, u) * (g_abs * o.abs()).sum(-1, keepdim=True) + gamma(dim + 1, u) * f
+    f += 0.5 * gamma(dim, u) * (g_o + delta.abs()) + 2.0 * u * g_o + gamma(dim + 1, u) * f
     if numerics.delta_of == "any":
-        own = (w * (t * d_p.abs() + (1.0 + t) * e)).sum(-1, keepdim=True)
-        own += (w * d_p.abs()).sum(-1, keepdim=True) * ((n + 2.0) * u)
-        f = torch.maximum(f, own)
+        of_row = grown(l_most)
+        summed = (w * d_p.abs()).sum(-1, keepdim=True) + delta.abs()
+        own = (w * (t * d_p.abs() + (1.0 + t) * e)).sum(-1, keepdim=True) + 0.5 * adds * summed * growth
+        f = torch.maximum(f, of_row * delta.abs() + (1.0 + of_row) * own)
     f += 2.0 * u * (delta.abs() + (0.0 if d_lse is None else d_lse.abs()))
     f_var = (g2 * of(forward.out_inner)).sum(-1, keepdim=True)
     if rounds_out:
@@ -373,10 +394,10 @@ def _pairs(
     # dS, then its cast; either may be scaled before the other.
     floor = numerics.format("acc").smallest_normal
     e = e + 2.0 * u * (d_p.abs() + delta.abs())
-    k = 3.0 * u
-    z_bias = (
-        w * (difference.abs() * (t + k + t * k) + (1.0 + t) * (1.0 + k) * (e + f)) + floor * block.visible
-    )
+    m = t + 3.0 * u + t * (3.0 * u)
+    of_row = grown(l_most)
+    z_own = (1.0 + of_row) * w * (difference.abs() * m + (1.0 + m) * e + m * f) + floor * block.visible
+    z_bias = z_own + of_row * d_s.abs() + (1.0 + of_row) * w * f
     s_var = w2 * (difference.square() * (found.variance + 3.0 * one) + e_var)
     # Weights of subnormal size, where there are some.
     tiny = bool(((w < 1e-30) & block.visible).any())
@@ -389,22 +410,27 @@ def _pairs(
         of_tanh = tanh2 if numerics.tanh_of == "tanh" else torch.ones_like(tanh2)
         off = (2.0 * numerics.tanh_error * of_tanh + 4.0) * u
         z = z * (block.slope + off) + d_s.abs() * off
+        z_own = z_own * block.slope + (z_bias + d_s.abs()) * off
         t_var = s_var * block.slope.square()
         t_var = t_var + d_s.square() * one * (4.0 * tanh2 * of_tanh * numerics.tanh_error + 2.0)
         d_t, carried = d_s * block.slope, w * block.slope
-    z, z_inner = z * abs(scale), t_var * scale**2
-    scaled = d_t * scale
-    z = z * (1.0 + size.u_ds) + size.u_ds * scaled.abs()
+    z, z_own, z_inner = z * abs(scale), z_own * abs(scale), t_var * scale**2
+    cast = size.u_ds * ((d_t * scale).abs() + z)
+    z, z_own = z + cast, z_own + cast
     z_var = z_inner
     if size.u_ds:
         fmt = numerics.format("ds")
-        z = z + 0.5 * fmt.smallest_subnormal * max(1.0, abs(scale)) * block.visible
+        lost = 0.5 * fmt.smallest_subnormal * max(1.0, abs(scale)) * block.visible
+        z, z_own = z + lost, z_own + lost
         z_var = z_inner + _cast_variance(d_t, fmt) * scale**2
 
     # P as dV takes it.
     weights = block.weighted(w)
     more = 3.0 * u if size.dropout else 0.0
-    y = weights * (t + size.u_p + t * size.u_p + more * (1.0 + t)) + floor * block.visible
+    y = (
+        weights * (with_lse + size.u_p + with_lse * size.u_p + more * (1.0 + with_lse))
+        + floor * block.visible
+    )
     y_inner = weights.square() * (found.variance + (one if size.dropout else 0.0))
     if tiny:
         y_inner += _lost(weights, numerics)
@@ -414,7 +440,7 @@ def _pairs(
         y = y + 0.5 * fmt.smallest_subnormal * block.visible
         y_var = y_inner + _cast_variance(weights, fmt)
     return _Pairs(
-        w=w, d_s=d_s, d_t=d_t, y=y, z_bias=z_bias, z=z, y_var=y_var, s_var=s_var, z_var=z_var, y_inner=y_inner,
+        w=w, d_s=d_s, d_t=d_t, y=y, z_bias=z_bias, z=z, z_own=z_own, y_var=y_var, s_var=s_var, z_var=z_var, y_inner=y_inner,
         z_inner=z_inner, l_var=l_var, f_var=f_var, l_most=l_most, f_most=f, carried=carried,
     )  # fmt: skip
 
@@ -524,7 +550,8 @@ def _of_keys(
 
     n = sums.grouped("rows", batch, kv_heads)
     absolute = total("abs")
-    reach = total("reach") + absolute * (_sum_error(n, size) + (group + 4.0) * size.u + 2.0 * size.u_operand)
+    reach = total("reach") + absolute * ((group + 4.0) * size.u + 2.0 * size.u_operand)
+    reach = reach + 0.5 * (absolute + exact.abs() + reach) * _sum_error(n, size)
     per_term, per_sum = (
         torch.from_numpy(c).to(n.device)
         for c in running_sum(n.cpu().numpy().clip(1.0), numerics.product_block)

@@ -116,6 +116,12 @@ def collect_with_options(
     count = block.visible.sum(-1, keepdim=True).double()
     if block.sink is not None:
         count = count + 1.0
+    if numerics.normalise != "any":
+        # The maximum is taken off the scores, the sink's if that is larger, and not the log-sum-exp.
+        a = -torch.maximum(w.amax(-1, keepdim=True), sink_w).clamp(min=1e-300).log()
+        gap = (block.scores - torch.where(lse == -math.inf, 0.0, lse)).masked_fill(~block.visible, 0.0)
+        more_var = (errors.gap * a * (2.0 * gap + a)).masked_fill_(~block.visible, 0.0)
+        found = found._replace(variance=found.variance + more_var)
     x = block.weighted(w)
     v, v_abs, v2 = block.v, block.v.abs(), block.v.square()
     slope = 1.0 if block.slope is None else block.slope

@@ -18,6 +18,8 @@ from effattn.tolerances import dots
 from effattn.tolerances.quantise import SCALE_ERROR
 
 if TYPE_CHECKING:
+    from types import SimpleNamespace
+
     from numpy.typing import NDArray
 
     from effattn.exact.blocks import Rows, Tile
@@ -57,7 +59,7 @@ class ScoreErrors:
     """Coefficients of a score's error; every size below is that of |scale| q.k.
 
     bound    b   = dot (A + |s|) / 2 + factors A + rounded |s| + shifted |s - lse| + common
-    variance var = terms T + each s^2 + gap (s - lse)^2 + exp
+    variance var = terms T + each s^2 + gap (s - a)^2 + exp      (a: what is taken off, the maximum or lse)
 
     with A = |scale| |q|.|k| and T = scale^2 sum q^2 k^2. Derivation:
     - the dot product by any tree: dot = gamma_d; as noise (d + 1) / 6 T + (d + 1) / 3 s^2, times 0.18 u^2;
@@ -255,7 +257,8 @@ def collect(
     k_most, k_peak, v_most: see `Largest`
 
     and where scores are judged one by one (`is_fine`): wb_abs, wb sum w b |v|, sum w b; b_most largest b; g_v2, g_v,
-    g sum w^2 var v^2, sum w^2 var v, sum w^2 var; w_var sum w var. lse (pairs, rows, 1). `groups`: the same rows with
+    g sum w^2 var v^2, sum w^2 var v, sum w^2 var; w_var sum w var; and h_v2, h_v, h the same with s - lse for var, by which
+    `shifted` makes them those of s - max. lse (pairs, rows, 1). `groups`: the same rows with
     `EqualKeys.summed` for values; equal_... then are the sums with w^2 over groups of equal keys, and top_sum and
     top_squares those of v and v^2 in the group of the largest weight.
     """
@@ -396,6 +399,7 @@ def _fine(
     more |= {
         "w_abs": product(w, v_abs, unit),
         "w2_v2": product(w2, v2, unit2),
+        "w2_v": product(w2, v, unit),
         "w2": total(w2),
         "ws_v": product(ws, v, unit),
         "ws": total(ws),
@@ -407,13 +411,34 @@ def _fine(
         "g": total(g).mul_(errors.gap),
         "w_var": total(w_var).mul_(errors.gap),
     }
+    h = gap.mul_(w2) if numerics.normalise != "any" else None
+    if h is not None:
+        more |= {"h_v2": product(h, v2, unit2), "h_v": product(h, v, unit), "h": total(h)}
     if equal is not None:
         sums, count = (equal.v / unit).to(dtype), equal.size.to(dtype)
         more["equal_g_v2"] = product(g, sums.square() / count, unit2 * errors.gap)
         more["equal_g_v"] = product(g, sums, unit * errors.gap)
         more["equal_g"] = product(g, count, torch.full_like(unit2[..., :1], errors.gap))
         more["equal_w2_v2"] = product(w2, sums.square() / count, unit2)
+        more["equal_w2"] = product(w2, count, torch.ones_like(unit2[..., :1]))
+        if h is not None:
+            more["equal_h_v2"] = product(h, sums.square() / count, unit2)
+            more["equal_h_v"] = product(h, sums, unit)
+            more["equal_h"] = product(h, count, torch.ones_like(unit2[..., :1]))
+            more["equal_w2_v"] = product(w2, sums, unit)
     return more
+
+
+def shifted(x: SimpleNamespace, gap: float) -> None:
+    """Change the sums with var to those for scores of which the maximum is taken off, not the log-sum-exp; with `_fine`'s.
+
+    (s - max)^2 = (s - lse)^2 + 2 a (s - lse) + a^2 with a = lse - max, which is known when the sums are done.
+    """
+    a = -np.log(np.maximum(x.top, 1e-300))
+    for prefix in ("", "equal_") if hasattr(x, "equal_h") else ("",):
+        for name in ("_v2", "_v", ""):
+            sums, h, w2 = (f"{prefix}{what}{name}" for what in ("g", "h", "w2"))
+            setattr(x, sums, getattr(x, sums) + gap * (2.0 * a * getattr(x, h) + a * a * getattr(x, w2)))
 
 
 def flushed(w: torch.Tensor, low: torch.Tensor, numerics: Numerics, count: torch.Tensor) -> torch.Tensor:
