@@ -27,7 +27,9 @@ TORCH = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"format": "e4m4"}, "format 'e4m4': expected one of e4m3, e5m2, int8"),
+        ({"format": "e4m4"}, "format 'e4m4': expected one of e4m3, e5m2, int8; did you mean 'e4m3'"),
+        ({"format": "float8_e4m3fn"}, "did you mean 'e4m3'"),
+        ({"scale": "channels"}, "did you mean 'channel'"),
         ({"format": "fp16"}, "format 'fp16'"),
         ({"scale": "row"}, "scale 'row': expected what shares a scale, one of tensor, kv-head, head, block"),
         ({"scale": "block"}, "scale 'block' and rows None"),
@@ -274,6 +276,26 @@ def test_a_verdict_says_how_far_the_output_is_from_attention_on_the_inputs() -> 
     plain = judge(case, methods.get("flash@flash"))
     assert plain.accuracy is None
     assert "accuracy" not in plain.to_dict()
+
+
+def test_the_gate_shows_accuracy_below_its_table_and_in_the_summary(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from effattn.cli import main
+
+    (tmp_path / "mine.py").write_text(
+        "import effattn\n"
+        "from effattn.zoo.eight_bits import EightBits\n"
+        "@effattn.method(numerics='fp8-tensor', supports=lambda case: case.q_len * case.kv_len < 2000)\n"
+        "def attention(q, k, v): return EightBits()(q, k, v)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    arguments = ["gate", "mine.py:attention", "--dtype", "fp16", "--no-isolation", "--out", "run"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    line = next(line for line in shown.splitlines() if line.startswith("fp16: out is "))
+    assert line.endswith("% without any rounding after that, in the median case")
+    assert line.removesuffix(", in the median case") in (tmp_path / "run" / "summary.md").read_text()
 
 
 def test_laws_allow_what_quantising_does_to_what_they_compare() -> None:

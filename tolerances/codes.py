@@ -8,7 +8,9 @@ from the inputs alone, but for the few entries that lie at the boundary of two c
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from effattn.errors import RequestError
 from effattn.tolerances import formats
@@ -26,6 +28,11 @@ SCALES: dict[str, str] = {
     "channel": "a column of a (batch, head), all rows together; for V",
     "none": "nothing: the scale is 1, entries are rounded to codes as they are",
 }
+
+
+def _hint(given: object, known: Iterable[str]) -> str:
+    close = get_close_matches(str(given).removeprefix("float8_"), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +54,13 @@ class Codes:
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
-            raise RequestError(f"codes of format {self.format!r}: expected one of {', '.join(FORMATS)}")
+            raise RequestError(
+                f"codes of format {self.format!r}: expected one of {', '.join(FORMATS)}{_hint(self.format, FORMATS)}"
+            )
         if self.scale not in SCALES:
             raise RequestError(
                 f"codes with scale {self.scale!r}: expected what shares a scale, one of {', '.join(SCALES)}"
+                f"{_hint(self.scale, SCALES)}"
             )
         rows = self.rows
         if (self.scale == "block") != (rows is not None):

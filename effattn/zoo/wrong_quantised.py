@@ -209,6 +209,14 @@ class PowerOfTwo(EightBits):
         return torch.exp2(torch.ceil(torch.log2(super().scale_of(largest, top))))
 
 
+@wrong("scale-of-codes-in-bf16", TENSOR, _many_rows)
+class ScaleInBF16(EightBits):
+    """Scales are rounded to bf16, so some codes are others."""
+
+    def scale_of(self, largest: torch.Tensor, top: float) -> torch.Tensor:
+        return super().scale_of(largest, top).bfloat16().float()
+
+
 @wrong("amax-of-first-rows", TENSOR, lambda case: _many_rows(case) and case.q_len > 16)
 class AmaxOfFirstRows(EightBits):
     """The largest magnitude is that of the first 16 rows; larger entries saturate."""
