@@ -403,6 +403,25 @@ def test_values_of_one_give_one(causal: bool, dtype: torch.dtype, stabiliser: fl
         assert float((out.float() - 1).abs().max()) <= 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("features", ["positive", "trigonometric", "hyperbolic", "relu"])
+def test_sums_over_many_keys_and_features_fit_fp16(features: str, causal: bool) -> None:
+    """256 keys times 1,024 features of about 1 are more than 65,504."""
+    q, k, v = (0.25 * torch.randn(1, 1, 256, 8, generator=generator(s)) for s in range(3))
+    omega = draw_projections(
+        512 if features in ("trigonometric", "hyperbolic") else 1024, 8, generator=generator(3)
+    )
+
+    def out(dtype: torch.dtype) -> torch.Tensor:
+        tensors = (x.to(dtype) for x in (q, k, v))
+        return performer_attention(
+            *tensors, omega, features=features, causal=causal, compute_dtype=dtype
+        ).double()
+
+    exact = out(torch.float64)
+    assert float((out(torch.float16) - exact).norm() / exact.norm()) < 4e-3
+
+
 def test_an_epsilon_in_the_denominator_only_is_found_by_values_of_one() -> None:
     q, k, v = problem()
     root = 8**-0.25

@@ -8,6 +8,7 @@ Choromanski et al., arXiv:2009.14794. `performer_attention` is the function, `Pe
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -126,8 +127,10 @@ def _bidirectional(
     top = exponent.detach().amax(-1, keepdim=True)
     top = top.masked_fill(top == -torch.inf, 0.0)
     weighted = keys.mantissa * (exponent - top).exp()[..., None]
-    state = weighted.mT @ values  # (..., features, v_dim)
-    total = weighted.sum(-2)[..., None]  # (..., features, 1)
+    # Another factor that cancels, a power of two: sums over keys times features would overflow fp16.
+    shrink = 2.0 ** -math.ceil(math.log2(weighted.shape[-1]))
+    state = (weighted.mT @ values) * shrink  # (..., features, v_dim)
+    total = weighted.sum(-2)[..., None] * shrink  # (..., features, 1)
     normaliser = queries.mantissa @ total
     if visible is None:
         return (queries.mantissa @ state) / normaliser

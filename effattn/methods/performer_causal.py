@@ -15,6 +15,7 @@ j <= i, and the state relative to the largest so far: every factor is at most 1,
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -176,8 +177,10 @@ def _step(
     own = base[..., count]  # (..., rows)
     hidden = torch.arange(keys.stop - keys.start, device=q.device) >= count[:, None]
     decay = (exponent[..., None, :] - own[..., None]).masked_fill(hidden, -torch.inf).exp()
-    sums = ((fq @ fk.mantissa.mT) * decay) @ with_one
-    sums = sums + (state.top[..., None] - own).exp()[..., None] * (fq @ state.sums)
+    # A factor that cancels, a power of two: sums over keys times features would overflow fp16.
+    shrink = 2.0 ** -math.ceil(math.log2(fq.shape[-1]))
+    sums = ((fq @ fk.mantissa.mT) * (decay * shrink)) @ with_one
+    sums = sums + (state.top[..., None] - own).exp()[..., None] * (fq @ (state.sums * shrink))
     nothing = running[..., count] == -torch.inf
     out = (sums[..., :-1] / sums[..., -1:].masked_fill(nothing[..., None], 1.0)).masked_fill(
         nothing[..., None], 0.0
