@@ -2,7 +2,7 @@
 
     python benchmarks/alarms.py [--method flash] [--dtype fp16,bf16,fp32] [--cases 2000] [--out FILE]
     python benchmarks/alarms.py --method zoo --small --cases 1500 --jobs 2 --out docs/measurements/alarms-zoo.json
-    python benchmarks/alarms.py --method zoo-quantised --dtype fp16,bf16 --small --cases 1500 --jobs 2 \
+    python benchmarks/alarms.py --method zoo-quantised --dtype fp16,bf16 --small --cases 400 --jobs 2 \
         --out docs/measurements/alarms-quantised.json
 
 Cases are drawn like those of the ci profile (`--small`: like those of the smoke profile, with lengths that make one a matter
