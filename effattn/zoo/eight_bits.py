@@ -166,11 +166,13 @@ class EightBits:
 
     def expand(self, x: Scaled, group: int) -> Scaled:
         """Each KV head for the block of query heads that uses it."""
-        codes, scale = (
-            y if y.shape[1] == 1 and x.codes.shape[1] != 1 else y.repeat_interleave(group, 1)
-            for y in (x.codes, x.scale)
-        )
-        return Scaled(codes, scale)
+
+        def each(y: torch.Tensor) -> torch.Tensor:
+            # Not `repeat_interleave`, which not every version of torch has for codes of 8 bits.
+            return y[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2)
+
+        shared = x.scale.shape[1] == 1 and x.codes.shape[1] != 1
+        return Scaled(each(x.codes), x.scale if shared else each(x.scale))
 
     def tile(self, x: Scaled, at: slice) -> Scaled:
         """Some rows."""
