@@ -26,6 +26,11 @@ LENGTHS = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 97, 127, 128, 129)
 #: few, since kernels are compiled for each padded pair
 DIMS = ((64, 64), (40, 40), (64, 40), (32, 32), (40, 64), (17, 17), (128, 128), (33, 100), (1, 1))
 GROUPS = ((1, 1), (2, 1), (1, 2), (2, 2), (1, 7), (3, 1))
+_SEVERAL_HEADS = tuple(pair for pair in GROUPS if pair != (1, 1))
+#: of the first cases: no power of two, so that a kernel pads it
+_FIRST_DIMS = ((40, 40),)
+#: how many cases of each law are drawn so that few kernels are compiled: those of the profile `smoke`
+FEW = 4
 LAYOUTS = ("bhsd", "bhsd", "bshd", "bhsd+pad", "bshd+pad+offset", "bhds", "bhsd+step", "sbhd+pad")
 
 #: option -> a value of it
@@ -77,10 +82,8 @@ def cases(
         for attempt in range(400 if some is None else _DRAWS_OF_SOME):
             # The option whose turn it is may be one that the law does not speak of: then any two.
             turn = index if attempt < 50 else 10_000 + attempt
-            menu = dims if index >= 4 else dims[:3]
-            if index == 0 and dims is DIMS:
-                menu = DIMS[1:2]  # the first cases of all laws share their compiled kernels
-            fields = _shape(source, lengths, menu, layouts if index % 2 else ("bhsd",))
+            menus = (lengths, dims, GROUPS, layouts)
+            fields = _shape(source, *(_few(lengths, dims, layouts, index) if index < FEW else menus))
             for name in always:
                 fields |= OPTIONS[name](source)
             for name in _chosen(source, free, turn, start=len(law)):
@@ -100,10 +103,32 @@ def cases(
     return draw
 
 
+def _few(
+    lengths: Sequence[int], dims: Sequence[tuple[int, int]], layouts: Sequence[str], index: int
+) -> tuple[Sequence[int], Sequence[tuple[int, int]], Sequence[tuple[int, int]], Sequence[str]]:
+    """The menus for the first cases of a law, which share compiled kernels.
+
+    Triton compiles a kernel for each padded head_dim, and for each set of integers that are 1: one head_dim, several heads,
+    lengths of more than 1, and rows whose elements are consecutive, every second time in the plain layout.
+    """
+    longer = [n for n in lengths if n > 1]
+    dense = [name for name in layouts if name.partition("+")[0].endswith("d") and "step" not in name]
+    return (
+        longer or lengths,
+        _FIRST_DIMS if _FIRST_DIMS[0] in dims else dims[:1],
+        _SEVERAL_HEADS,
+        (dense or layouts) if index % 2 else ("bhsd",),
+    )
+
+
 def _shape(
-    draw: Draw, lengths: Sequence[int], dims: Sequence[tuple[int, int]], layouts: Sequence[str]
+    draw: Draw,
+    lengths: Sequence[int],
+    dims: Sequence[tuple[int, int]],
+    groups: Sequence[tuple[int, int]],
+    layouts: Sequence[str],
 ) -> Fields:
-    kv_heads, group = draw.pick(GROUPS)
+    kv_heads, group = draw.pick(groups)
     head_dim, v_dim = draw.pick(dims)
     return {
         "batch": draw.pick((1, 2)),
