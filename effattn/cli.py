@@ -188,7 +188,15 @@ def cli(context: click.Context) -> None:
     "law_names",
     multiple=True,
     metavar="NAME",
-    help="Laws to try as well, see `effattn laws`: all, or names or families; repeat it or list them with commas.",
+    help="Laws to try, see `effattn laws`: all, none, or names or families; repeat it or list them with commas. All if "
+    "not given, but none with --values or --check.",
+)
+@click.option(
+    "--expected",
+    "expected_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Laws that METHOD is known to break, each with the reason, see docs/laws.md.",
 )
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu or cuda.")
 @click.option(
@@ -202,6 +210,12 @@ def cli(context: click.Context) -> None:
 @_check_option
 @_dot_model_option
 @_isolation_options
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes that cases are judged in: one for each core, at most 4, if not given; one on a GPU.",
+)
 @click.option("--by-values", is_flag=True, help="Show one more row for each value distribution.")
 @click.option("--against", metavar="RUN", help="Also compare with this run: what broke, what was mended.")
 @click.option(
@@ -218,6 +232,7 @@ def gate(
     profile: str,
     value_names: tuple[str, ...],
     law_names: tuple[str, ...],
+    expected_file: Path | None,
     device: str,
     out: Path | None,
     overwrite: bool,
@@ -226,6 +241,7 @@ def gate(
     time_limit: float,
     memory_limit: float | None,
     isolation: bool,
+    jobs: int | None,
     by_values: bool,
     against: str | None,
     baseline_file: Path | None,
@@ -233,6 +249,7 @@ def gate(
 ) -> int:
     """Judge METHOD on generated cases: pass or fail, with evidence."""
     from effattn import gate as gates
+    from effattn.expected import expected_failures
     from effattn.judge import NOTHING_CHECKED
     from effattn.properties import profiles
     from effattn.report import markdown, summary, terminal
@@ -241,7 +258,8 @@ def gate(
     wanted = _dtypes(dtypes)
     profiles.get(profile)
     chosen_values = tuple(dict.fromkeys(_split(value_names)))
-    chosen_laws = _laws(law_names)
+    chosen_laws = _laws(law_names or (("none",) if chosen_values or check_names else ("all",)))
+    known = () if expected_file is None else tuple(expected_failures(expected_file))
     started = provenance.now()
     if overwrite and out is None:
         raise RequestError("--overwrite replaces the run that --out names; give --out too")
@@ -259,7 +277,9 @@ def gate(
             memory_limit=memory_limit,
             isolation=isolation,
             checks=checks,
+            jobs=jobs,
         ) as judge,
+        cli_progress.shown() as progress,
     ):
         committed = None
         if baseline_file is not None:
@@ -271,9 +291,10 @@ def gate(
             profile=profile,
             values=chosen_values,
             laws=chosen_laws,
+            expected=known,
         )
         _announce_capture(request.values)
-        questions = gates.collect(request)
+        questions = gates.collect(request, progress=progress)
         facts = judge.call("effattn.run.provenance:torch_facts", device)
         origin = {
             "command": provenance.command_line(click.get_current_context().obj),
@@ -281,8 +302,8 @@ def gate(
             **provenance.collect(device=device, facts=facts),
         }
         with store.RunWriter(folder, overwrite=overwrite, spec=judge.spec, device=device) as writer:
-            with cli_progress.shown(questions) as progress:
-                result = gates.run_gate(request, questions, record=writer.add, progress=progress)
+            progress.begin(questions)
+            result = gates.run_gate(request, questions, record=writer.add, progress=progress)
             for failure in result.failures:
                 for failed in failure.verdicts:
                     writer.add_case(failed.case)
@@ -297,7 +318,7 @@ def gate(
                 "device": device,
                 "checks": list(checks),
                 "dot_model": multiplied,
-                "laws": list(request.laws),
+                "laws": list(request.laws) if law_names else "all" if request.laws else [],
                 "cases": len(questions),
                 "isolation": isolation,
                 "exit_code": result.exit_code,
@@ -310,7 +331,7 @@ def gate(
             writer.commit(origin)
 
     if checks and not result.failures:
-        passed = [v for v in result.verdicts if str(v.outcome) == summary.PASS]
+        passed = [v for v in result.compared if str(v.outcome) == summary.PASS]
         if passed and all(v.message.endswith(NOTHING_CHECKED) for v in passed):
             raise RequestError(f"--check {','.join(checks)}: {NOTHING_CHECKED}; leave --check out")
     console = terminal.console()
@@ -458,11 +479,11 @@ cli.add_command(cli_report.report)
 
 
 def _laws(given: Sequence[str]) -> tuple[str, ...]:
-    """Names of the laws to try; `all` stands for all of them."""
+    """Names of the laws to try; `all` stands for all of them, `none` for none."""
     from effattn import laws
 
     names = _split(given)
-    if not names:
+    if names == ["none"]:
         return ()
     return tuple(law.name for law in laws.choose(() if names == ["all"] else names))
 
@@ -528,6 +549,7 @@ def _judge(
     memory_limit: float | None,
     isolation: bool,
     checks: Sequence[str],
+    jobs: int | None = 1,
 ) -> Isolated | Local:
     """The method, loaded where it will run."""
     if device not in ("cpu", "cuda"):
@@ -548,6 +570,7 @@ def _judge(
         time_limit=time_limit,
         memory_limit=None if memory_limit is None else int(memory_limit * 2**30),
         checks=checks,
+        jobs=jobs,
     )
 
 

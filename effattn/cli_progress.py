@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from effattn.gate import Progress, Question
+    from effattn.gate import Question
     from effattn.verdict import Verdict
 
 #: seconds between two lines
@@ -20,10 +19,10 @@ EVERY = 60.0
 
 
 @contextlib.contextmanager
-def shown(questions: Sequence[Question]) -> Iterator[Progress]:
-    """What to call after each verdict."""
+def shown() -> Iterator[Lines | Bar]:
+    """What a gate tells how far it is."""
     if not sys.stderr.isatty():
-        yield Lines(questions)
+        yield Lines()
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -31,49 +30,73 @@ def shown(questions: Sequence[Question]) -> Iterator[Progress]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=terminal.console(stderr=True), transient=True) as bar:
-        task = bar.add_task("judging", total=len(questions))
+        yield Bar(bar)
 
-        def advance(_verdict: Verdict, remaining: int) -> None:
-            bar.update(
-                task,
-                completed=len(questions) - remaining,
-                description="judging" if remaining else "shrinking failures",
-            )
 
-        yield advance
+class Bar:
+    """On a terminal."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._task = bar.add_task("", total=None)
+        self._total = 0
+
+    def begin(self, questions: Sequence[Question]) -> None:
+        """The questions to come."""
+        self._total = len(questions)
+        self._bar.update(self._task, total=self._total, completed=0, description="judging")
+
+    def judged(self, verdict: Verdict, remaining: int) -> None:
+        """One has been answered."""
+        self._bar.update(self._task, completed=self._total - remaining)
+
+    def stage(self, words: str) -> None:
+        """What is done besides."""
+        self._bar.update(self._task, description=words)
 
 
 class Lines:
-    """A line where a dtype begins, and one with counts where `every` seconds have passed since the last line."""
+    """A line at the begin, and one where `every` seconds have passed since the last."""
 
-    def __init__(self, questions: Sequence[Question], every: float = EVERY) -> None:
-        self._dtypes = [question.case.dtype for question in questions]
-        self._cases = Counter(self._dtypes)
+    def __init__(self, every: float = EVERY) -> None:
         self._every = every
-        self._begun: set[str] = set()
-        self._failed = 0
-        self._begin(0)
+        self._total = self._failed = 0
+        self._last = time.monotonic()
 
-    def __call__(self, verdict: Verdict, remaining: int) -> None:
+    def begin(self, questions: Sequence[Question]) -> None:
+        """The questions to come."""
+        self._total, self._failed = len(questions), 0
+        compared = [question for question in questions if question.law is None]
+        parts = [_counted(len(compared), "case")] if compared else []
+        if len(compared) < len(questions):
+            laws = len({question.law for question in questions} - {None})
+            parts.append(f"{_counted(laws, 'law')} on {_counted(len(questions) - len(compared), 'case')}")
+        dtypes = ", ".join(dict.fromkeys(question.case.dtype for question in questions))
+        self._say(f"judging {' and '.join(parts)}: {dtypes}")
+
+    def judged(self, verdict: Verdict, remaining: int) -> None:
+        """One has been answered."""
         from effattn.report import summary
 
         self._failed += summary.failed(verdict.outcome)
-        done = len(self._dtypes) - remaining
-        if not remaining:
-            if self._failed:
-                self._say(f"{self._failed} of {done} cases failed; making one of each kind small")
-        elif self._dtypes[done] not in self._begun:
-            self._begin(done)
-        elif time.monotonic() - self._last >= self._every:
-            self._say(f"{done} of {len(self._dtypes)} cases judged, {self._failed} failed")
+        if not remaining and self._failed:
+            self._say(f"{self._failed} of {self._total} cases failed; making one of each kind small")
+        elif remaining and self._late:
+            self._say(f"{self._total - remaining} of {self._total} cases judged, {self._failed} failed")
 
-    def _begin(self, at: int) -> None:
-        if at < len(self._dtypes):
-            dtype = self._dtypes[at]
-            self._begun.add(dtype)
-            count = self._cases[dtype]
-            self._say(f"judging {count} {dtype} {'case' if count == 1 else 'cases'}")
+    def stage(self, words: str) -> None:
+        """What is done besides: said only where it takes long."""
+        if self._late:
+            self._say(words)
+
+    @property
+    def _late(self) -> bool:
+        return time.monotonic() - self._last >= self._every
 
     def _say(self, words: str) -> None:
         self._last = time.monotonic()
         click.echo(f"effattn: {words}", err=True)
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n:,} {what}s"

@@ -5,11 +5,13 @@ Read `run_gate` first. Nothing here prints; the command line shows what it retur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from effattn.errors import RequestError
+from effattn.expected import ACCURACY, Expected
 from effattn.report import summary
 from effattn.run.evidence import Weighed
 from effattn.verdict import Outcome
@@ -19,10 +21,22 @@ if TYPE_CHECKING:
     from effattn.run.shrink import Shrunk
     from effattn.verdict import Verdict
 
-#: Called after each verdict with it and the number of verdicts still to come.
-Progress = Callable[["Verdict", int], None]
 #: Seconds that making a case small may take where every judgement runs into the time limit.
 MOST_SHRINKING = 60.0
+#: Judgements that making the cases of broken laws small may take, all laws together.
+MOST_FOR_LAWS = 1500
+
+
+class Progress(Protocol):
+    """Who is told how far a gate is."""
+
+    def judged(self, verdict: Verdict, remaining: int) -> None:
+        """A verdict, and how many are still to come."""
+        ...
+
+    def stage(self, words: str) -> None:
+        """What is done besides: finding cases for laws, making failures small, weighing evidence."""
+        ...
 
 
 class Judge(Protocol):
@@ -52,6 +66,10 @@ class Judge(Protocol):
         """Compare one case with exact attention, or try a law on it; `weigh` as in `effattn.judge`."""
         ...
 
+    def judge_all(self, questions: Sequence[Question]) -> Generator[tuple[int, Verdict], None, None]:
+        """Judge all of them: the number of a question and its verdict, in any order."""
+        ...
+
     def call(self, function: str, *arguments: Any) -> Any:
         """Call a function of effattn, `module:function`, where the method is loaded."""
         ...
@@ -68,6 +86,15 @@ class Request:
     values: tuple[str, ...] = ()
     #: Names of the laws to try; empty for none.
     laws: tuple[str, ...] = ()
+    #: Laws that the method is known to break.
+    expected: tuple[Expected, ...] = ()
+
+    def known(self, verdict: Verdict) -> Expected | None:
+        """The entry that expects this failure."""
+        if verdict.law is None or not summary.failed(verdict.outcome):
+            return None
+        covering = (entry for entry in self.expected if entry.covers(verdict.law, verdict.case.dtype))
+        return next(covering, None)
 
 
 @dataclass(frozen=True)
@@ -77,13 +104,23 @@ class Question:
     case: Case
     law: str | None = None
 
+    @property
+    def weigh(self) -> str:
+        """What evidence over cases is asked for, see `effattn.judge.judge`."""
+        return "quick" if self.law is None else ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """All failed cases of one dtype that have the same outcome, and the same law if they tried one."""
+    """All failed cases that have the same outcome: comparisons of one dtype, or cases that broke one law, of any dtype.
 
+    Where a method crashed or timed out under laws, these are one failure.
+    """
+
+    #: one, or those of a law with commas
     dtype: str
     outcome: str
+    #: that of the worst
     law: str | None
     verdicts: tuple[Verdict, ...]
     #: The worst of them.
@@ -136,6 +173,21 @@ class Result:
         )
 
     @property
+    def broken_laws(self) -> list[str]:
+        """The laws under which the method failed, other than as expected, in the order of the catalogue."""
+        failed = [v for v in self.verdicts if summary.failed(v.outcome) and self.request.known(v) is None]
+        return list(dict.fromkeys(v.law for v in failed if v.law))
+
+    @property
+    def expected(self) -> dict[Expected, int]:
+        """How many cases failed as each expected failure says: 0 for one that did not happen."""
+        happened = dict.fromkeys(self.request.expected, 0)
+        for verdict in self.verdicts:
+            if (entry := self.request.known(verdict)) is not None:
+                happened[entry] += 1
+        return happened
+
+    @property
     def exit_code(self) -> int:
         """0 pass, 1 the method failed, 2 nothing was judged of something that was asked for."""
         if self.failures or not self.weighed.passed:
@@ -145,27 +197,33 @@ class Result:
     @property
     def sentence(self) -> str:
         """The result in a sentence."""
-        judged = sum(1 for v in self.verdicts if str(v.outcome) not in summary.SET_ASIDE)
+        known = sum(self.expected.values())
+        judged = sum(1 for v in self.verdicts if str(v.outcome) not in summary.SET_ASIDE) - known
         name = self.request.judge.name
         if self.failures:
             wrong = sum(len(failure.verdicts) for failure in self.failures)
-            return f"{name} failed {wrong} of {judged} judged cases."
+            laws = len(self.broken_laws)
+            broken = f" It breaks {laws} {'law' if laws == 1 else 'laws'}." if laws else ""
+            return f"{name} failed {wrong} of {judged} judged cases.{broken}"
         if self.weighed.alarms:
             return f"{name} passed each of {judged} judged cases, and failed all of them together."
         if self.weighed.unsteady:
             return f"{name} passed all {judged} judged cases, but not when some were judged again."
         if self.nothing_judged:
             return f"Nothing was judged of {' and '.join(self.nothing_judged)}: that is not a pass."
-        return f"{name} passed all {judged} judged cases."
+        return (
+            f"{name} passed all {judged} judged cases{f', and failed {known} as expected' if known else ''}."
+        )
 
 
-def collect(request: Request) -> list[Question]:
+def collect(request: Request, *, progress: Progress | None = None) -> list[Question]:
     """The cases of a request, dtype by dtype: those that are compared first, then those of the laws.
 
     Raises:
         RequestError: unknown profile or distribution; the model of a `real:` distribution is not installed.
     """
     from effattn import values
+    from effattn.case import Case
     from effattn.properties import profiles
 
     generated = [name for name in request.values if not name.startswith("real:")]
@@ -178,16 +236,19 @@ def collect(request: Request) -> list[Question]:
         cases = [] if request.values else list(drawn)
         cases += [*profiles.with_values(drawn, generated), *_real_cases(real, dtype=dtype)]
         collected += [Question(case) for case in cases]
-    if request.laws:
-        from effattn.case import Case
-
-        names, dtypes = list(request.laws), list(request.dtypes)
-        # Where the method is: which cases a law asks depends on what it offers.
-        drawn = request.judge.call(
-            "effattn.run.work:law_cases", request.judge.spec, names, request.profile, dtypes
-        )
-        collected += [Question(Case.from_dict(case), law) for law, case in drawn]
+        if request.laws:
+            if progress is not None:
+                progress.stage(f"finding {dtype} cases for {_count(len(request.laws), 'law')}")
+            # Where the method is: which cases a law asks depends on what it offers.
+            found = request.judge.call(
+                "effattn.run.work:law_cases", request.judge.spec, list(request.laws), request.profile, dtype
+            )
+            collected += [Question(Case.from_dict(case), law) for law, case in found]
     return collected
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _real_cases(names: Sequence[str], *, dtype: str) -> list[Case]:
@@ -216,58 +277,89 @@ def run_gate(
     Raises:
         RequestError: the environment cannot run the method at all, for example for want of a C compiler.
     """
+    for entry in request.expected:
+        asked = ((question.law, question.case.dtype) for question in questions)
+        if entry.law == ACCURACY:
+            raise RequestError(
+                f"an expected failure of {ACCURACY!r}: the gate compares with exact attention whatever is expected."
+                " Remove the entry."
+            )
+        if not any(entry.covers(*one) for one in asked):
+            raise RequestError(
+                f"the expected failure of {entry.law!r}, dtype {entry.dtype!r} matches nothing that this gate tries;"
+                " remove the entry, or try that law"
+            )
     if not questions:
         raise RequestError("there is no case to judge; name at least one dtype")
+    found: dict[int, Verdict] = {}
     verdicts: list[Verdict] = []
-    for question in questions:
-        verdict = request.judge.judge(
-            question.case, question.law, weigh="quick" if question.law is None else ""
-        )
-        verdicts.append(verdict)
-        if record is not None:
-            record(verdict)
-        if progress is not None:
-            progress(verdict, len(questions) - len(verdicts))
+    with contextlib.closing(request.judge.judge_all(questions)) as answers:
+        for number, verdict in answers:
+            found[number] = verdict
+            while len(verdicts) in found:  # recorded in the order of the questions, whichever was done first
+                verdicts.append(found[len(verdicts)])
+                if record is not None:
+                    record(verdicts[-1])
+            if progress is not None:
+                progress.judged(verdict, len(questions) - len(found))
     return Result(
         request=request,
         verdicts=tuple(verdicts),
-        failures=tuple(_failures(verdicts, request)),
+        failures=tuple(_failures(verdicts, request, progress)),
         nothing_judged=tuple(_nothing_judged(verdicts, request)),
-        weighed=_weighed(verdicts, request),
+        weighed=_weighed(verdicts, request, progress),
     )
 
 
-def _weighed(verdicts: Sequence[Verdict], request: Request) -> Weighed:
+def _weighed(verdicts: Sequence[Verdict], request: Request, progress: Progress | None) -> Weighed:
     from effattn.run import evidence
+
+    again = 0
+
+    def explained(case: Case) -> Verdict:
+        nonlocal again
+        again += 1
+        if progress is not None:
+            progress.stage(f"weighing the evidence of all cases: judging one again, number {again}")
+        return request.judge.judge(case, weigh="explained")
 
     compared = [verdict for verdict in verdicts if verdict.law is None]
     # A kernel that failed a case is known to be wrong; what else it may be shows when that is mended.
     wrong = {verdict.case.dtype for verdict in compared if summary.failed(verdict.outcome)}
     return evidence.weigh(
         [verdict for verdict in compared if verdict.case.dtype not in wrong],
-        lambda case: request.judge.judge(case, weigh="explained"),
+        explained,
         dtypes=request.dtypes,
     )
 
 
-def _failures(verdicts: Sequence[Verdict], request: Request) -> list[Failure]:
-    from effattn.run.shrink import shrink
+def _failures(verdicts: Sequence[Verdict], request: Request, progress: Progress | None) -> list[Failure]:
+    from effattn.run.shrink import Shrunk, shrink
 
     groups: dict[tuple[str, str, str | None], list[Verdict]] = {}
     for verdict in verdicts:
-        if summary.failed(verdict.outcome):
-            key = (verdict.case.dtype, str(verdict.outcome), verdict.law)
-            groups.setdefault(key, []).append(verdict)
+        if summary.failed(verdict.outcome) and request.known(verdict) is None:
+            groups.setdefault(_kind(verdict), []).append(verdict)
     failures = []
-    for (dtype, outcome, law), members in groups.items():
+    left = MOST_FOR_LAWS
+    for (_, outcome, _), members in groups.items():
         # The worst case is the best start: it goes on failing for longest while it gets smaller.
         worst = max(members, key=severity)
-        shrunk = shrink(
-            worst,
-            lambda case, law=law: request.judge.judge(case, law),
-            most_judgements=_judgements(outcome, request.judge.time_limit),
-        )
-        if law is None:
+        if progress is not None:
+            progress.stage(f"making failure {len(failures) + 1} of {len(groups)} small")
+        most = _judgements(outcome, request.judge.time_limit)
+        if worst.law is not None:
+            most = min(most, left)
+        shrunk = Shrunk(verdict=worst, judgements=0, finished=False)
+        if most > 0:
+            shrunk = shrink(
+                worst,
+                lambda case, law=worst.law: request.judge.judge(case, law),
+                most_judgements=most,
+            )
+        if worst.law is not None:
+            left -= shrunk.judgements
+        if worst.law is None:
             told = _explained(worst, request)
             if told.message == worst.message:
                 # A small case agrees with many questions; it is asked only where the worst has nothing to say.
@@ -275,7 +367,12 @@ def _failures(verdicts: Sequence[Verdict], request: Request) -> list[Failure]:
             worst = told
         failures.append(
             Failure(
-                dtype=dtype, outcome=outcome, law=law, verdicts=tuple(members), worst=worst, shrunk=shrunk
+                dtype=", ".join(dict.fromkeys(v.case.dtype for v in members)),
+                outcome=outcome,
+                law=worst.law,
+                verdicts=tuple(members),
+                worst=worst,
+                shrunk=shrunk,
             )
         )
     return failures
@@ -290,6 +387,14 @@ def _explained(verdict: Verdict, request: Request) -> Verdict:
         return replace(verdict, message=again.message)
     note = f"judged again it came out as {again.outcome}: the same inputs do not give the same output"
     return replace(verdict, message=f"{verdict.message}\n{note}")
+
+
+def _kind(verdict: Verdict) -> tuple[str, str, str | None]:
+    """What verdicts of one `Failure` have in common."""
+    outcome = str(verdict.outcome)
+    if verdict.law is None:
+        return verdict.case.dtype, outcome, None
+    return "", outcome, verdict.law if outcome == "law broken" else ""
 
 
 def _judgements(outcome: str, time_limit: float | None) -> int:

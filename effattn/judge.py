@@ -64,7 +64,7 @@ def judge(
     reason = method.unsupported(case)
     if reason is not None:
         return _short(case, method, Outcome.NOT_SUPPORTED, f"not supported: {reason}", seconds)
-    numerics = _as_run(method.numerics(case), device)
+    numerics = as_run(method.numerics(case), device)
     if case.backward and numerics.quantised:
         message = (
             f"not judged: no bound of gradients is known for quantised operands (numerics {numerics.name!r})"
@@ -395,7 +395,7 @@ def replay_line(
     return line if model == models.DEFAULT else f"{line} --dot-model {shlex.quote(model)}"
 
 
-def _as_run(numerics: Numerics, device: str) -> Numerics:
+def as_run(numerics: Numerics, device: str) -> Numerics:
     """What a method declares, under the dot model that the CPU backend multiplies by."""
     if device != "cpu":
         return numerics

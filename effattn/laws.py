@@ -10,13 +10,13 @@ def test_attention(check):
 from __future__ import annotations
 
 import itertools
-import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effattn.errors import NotSupported, RequestError, WrongReturn
+from effattn.expected import ACCURACY, Expected, expected_failures
 from effattn.verdict import Outcome, Verdict
 
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 #: profile -> cases for each law and dtype
 CASES: dict[str, int] = {"brief": 1, "smoke": 4, "ci": 16}
-
-#: the name under which the comparison with exact attention stands among the laws
-ACCURACY = "output_is_within_what_rounding_explains"
 
 
 def judge_law(law: Law, case: Case, method: Method, *, device: str = "cpu") -> Verdict:
@@ -269,57 +266,6 @@ def check(
 # -- pytest ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Expected:
-    """A failure that is known: an entry of a file of expected failures."""
-
-    law: str
-    #: "*" for all
-    dtype: str
-    reason: str
-
-
-def expected_failures(path: str | Path) -> list[Expected]:
-    """Reads a TOML file of expected failures.
-
-        [[expected]]
-        law = "the_same_call_twice_gives_the_same_bits"
-        dtype = "bf16"          # left out: every dtype
-        reason = "atomics in the backward pass"
-
-    Raises:
-        RequestError: no such file, not TOML, unknown keys or laws, or an entry without a reason.
-    """
-    path = Path(path)
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RequestError(f"expected failures {path}: there is no such file. Check the path.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RequestError(
-            f"expected failures {path}: {error}. Expected TOML with [[expected]] entries."
-        ) from None
-    unknown = set(data) - {"expected"}
-    if unknown or not isinstance(data.get("expected", []), list):
-        raise RequestError(
-            f"expected failures {path}: expected [[expected]] entries only, not {sorted(unknown)}"
-        )
-    entries = []
-    for entry in data.get("expected", []):
-        if not set(entry) <= {"law", "dtype", "reason"} or not {"law", "reason"} <= set(entry):
-            raise RequestError(
-                f"expected failures {path}: {entry!r}; expected law, reason, and perhaps dtype"
-            )
-        if entry["law"] != ACCURACY:
-            choose([entry["law"]])
-        if not str(entry["reason"]).strip():
-            raise RequestError(
-                f"expected failures {path}: the entry for {entry['law']!r} has no reason; give one"
-            )
-        entries.append(Expected(law=entry["law"], dtype=entry.get("dtype", "*"), reason=entry["reason"]))
-    return entries
-
-
 class Check:
     """One law, one method, one dtype: call it in a test."""
 
@@ -394,7 +340,7 @@ def parametrize_with_laws(
         for dtype in dtypes:
             marks: list[pytest.MarkDecorator] = []
             for entry in known:
-                if entry.law == name and entry.dtype in ("*", dtype):
+                if entry.covers(name, dtype):
                     matched.add(entry)
                     # The file's reason; strict, so that a law that holds again is told.
                     marks.append(pytest.mark.xfail(reason=entry.reason, strict=True, raises=AssertionError))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from effattn.case import Case, Inputs
     from effattn.methods.base import Method, Output
     from effattn.properties.law_draws import Drawing
+    from effattn.tolerances.numerics import Numerics
 
 FAMILIES: dict[str, str] = {
     "values": "what the output is made of",
@@ -202,7 +203,13 @@ class Trial:
 
         case = self.case if case is None else case
         keep = self.method.dropout_mask(case, inputs.q.device) if case.dropout else None
-        return bounds(case, inputs, self.method.numerics(case), keep=keep)
+        return bounds(case, inputs, self.numerics(case), keep=keep)
+
+    def numerics(self, case: Case) -> Numerics:
+        """What the method declares, under the dot model that is in force."""
+        from effattn.judge import as_run
+
+        return as_run(self.method.numerics(case), self.device)
 
     # -- comparisons ------------------------------------------------------------------------------------------------
 

@@ -242,9 +242,14 @@ def _spread(x: torch.Tensor, distance: int) -> torch.Tensor:
 
     size = ((x.shape[0] - 1) * distance + x[0].numel() + 64) * x.element_size()
     if x.device.type == "cpu":
-        room = mmap.mmap(
-            -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        )
+        # Shared, so that it does not count as memory that the process allocates, of which it may have less.
+        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        try:
+            room = mmap.mmap(-1, size, flags=flags)
+        except OSError as error:
+            raise SetAside(
+                f"not supported: there is no address space of {size / 2**30:.0f} GiB here ({error})"
+            ) from None
         memory = torch.frombuffer(room, dtype=x.dtype)
     else:
         memory = torch.empty(size // x.element_size(), dtype=x.dtype, device=x.device)

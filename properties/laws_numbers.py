@@ -271,7 +271,7 @@ def a_repeated_maximum_leaves_no_one_sided_error(it: Trial) -> None:
     from effattn.properties.allowance import errors
 
     inputs = it.inputs()
-    z = errors(it.case, inputs, it.method.numerics(it.case), it(inputs))
+    z = errors(it.case, inputs, it.numerics(it.case), it(inputs))
     rows = z.mean(-1).flatten()
     mean, most = float(rows.mean()), 7.0 / math.sqrt(max(1, rows.numel()))
     it.true(

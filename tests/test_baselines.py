@@ -151,7 +151,7 @@ def test_a_file_that_is_wrong_is_refused_with_the_place(text: str, message: str,
 def test_the_gate_records_and_compares(effattn_command: Command, tmp_path: Path) -> None:
     file = tmp_path / "my_attention.toml"
     method = "docs/examples/my_attention.py:attention"
-    gate = ("gate", method, "--dtype", "fp32", "--out")
+    gate = ("gate", method, "--laws", "none", "--dtype", "fp32", "--out")
     code, _, error = effattn_command(*gate, str(tmp_path / "first"), "--baseline", str(file))
     assert code == 2
     assert "there is no such file; `effattn baseline RUN --file" in error

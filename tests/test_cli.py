@@ -349,7 +349,9 @@ def test_operation_that_the_backend_does_not_offer_is_named(
 def test_method_at_fault_fails(
     effattn_command: Command, methods_file: Path, function: str, outcome: str, words: list[str]
 ) -> None:
-    code, out, err = effattn_command("gate", f"mine.py:{function}", "--dtype", "fp16", "--out", "run")
+    code, out, err = effattn_command(
+        "gate", f"mine.py:{function}", "--laws", "none", "--dtype", "fp16", "--out", "run"
+    )
     assert code == 1, err
     assert outcome in out
     for word in words:
@@ -360,27 +362,33 @@ def test_method_at_fault_fails(
 
 
 def test_right_method_passes(effattn_command: Command, methods_file: Path) -> None:
-    code, out, err = effattn_command("gate", "mine.py:right", "--out", "run")
+    code, out, err = effattn_command("gate", "mine.py:right", "--laws", "none", "--out", "run")
     assert code == 0
-    assert re.fullmatch(r"(effattn: judging \d+ (fp16|bf16|fp32) cases\n){3}", err)
+    assert re.fullmatch(r"effattn: judging \d+ cases: fp16, bf16, fp32\n", err)
     assert "passed all" in out
     for dtype in ("fp16", "bf16", "fp32"):
         assert dtype in out
 
 
 def test_nothing_judged_is_no_pass(effattn_command: Command, methods_file: Path) -> None:
-    code, out, _ = effattn_command("gate", "mine.py:nothing", "--dtype", "fp16", "--out", "run")
+    code, out, _ = effattn_command(
+        "gate", "mine.py:nothing", "--laws", "none", "--dtype", "fp16", "--out", "run"
+    )
     assert code == 2
     assert "only head_dim 3" in out
     assert "not a pass" in out
 
 
 def test_dtype_of_which_nothing_was_judged_is_no_pass(effattn_command: Command, methods_file: Path) -> None:
-    code, out, _ = effattn_command("gate", "mine.py:only_16_bit", "--dtype", "fp16,fp32", "--out", "run")
+    code, out, _ = effattn_command(
+        "gate", "mine.py:only_16_bit", "--laws", "none", "--dtype", "fp16,fp32", "--out", "run"
+    )
     assert code == 2
     assert "16 bit only" in out
     assert "fp32" in out.splitlines()[-2]
-    code, out, _ = effattn_command("gate", "mine.py:only_16_bit", "--dtype", "fp16", "--out", "run2")
+    code, out, _ = effattn_command(
+        "gate", "mine.py:only_16_bit", "--laws", "none", "--dtype", "fp16", "--out", "run2"
+    )
     assert code == 0
 
 
@@ -392,7 +400,7 @@ def test_interruption_writes_nothing_and_is_no_failure(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     try:
         code, _, err = effattn_command(
-            "gate", "mine.py:interrupts", "--dtype", "fp32", "--out", "deep/run", isolation
+            "gate", "mine.py:interrupts", "--laws", "none", "--dtype", "fp32", "--out", "deep/run", isolation
         )
     finally:
         signal.signal(signal.SIGINT, before)
@@ -428,7 +436,7 @@ def test_replay_of_a_failure_fails_and_repeats_itself(effattn_command: Command, 
 
 
 def test_replay_takes_files_and_ids(effattn_command: Command, methods_file: Path) -> None:
-    code, _, _ = effattn_command("gate", "mine.py:zeros", "--dtype", "bf16")
+    code, _, _ = effattn_command("gate", "mine.py:zeros", "--laws", "none", "--dtype", "bf16")
     assert code == 1
     (run,) = (path for path in Path("effattn-runs").iterdir() if path.is_dir())
     files = sorted((run / "cases").glob("*.json"))
@@ -454,13 +462,13 @@ def test_replay_of_an_unsupported_case_is_no_pass(effattn_command: Command, meth
 def test_piped_output_is_plain_and_has_no_progress_bar(methods_file: Path) -> None:
     done = python(
         MAIN,
-        "gate", "mine.py:right", "--dtype", "fp32", "--out", "run",
+        "gate", "mine.py:right", "--laws", "none", "--dtype", "fp32", "--out", "run",
         TERM="xterm-256color",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     judged = done.stdout.splitlines()[2].split()[1]
     (line,) = done.stderr.splitlines()
-    assert re.fullmatch(r"effattn: judging \d+ fp32 cases", line)
+    assert re.fullmatch(r"effattn: judging \d+ cases: fp32", line)
     assert int(line.split()[2]) >= int(judged)
     assert "\x1b" not in done.stdout
     assert "\r" not in done.stdout
@@ -480,25 +488,30 @@ def test_lines_say_how_far_it_is_where_there_is_no_terminal(capsys: pytest.Captu
     outcomes = [Outcome.PASS, Outcome.CRASHED, Outcome.PASS, Outcome.PASS]
 
     def printed(every: float) -> list[str]:
-        lines = Lines([Question(case) for case in cases], every=every)
+        lines = Lines(every)
+        lines.stage("finding fp16 cases for 2 laws")
+        lines.begin([Question(cases[0]), *(Question(case, f"law {case.dtype}") for case in cases[1:])])
         for k, (case, outcome) in enumerate(zip(cases, outcomes, strict=True), 1):
-            lines(Verdict(case=case, outcome=outcome, method="m", message="", replay=""), len(cases) - k)
+            verdict = Verdict(case=case, outcome=outcome, method="m", message="", replay="")
+            lines.judged(verdict, len(cases) - k)
+        lines.stage("making failure 1 of 1 small")
         out, err = capsys.readouterr()
         assert out == ""
         return err.splitlines()
 
-    begins = ["effattn: judging 3 fp16 cases", "effattn: judging 1 bf16 case"]
+    begin = "effattn: judging 1 case and 2 laws on 3 cases: fp16, bf16"
     end = "effattn: 1 of 4 cases failed; making one of each kind small"
-    assert printed(1e9) == [*begins, end]
-    counts = ["effattn: 1 of 4 cases judged, 0 failed", "effattn: 2 of 4 cases judged, 1 failed"]
-    assert printed(0.0) == [begins[0], *counts, begins[1], end]
+    assert printed(1e9) == [begin, end]
+    finding, small = "effattn: finding fp16 cases for 2 laws", "effattn: making failure 1 of 1 small"
+    counts = [f"effattn: {n} of 4 cases judged, {failed} failed" for n, failed in ((1, 0), (2, 1), (3, 1))]
+    assert printed(0.0) == [finding, begin, *counts, end, small]
 
 
 @pytest.mark.parametrize("columns", [60, 200])
 def test_terminal_has_progress_and_lines_that_fit(methods_file: Path, columns: int) -> None:
     main, side = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", MAIN, "gate", "mine.py:right", "--dtype", "fp32", "--out", "run"],
+        [sys.executable, "-c", MAIN, "gate", "mine.py:right", "--laws", "values", "--dtype", "fp32", "--out", "run"],
         stdin=side, stdout=side, stderr=side,
         env={**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "40"},
     )  # fmt: skip

@@ -268,7 +268,9 @@ def test_the_gate_fails_a_kernel_that_only_all_cases_show(
 def test_the_gate_says_nothing_of_evidence_where_there_is_none(
     dtype: str, effattn_command: Command, tmp_path: Path
 ) -> None:
-    code, out, err = effattn_command("gate", "torch", "--dtype", dtype, "--out", tmp_path / "run")
+    code, out, err = effattn_command(
+        "gate", "torch", "--laws", "none", "--dtype", dtype, "--out", tmp_path / "run"
+    )
     assert code == 0, err
     assert "evidence" not in out
     assert "evidence" not in store.read_provenance(tmp_path / "run")

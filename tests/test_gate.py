@@ -116,7 +116,14 @@ def test_the_same_command_gives_the_same_verdicts(effattn_command: Command, tmp_
     records = []
     for name in ("first", "second"):
         code, _, err = effattn_command(
-            "gate", "effattn.zoo:accumulator_in_input_dtype", "--dtype", "bf16", "--out", tmp_path / name
+            "gate",
+            "effattn.zoo:accumulator_in_input_dtype",
+            "--laws",
+            "none",
+            "--dtype",
+            "bf16",
+            "--out",
+            tmp_path / name,
         )
         assert code == 1, err
         lines = (tmp_path / name / "verdicts.jsonl").read_text().splitlines()

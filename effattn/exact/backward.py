@@ -174,7 +174,7 @@ def gradients(
         d_t = d_s if block.slope is None else d_s * block.slope
         d_t = d_t * scale
         block.write(dq, torch.bmm(d_t, _seen(block.k)))
-        sums.add("k", block, torch.bmm(d_t.mT, block.q))
+        sums.add("k", block, torch.bmm(d_t.mT, _seen(block.q)))
         sums.add("v", block, torch.bmm(block.weighted(w).mT, g))
     return Gradients(
         q=dq,
@@ -188,7 +188,7 @@ def gradients(
 
 
 def _seen(x: torch.Tensor) -> torch.Tensor:
-    """Zeros for what is not finite: 0 times NaN is NaN. Rows that see such a key have a NaN gradient anyway."""
+    """Zeros for what is not finite: 0 times NaN is NaN. What such a query sees, or who sees such a key, is NaN anyway."""
     return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
 
 

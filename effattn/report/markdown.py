@@ -36,10 +36,16 @@ def summary(result: Result, origin: Mapping[str, Any]) -> str:
             if row.accuracy
         ),
     ]
-    for failure in result.failures[:MOST_FAILURES]:
+    lines += laws(result)
+    shown, rest = terminal.split(result.failures)
+    for failure in shown[:MOST_FAILURES]:
         lines += [*_failure(failure), ""]
-    if len(result.failures) > MOST_FAILURES:
-        lines += [f"{len(result.failures) - MOST_FAILURES} more kinds of failure are in the run folder.", ""]
+    if len(shown) > MOST_FAILURES:
+        lines += [f"{len(shown) - MOST_FAILURES} more kinds of failure are in the run folder.", ""]
+    if rest:
+        lines += [f"## {len(rest)} more broken laws", ""]
+        lines += [f"- {text.code(str(failure.law))}, {failure.dtype}" for failure in rest]
+        lines += [""]
     if not result.weighed.passed:
         lines += [*weighed(result.weighed.to_dict()), ""]
     lines += [
@@ -53,6 +59,23 @@ def summary(result: Result, origin: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def laws(result: Result) -> list[str]:
+    """How many laws hold in each dtype, and all that were not judged, by the reason."""
+    if not result.laws:
+        return []
+    lines = ["## Laws", ""]
+    for row in result.laws:
+        more = f"; {row.not_judged} not judged" if row.not_judged else ""
+        lines.append(f"- {row.dtype}: {row.held} of {row.judged} hold, on {row.cases} cases{more}")
+    for group in result.unjudged_laws:
+        named = ", ".join(text.code(name) for name in group.names)
+        lines.append(f"- {group.outcome}: {text.markdown(group.reason)}: {named}")
+    for entry, cases in result.expected.items():
+        what = f"failed in {cases} cases, as expected" if cases else "held, though it is expected to fail"
+        lines.append(f"- {text.code(entry.law)} {what}: {text.markdown(entry.reason)}")
+    return [*lines, ""]
 
 
 def table(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
@@ -82,8 +105,8 @@ def weighed(found: Mapping[str, Any]) -> list[str]:
 
 
 def _failure(failure: Failure) -> list[str]:
-    law = "" if failure.law is None else f", {failure.law.replace('_', ' ')}"
-    lines = [f"## {failure.dtype}: {failure.outcome}{law}, {len(failure.verdicts)} of the cases", ""]
+    what = terminal.what_failed(failure).removesuffix(",")
+    lines = [f"## {failure.dtype}: {what}, {len(failure.verdicts)} of the cases", ""]
     lines += _verdict(failure.worst, title="Worst")
     if failure.shrunk.verdict.case != failure.worst.case:
         lines += ["", *_verdict(failure.shrunk.verdict, title="Smallest found")]

@@ -80,6 +80,9 @@ class Unjudged:
     #: name of the law -> the dtypes of which this is so; empty if it is so of all
     laws: dict[str, tuple[str, ...]]
 
+    #: "not supported", or "not judged": no case of the profile could show them
+    outcome: str
+
     @property
     def names(self) -> list[str]:
         """The laws, with the dtypes where these are not all."""
@@ -93,19 +96,20 @@ def unjudged_laws(verdicts: Iterable[Verdict]) -> list[Unjudged]:
         if verdict.law is not None:
             tried.setdefault((verdict.law, verdict.case.dtype), []).append(verdict)
     asked: dict[str, list[str]] = {}
-    found: dict[str, dict[str, list[str]]] = {}
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
     for (law, dtype), members in tried.items():
         asked.setdefault(law, []).append(dtype)
         if all(str(verdict.outcome) in SET_ASIDE for verdict in members):
-            first = members[0]
+            first = next((v for v in members if str(v.outcome) == "not supported"), members[0])
             reason = " ".join(first.message.split()).removeprefix(f"{first.outcome}: ")
-            found.setdefault(reason, {}).setdefault(law, []).append(dtype)
+            found.setdefault((str(first.outcome), reason), {}).setdefault(law, []).append(dtype)
     groups = [
         Unjudged(
             reason=reason,
+            outcome=outcome,
             laws={law: () if dtypes == asked[law] else tuple(dtypes) for law, dtypes in laws.items()},
         )
-        for reason, laws in found.items()
+        for (outcome, reason), laws in found.items()
     ]
     return sorted(groups, key=lambda group: -len(group.laws))
 

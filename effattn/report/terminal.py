@@ -5,7 +5,7 @@ Nothing here uses rich's markup on text that comes from users: names and message
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from effattn.report import text
 from effattn.run import evidence
 
 if TYPE_CHECKING:
+    from effattn.expected import Expected
     from effattn.gate import Failure, Result
     from effattn.judge import Verdict
     from effattn.report.summary import LawRow, Row, Unjudged
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 
 #: The width of output that is not a terminal: nothing is wrapped or cut, since programs read it too.
 PIPED_WIDTH = 10_000
+
+#: reasons why cases were set aside that are shown; the others are counted
+MOST_REASONS = 8
+#: failures under laws that are shown with their cases; the others are named
+MOST_LAWS = 6
 
 VERDICT_COLUMNS = ("judged", "passed", "failed", "not supported", "not judged", "time")
 ACCURACY_COLUMNS = ("error/bound", "z rms", "z max", "bit-equal", "ulp p50/p99/max")
@@ -53,8 +59,18 @@ def print_result(out: Console, result: Result, *, by_values: bool = False) -> No
     print_accuracy(out, result.rows)
     print_set_aside(out, result.compared)
     print_laws(out, result.laws, result.unjudged_laws)
-    for failure in result.failures:
+    print_expected(out, result.expected)
+    shown, rest = split(result.failures)
+    for failure in shown:
         print_failure(out, failure)
+    if rest:
+        out.print(Text(f"{len(rest)} more laws are broken, see the run folder:", style="bold red"))
+        for failure in rest:
+            out.print(Text(f"  {failure.law}, {failure.dtype}"))
+            out.print(
+                Text(f"    {text.one_line(failure.shrunk.verdict.replay)}", style="cyan"), soft_wrap=True
+            )
+        out.print()
     print_weighed(out, result.weighed)
     style = {0: "bold green", 1: "bold red", 2: "bold yellow"}[result.exit_code]
     out.print(Text(text.one_line(result.sentence), style=style))
@@ -79,6 +95,13 @@ def accuracy(pair: tuple[float, float]) -> str:
     )
 
 
+def split(failures: Sequence[Failure]) -> tuple[list[Failure], list[Failure]]:
+    """The failures to be shown whole, and the broken laws beyond `MOST_LAWS`, to be named."""
+    broken = [failure for failure in failures if failure.outcome == "law broken"]
+    rest = broken[MOST_LAWS:]
+    return [failure for failure in failures if failure not in rest], rest
+
+
 def print_weighed(out: Console, weighed: Weighed) -> None:
     """What the cases say together: the alarms, each with the line that repeats the case which says most."""
     if not weighed.passed:
@@ -94,16 +117,35 @@ def print_weighed(out: Console, weighed: Weighed) -> None:
 
 
 def print_laws(out: Console, rows: Sequence[LawRow], unjudged: Sequence[Unjudged]) -> None:
-    """One line for each dtype, and one for each law of which nothing was judged, those of a reason together."""
+    """One line for each dtype, and one for each reason why laws were not judged; summary.md has all their names."""
     for row in rows:
         line = Text.assemble(f"laws {row.dtype}: {row.held} of {row.judged} hold, on {row.cases} cases")
         if row.not_judged:
             line.append(f"; {row.not_judged} not judged", "yellow")
         out.print(line)
-    for group in unjudged:
-        for name in group.names:
-            out.print(Text.assemble(("not judged: ", "yellow"), text.one_line(f"{name} ({group.reason})")))
+    # What no case of the profile could show is a hole in the gate, and named whatever its length.
+    holes = [group for group in unjudged if group.outcome == "not judged"]
+    others = [group for group in unjudged if group not in holes]
+    for group in (*holes, *others[:MOST_REASONS]):
+        kind = f"{'law' if len(group.laws) == 1 else 'laws'} {group.outcome}, {len(group.laws)}: "
+        names = f": {', '.join(group.names)}" if group in holes or len(group.laws) == 1 else ""
+        out.print(Text.assemble((kind, "yellow"), text.one_line(f"{group.reason}{names}")))
+    if len(others) > MOST_REASONS:
+        out.print(Text(f"and {len(others) - MOST_REASONS} more reasons, see summary.md", style="yellow"))
     if rows:
+        out.print()
+
+
+def print_expected(out: Console, happened: Mapping[Expected, int]) -> None:
+    """The expected failures: those that happened, and those that did not."""
+    for entry, cases in happened.items():
+        dtype = "" if entry.dtype == "*" else f"{entry.dtype}, "
+        if cases:
+            words = f"as expected, {entry.law} failed in {cases} {'case' if cases == 1 else 'cases'}"
+        else:
+            words = f"expected to fail, and held: {entry.law}. If it does in every profile, remove the entry"
+        out.print(Text(text.one_line(f"{dtype}{words} ({entry.reason})"), style="yellow"))
+    if happened:
         out.print()
 
 
@@ -198,12 +240,11 @@ def print_set_aside(out: Console, verdicts: Sequence[Verdict]) -> None:
             key = (str(verdict.outcome), reason)
             reasons[key] = reasons.get(key, 0) + 1
     shown = sorted(reasons.items(), key=lambda item: -item[1])
-    for (outcome, reason), n in shown[:8]:
+    for (outcome, reason), n in shown[:MOST_REASONS]:
         out.print(Text.assemble((f"{outcome}, {n}: ", "yellow"), reason))
-    if len(shown) > 8:
-        out.print(
-            Text(f"and {len(shown) - 8} more reasons, see the verdicts in the run folder", style="yellow")
-        )
+    if len(shown) > MOST_REASONS:
+        more = len(shown) - MOST_REASONS
+        out.print(Text(f"and {more} more reasons, see the verdicts in the run folder", style="yellow"))
     if shown:
         out.print()
 
@@ -212,16 +253,21 @@ def print_failure(out: Console, failure: Failure) -> None:
     """The worst and the smallest of the cases that failed in one way, with the lines that repeat them."""
     n = len(failure.verdicts)
     cases = "case" if n == 1 else "cases"
-    what = (
-        str(failure.outcome)
-        if failure.law is None
-        else f"{failure.outcome}, {failure.law.replace('_', ' ')},"
-    )
-    out.print(Text(f"{failure.dtype}: {what} in {n} {cases}", style="bold red"))
+    out.print(Text(f"{failure.dtype}: {what_failed(failure)} in {n} {cases}", style="bold red"))
     print_verdict(out, failure.worst, title="worst")
     if failure.shrunk.verdict.case != failure.worst.case:
         print_verdict(out, failure.shrunk.verdict, title="smallest found")
     out.print()
+
+
+def what_failed(failure: Failure) -> str:
+    """The outcome, with the laws."""
+    if failure.law is None:
+        return str(failure.outcome)
+    laws = list(dict.fromkeys(v.law for v in failure.verdicts if v.law))
+    if len(laws) == 1:
+        return f"{failure.outcome}, {laws[0].replace('_', ' ')},"
+    return f"{failure.outcome} under {len(laws)} laws"
 
 
 def print_verdict(out: Console, verdict: Verdict, *, title: str) -> None:

@@ -7,11 +7,12 @@ What is effattn's own fault is not caught.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effattn.case import Case
+    from effattn.gate import Question
     from effattn.judge import Verdict
     from effattn.methods.base import Method
 
@@ -54,6 +55,11 @@ class Local:
 
         with _threads(case):
             return laws.judge_law(get(law), case, self._method, device=self.device)
+
+    def judge_all(self, questions: Sequence[Question]) -> Generator[tuple[int, Verdict], None, None]:
+        """Judge all of them, one after the other: the number of a question and its verdict."""
+        for number, asked in enumerate(questions):
+            yield number, self.judge(asked.case, asked.law, weigh=asked.weigh)
 
     def call(self, function: str, *arguments: Any) -> Any:
         """Call a function of effattn, `module:function`."""

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,14 +33,19 @@ from effattn.run import work
 
 if TYPE_CHECKING:
     from effattn.case import Case
+    from effattn.gate import Question
     from effattn.verdict import Verdict
 
 #: Seconds that one case may take if nothing else is asked for. Compiling a kernel is part of it.
 TIME_LIMIT = 300.0
 #: Seconds beyond the time limit until a worker that blocks its signal is killed from outside.
 GRACE = 10.0
-#: Share of the memory available when it starts that a worker may take, if nothing else is asked for.
+#: Share of the memory available when they start that all workers together may take, if nothing else is asked for.
 MEMORY_SHARE = 0.9
+#: The most processes that cases are judged in if nothing else is asked for.
+MOST_JOBS = 4
+#: Fewer questions than this are not worth more processes than one.
+FEW_QUESTIONS = 24
 
 
 class WorkerDied(EffattnError):
@@ -324,15 +329,17 @@ def _innermost(dump: str) -> str:
 
 
 class Isolated:
-    """Judges cases by one method in a worker process.
+    """Judges cases by one method in a worker process, many of them in several.
 
     Args:
         spec: the method as the command line names it.
         device: where it runs.
         time_limit: seconds for one case.
-        memory_limit: bytes that the worker may allocate; None for the default on the CPU, no limit on a GPU, whose
+        memory_limit: bytes that a worker may allocate; None for the default on the CPU, no limit on a GPU, whose
             driver reserves addresses without end.
         checks: instruments that look at its kernels, see `effattn.cpu.checks`.
+        jobs: processes that share the questions of `judge_all`; None for one a core, at most `MOST_JOBS`, on the CPU, and
+            one on a GPU.
 
     Raises:
         RequestError: there is no such method, or no such device.
@@ -346,11 +353,15 @@ class Isolated:
         time_limit: float = TIME_LIMIT,
         memory_limit: int | None = None,
         checks: Sequence[str] = (),
+        jobs: int | None = None,
     ) -> None:
         self.device, self.time_limit, self.checks = device, time_limit, tuple(checks)
         self._asked = spec
+        if jobs is None:
+            jobs = min(MOST_JOBS, len(os.sched_getaffinity(0))) if device == "cpu" else 1
+        self.jobs = jobs
         if memory_limit is None and device == "cpu":
-            memory_limit = int(available_memory() * MEMORY_SHARE)
+            memory_limit = int(available_memory() * MEMORY_SHARE / jobs)
         self.memory_limit = memory_limit
         self._worker = Worker(memory_limit=memory_limit)
         try:
@@ -374,16 +385,46 @@ class Isolated:
 
         A worker that dies over it makes the verdict crashed or timed out.
         """
+
+        def answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
+            name = f"{function.__module__}:{function.__qualname__}"
+            return self._worker.call(name, *arguments, backstop=self.time_limit + GRACE)
+
+        return self._verdict(case, law, lambda: answer(*self._asking(case, law, weigh, explain)))
+
+    def judge_all(self, questions: Sequence[Question]) -> Generator[tuple[int, Verdict], None, None]:
+        """Judge all of them in `jobs` processes: the number of a question and its verdict, in the order of their ends."""
+        if self.jobs == 1 or len(questions) < FEW_QUESTIONS:
+            for number, asked in enumerate(questions):
+                yield number, self.judge(asked.case, asked.law, weigh=asked.weigh)
+            return
+        pool = IsolatedExecutor(self.jobs, memory_limit=self.memory_limit)
+        try:
+            futures: dict[concurrent.futures.Future[Any], int] = {}
+            for number in _interleaved(len(questions), self.jobs):
+                asked = questions[number]
+                function, arguments = self._asking(asked.case, asked.law, asked.weigh)
+                futures[pool.submit(function, *arguments, backstop=self.time_limit + GRACE)] = number
+            for future in concurrent.futures.as_completed(futures):
+                asked = questions[futures[future]]
+                yield futures[future], self._verdict(asked.case, asked.law, future.result)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _asking(
+        self, case: Case, law: str | None, weigh: str, explain: bool = False
+    ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """The function that answers in a worker, and its arguments."""
+        asked = (self._asked, self.device, case.to_dict(), self.time_limit)
+        if law is not None:
+            return work.judge_law, (*asked, law)
+        return work.judge_case, (*asked, self.checks, weigh, explain)
+
+    def _verdict(self, case: Case, law: str | None, answer: Callable[[], dict[str, Any]]) -> Verdict:
         from effattn.verdict import Outcome, Verdict
 
-        asked = (self._asked, self.device, case.to_dict(), self.time_limit)
-        function, last = (
-            ("judge_case", (self.checks, weigh, explain)) if law is None else ("judge_law", (law,))
-        )
         try:
-            found = self._worker.call(
-                f"effattn.run.work:{function}", *asked, *last, backstop=self.time_limit + GRACE
-            )
+            found = answer()
         except WorkerDied as died:
             return verdict_of_death(
                 case,
@@ -414,6 +455,16 @@ class Isolated:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _interleaved(count: int, parts: int) -> Iterator[int]:
+    """0 to count - 1: the first of each of `parts` consecutive parts, then the second of each, ...
+
+    Neighbours run the same kernels, which two processes should not compile at the same time.
+    """
+    size = -(-count // parts)
+    for at in range(size):
+        yield from range(at, count, size)
 
 
 def _out_of_memory(message: str) -> bool:

@@ -161,9 +161,7 @@ def judge_law(spec: str, device: str, case: dict[str, Any], limit: float | None,
         return laws.judge_law(get(law), Case.from_dict(case), loaded, device=device).to_dict()
 
 
-def law_cases(
-    spec: str, names: Sequence[str], profile: str, dtypes: Sequence[str]
-) -> list[tuple[str, dict[str, Any]]]:
+def law_cases(spec: str, names: Sequence[str], profile: str, dtype: str) -> list[tuple[str, dict[str, Any]]]:
     """The cases on which laws are tried by the method: name of the law, case."""
     from effattn import laws
 
@@ -171,6 +169,5 @@ def law_cases(
     return [
         (law.name, case.to_dict())
         for law in laws.choose(names)
-        for dtype in dtypes
         for case in laws.cases_of(law, profile, dtype, loaded)
     ]
