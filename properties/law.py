@@ -92,6 +92,8 @@ class Law:
     gradients: bool = False
     #: "bits" or "rounding"
     compares: str = "rounding"
+    #: whether it holds where operands are quantised by factors that depend on all of a tensor
+    quantised: bool = False
 
     @property
     def sentence(self) -> str:
@@ -109,6 +111,7 @@ def law(
     holds: Callable[[Case], bool] = lambda case: True,
     gradients: bool = False,
     bits: bool = False,
+    quantised: bool = False,
 ) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
     """Puts a function of a `Trial` into the catalogue; see `Law` for the arguments."""
 
@@ -134,6 +137,7 @@ def law(
             holds=holds,
             gradients=gradients,
             compares="bits" if bits else "rounding",
+            quantised=quantised,
         )
         return check
 
@@ -322,13 +326,25 @@ def check(law: Law, case: Case, method: Method, *, device: str = "cpu") -> Trial
 
     Raises `Broken`, `SetAside`, `Raised` where the method raised, and what says that the method does not offer the case.
     """
-    if not law.holds(case):
-        raise SetAside("the law does not speak of this case")
+    if (reason := excluded(law, case, method)) is not None:
+        raise SetAside(reason)
     trial = Trial(law, case, method, device)
     law.check(trial)
     if not trial.compared:
         raise SetAside("there was nothing to compare")
     return trial
+
+
+def excluded(law: Law, case: Case, method: Method) -> str | None:
+    """Why the law cannot be asked of the method on the case; None if it can, as far as one can tell before."""
+    if not law.holds(case):
+        return "the law does not speak of this case"
+    if not law.quantised and (numerics := method.numerics(case)).quantised:
+        return (
+            "not supported: operands are quantised by factors that depend on all of a tensor, and the law changes tensors"
+            f" (numerics {numerics.name!r})"
+        )
+    return None
 
 
 def get(name: str) -> Law:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from effattn.methods.base import Method, Output
-from effattn.properties.law import Law, SetAside, Trial
+from effattn.properties.law import Law, SetAside, Trial, excluded
 from effattn.properties.law_draws import OPTIONS
 from effattn.properties.profiles import Draw
 from effattn.properties.regimes import options_of
@@ -85,8 +85,11 @@ def silence(law: Law, case: Case, method: Method, *, anything: bool = False) -> 
     """
     if not law.holds(case):
         return "the law does not speak of this case"
-    if not anything and (reason := method.unsupported(case)) is not None:
-        return f"not supported: {reason}"
+    if not anything:
+        if (reason := method.unsupported(case)) is not None:
+            return f"not supported: {reason}"
+        if (reason := excluded(law, case, method)) is not None:
+            return reason
     trial = _Listening(law, case, _Zeros(method, anything=anything))
     try:
         law.check(trial)

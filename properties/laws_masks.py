@@ -195,6 +195,7 @@ def a_bias_at_hidden_keys_has_no_influence(it: Trial) -> None:
     ),
     holds=lambda case: case.q_len > 0,
     bits=True,
+    quantised=True,
 )
 def a_row_that_sees_no_key_is_zero(it: Trial) -> None:
     """A row that sees no key has output 0 and LSE -inf (with a sink: the sink), never NaN."""
@@ -218,6 +219,7 @@ def a_row_that_sees_no_key_is_zero(it: Trial) -> None:
     "masks",
     draw=cases(change=lambda draw, fields: {"kv_len": 0}),
     holds=lambda case: case.kv_len == 0 and case.q_len > 0,
+    quantised=True,
 )
 def without_keys_the_output_is_zero(it: Trial) -> None:
     """With kv_len 0 the output is all zeros, written, not left as the memory was."""

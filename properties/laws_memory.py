@@ -45,6 +45,7 @@ def _write_expanded(x: torch.Tensor, kept: torch.Tensor) -> None:
     "memory",
     draw=cases(layouts=_SPACED, change=lambda draw, fields: {"layout": draw.pick(_SPACED)}),
     bits=True,
+    quantised=True,
 )
 def nothing_outside_the_tensors_is_read(it: Trial) -> None:
     """The memory around and between the rows of Q, K and V may hold NaN or zeros: the output is the same."""
@@ -63,7 +64,7 @@ def _bytes(x: torch.Tensor) -> torch.Tensor:
     return flat.set_(storage, 0, (storage.nbytes(),), (1,))
 
 
-@law("memory", draw=cases(layouts=("bhsd", *_SPACED)), bits=True)
+@law("memory", draw=cases(layouts=("bhsd", *_SPACED)), bits=True, quantised=True)
 def inputs_and_what_surrounds_them_are_not_written(it: Trial) -> None:
     """After the call all inputs, and the memory around them, hold the bytes that they held before."""
     import torch
@@ -83,7 +84,7 @@ def inputs_and_what_surrounds_them_are_not_written(it: Trial) -> None:
         )
 
 
-@law("memory", draw=cases(), bits=True)
+@law("memory", draw=cases(), bits=True, quantised=True)
 def outputs_lie_in_memory_of_their_own(it: Trial) -> None:
     """The output shares no memory with an input, nor with the LSE, and a later call leaves it as it is."""
     case = it.case
@@ -145,6 +146,7 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
         )
     ),
     bits=True,
+    quantised=True,
 )
 def every_element_of_the_output_is_written(it: Trial) -> None:
     """With fresh memory full of NaN the output is the same: nothing is left as it was found."""
@@ -159,7 +161,7 @@ def every_element_of_the_output_is_written(it: Trial) -> None:
         it.same(name, got, want, "fresh memory was filled with NaN before the call")
 
 
-@law("memory", draw=cases(options=("causal", "softcap", "scale")), bits=True)
+@law("memory", draw=cases(options=("causal", "softcap", "scale")), bits=True, quantised=True)
 def the_state_of_torch_is_left_alone(it: Trial) -> None:
     """Default dtype and device, random state, gradient mode and number of threads are what they were before the call."""
     import random
@@ -208,8 +210,7 @@ _HALF_WAY = 2**30
     holds=lambda case: (
         case.batch in (2, 3) and case.kv_heads == 1 and case.layout == "bhsd" and case.kv_len > 0
     ),
-    bits=True,
-)  # fmt: skip
+    bits=True, quantised=True)  # fmt: skip
 def offsets_beyond_two_to_the_31_are_right(it: Trial) -> None:
     """Two entries of a batch 2^31 elements apart, and three 2^30 apart, whose stride fits 32 bits, give the usual output.
 

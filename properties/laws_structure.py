@@ -234,6 +234,7 @@ def grouped_heads_equal_repeated_keys(it: Trial) -> None:
     ),
     holds=lambda case: case.layout != "bhsd",
     bits=True,
+    quantised=True,
 )
 def strides_do_not_matter(it: Trial) -> None:
     """Any strides, those of 0 included, give the bits of contiguous tensors."""
@@ -404,7 +405,7 @@ def decoding_gives_the_last_row_of_prefill(it: Trial) -> None:
         it.close(name, one, whole[:, :, -1:], 2.0 * bounds[name][:, :, -1:], "the last query alone")
 
 
-@law("structure", draw=cases(), bits=True)
+@law("structure", draw=cases(), bits=True, quantised=True)
 def the_same_call_twice_gives_the_same_bits(it: Trial) -> None:
     """Equal inputs give equal bits, run after run: nothing is summed in the order in which threads finish."""
     inputs = it.inputs()
@@ -415,7 +416,11 @@ def the_same_call_twice_gives_the_same_bits(it: Trial) -> None:
 
 
 @law(
-    "structure", draw=cases(layouts=_DENSE), holds=lambda case: case.q_len > 0 and case.kv_len > 0, bits=True
+    "structure",
+    draw=cases(layouts=_DENSE),
+    holds=lambda case: case.q_len > 0 and case.kv_len > 0,
+    bits=True,
+    quantised=True,
 )
 def no_state_is_kept_between_calls(it: Trial) -> None:
     """A call with another scale and other values in between changes nothing, and is not answered from the first."""
