@@ -41,6 +41,12 @@ def test_a_right_kernel_keeps_the_law(law: Law, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_that_wrong_ones_are_made_of_is_right(dtype: str) -> None:
+    tried = laws.try_accuracy(dense(), dtype=dtype, shrinking=False)
+    assert tried.failure is None, laws.explain(tried)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("law", ALL, ids=lambda law: law.name)
 def test_torch_keeps_the_law(law: Law, dtype: str) -> None:
     tried = laws.try_law(law, methods.get("torch"), dtype=dtype, profile="brief")

@@ -249,6 +249,7 @@ class Dense:
         kept = w if factor is None else w * factor
         dp = dp if factor is None else dp * factor
         delta = self.delta(g, w, dp, seen)
+        given = d_lse
         d_lse = None if d_lse is None else torch.where(rows.squeeze(-1), d_lse.float(), 0.0)
         ds = self.ds(w, dp, delta, d_lse)
         ds = torch.where(seen, ds, 0.0)
@@ -269,10 +270,11 @@ class Dense:
         d_sinks = None
         if asked.sinks is not None:
             share = _exp(asked.sinks.float().view(1, -1, 1, 1) - saved["top"]) / saved["total"]
-            back = -delta if d_lse is None else d_lse.unsqueeze(-1) - delta
-            d_sinks = torch.where(rows, share * back, 0.0).sum((0, 2, 3))
-            if d_lse is not None:
-                d_sinks = (share * back).sum((0, 2, 3))
+            # The log-sum-exp of a row that sees no key is the sink; of a padding row it is -inf.
+            back = -delta if given is None else given.float().unsqueeze(-1) - delta
+            q_end, _ = self.lengths(q, k, asked)
+            there = torch.arange(q.shape[2], device=q.device).view(1, 1, -1, 1) < q_end
+            d_sinks = torch.where(there, share * back, 0.0).sum((0, 2, 3))
         return {
             "q": self.dq(dq, scale),
             "k": self.dk(self.grouped(dk, kv_heads), scale),
