@@ -12,7 +12,7 @@ q = torch.randn(2, 8, 300, 64, dtype=dtype, requires_grad=True)
 k, v = (torch.randn(2, 2, 300, 64, dtype=dtype, requires_grad=True) for _ in range(2))
 out, lse = flash_attention(q, k, v, causal=True, window=(127, 0), return_lse=True)
 out.float().square().mean().backward()
-print("trained", tuple(out.shape), tuple(lse.shape), tuple(k.grad.shape))
+print("trained", tuple(out.shape), tuple(lse.shape), "and the gradients of q, k and v")
 
 # Sequences of 100, 0 and 57 rows, one after the other: (rows, heads, head_dim).
 ends = torch.tensor([0, 100, 100, 157], dtype=torch.int32)
@@ -24,5 +24,7 @@ keys, values = (torch.randn(40, 2, 16, 64, dtype=dtype) for _ in range(2))
 pages = torch.randperm(40)[:39].view(3, 13).int()
 lengths = torch.tensor([200, 17, 0], dtype=torch.int32)
 token = torch.randn(3, 8, 1, 64, dtype=dtype)
-out = flash_decode(token, keys, values, page_table=pages, kv_lengths=lengths, split_size=64)
+out, lse = flash_decode(
+    token, keys, values, page_table=pages, kv_lengths=lengths, split_size=64, return_lse=True
+)
 print("decoded", tuple(out.shape), "of a sequence without keys:", float(out[2].abs().max()))
