@@ -60,7 +60,7 @@ def render() -> str:
 def origin(record: dict[str, Any]) -> str:
     """Where the figures come from."""
     machine, packages, commit = record["machine"], record["packages"], record["effattn"]["commit"]
-    every = "" if record["every"] == 1 else f" Of the profile's cases, every {record['every']}th was taken."
+    every = "" if record["every"] == 1 else f" Of the profile's cases, one in {record['every']} was taken."
     return (
         f"Measured by `{record['command']}` on {record['date'][:10]} in {record['seconds'] / 60:.0f} min, commit"
         f" {commit[:10] if commit else 'unknown'}, {machine['cpu']}, one thread, Python {record['python']}, torch"
