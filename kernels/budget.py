@@ -81,8 +81,9 @@ class Entry:
 def names(*, every: bool = False) -> list[str]:
     """All configurations of the file, or every one that there is: kernel-dtype-head_dim-options-capability.
 
-    The file leaves out what others show as well, since each takes seconds to a minute: the blocks and instructions of fp16
-    are those of bf16; a head_dim of 16 or 32 has the blocks of 64; linear attention turns its inputs into fp32. For every
+    The file leaves out most of what others show as well, since each takes seconds to a minute: the blocks and instructions of
+    fp16 are those of bf16; a smaller head_dim needs fewer registers; linear attention turns its inputs into fp32. That none
+    of those spills is not certain, so `--every` compiles them all when blocks change. For every
     compute capability it has each kernel with head_dim 64 and 256 and those options with which a set of blocks is most
     short of registers; for 90 also the others, and the forward kernel of 128.
     """

@@ -20,6 +20,9 @@ from typing import Any
 
 import torch
 
+#: Left alone, ptxas stops at 128 or 80 registers a thread in some kernels, so that more blocks fit, and spills.
+_ALL_REGISTERS = {"maxnreg": 255}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
@@ -44,10 +47,11 @@ def tiles(
     if dtype == torch.float32:
         return _gpu_tiles(32 if width <= 128 else 16, 16, num_warps=8, num_stages=1)
     if width > 128:
-        return _gpu_tiles(64, 16 if rich else 32, num_warps=8, num_stages=2)
+        return _gpu_tiles(64, 16, num_warps=8, num_stages=2)
     if rich:
-        return _gpu_tiles(64, 32, num_warps=8, num_stages=2)
-    return _gpu_tiles(128, 64 if width <= 64 else 32, num_warps=8, num_stages=3)
+        return _gpu_tiles(64, 32 if width <= 64 else 16, num_warps=8, num_stages=2, **_ALL_REGISTERS)
+    more = _ALL_REGISTERS if width <= 32 else {}
+    return _gpu_tiles(128, 64 if width <= 64 else 32, num_warps=8, num_stages=3, **more)
 
 
 def backward_tiles(
@@ -60,18 +64,20 @@ def backward_tiles(
     width = max(padded(head_dim), padded(v_dim))
     if dtype == torch.float32:
         block = 32 if width <= 64 and not rich else 16
-        # Left alone, ptxas stops at 128 registers a thread here, so that two blocks fit, and spills.
-        by_keys = _gpu_tiles(block, 16, num_warps=8, num_stages=1, maxnreg=255)
+        by_keys = _gpu_tiles(block, 16, num_warps=8, num_stages=1, **_ALL_REGISTERS)
         return by_keys, _gpu_tiles(block, block, num_warps=8, num_stages=1)
     # What these take is for `budget` to say; on compute capability 80 registers are shortest.
     if width > 128:
         return _gpu_tiles(16, 16, num_warps=8, num_stages=1), _gpu_tiles(32, 16, num_warps=8, num_stages=1)
-    if rich:
-        return _gpu_tiles(32, 32, num_warps=8, num_stages=1), _gpu_tiles(32, 32, num_warps=4, num_stages=1)
     # The keys kernel holds two accumulators; every larger block tried, which wgmma would need, spilled registers on
-    # compute capability 90.
-    by_keys = _gpu_tiles(32, 32, num_warps=8, num_stages=1)
-    return by_keys, _gpu_tiles(128 if width <= 64 else 64, 64, num_warps=8, num_stages=2)
+    # compute capability 90, and 32 queries a step on 80 where strides are unknown.
+    by_keys = _gpu_tiles(32 if width == 64 else 16, 32, num_warps=8, num_stages=1, **_ALL_REGISTERS)
+    if rich and width <= 64:
+        return by_keys, _gpu_tiles(32, 32, num_warps=4, num_stages=1, **_ALL_REGISTERS)
+    if rich:
+        return by_keys, _gpu_tiles(32, 32, num_warps=8, num_stages=1)
+    block_m, block_n = 128 if width <= 64 else 64, 64 if width <= 32 else 32
+    return by_keys, _gpu_tiles(block_m, block_n, num_warps=8, num_stages=2)
 
 
 def bias_tiles(head_dim: int, v_dim: int, dtype: torch.dtype, device_type: str = "cuda") -> Tiles:
@@ -96,7 +102,8 @@ def decode_tiles(
         return _gpu_tiles(16, 16, num_warps=8, num_stages=1)
     most_rows = 32 if width <= 128 else 16
     num_warps = 8 if width > 32 else 4
-    return _gpu_tiles(min(most_rows, padded(rows)), 32, num_warps=num_warps, num_stages=2)
+    more = _ALL_REGISTERS if width == 128 else {}
+    return _gpu_tiles(min(most_rows, padded(rows)), 32, num_warps=num_warps, num_stages=2, **more)
 
 
 def padded(dim: int) -> int:
