@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Seconds that making a case small may take where every judgement runs into the time limit.
 MOST_SHRINKING = 60.0
+#: Cases that time out, after which no more are tried: a method that hangs would take hours to say so of all.
+MOST_TIMED_OUT = 3
 #: Judgements that making the cases of broken laws small may take, all laws together.
 MOST_FOR_LAWS = 1500
 
@@ -140,6 +142,8 @@ class Result:
     nothing_judged: tuple[str, ...]
     #: What the cases say together that none of them says alone; of dtypes without failures.
     weighed: Weighed = field(default_factory=Weighed)
+    #: Cases left out after `MOST_TIMED_OUT` that timed out.
+    not_tried: int = 0
 
     @property
     def compared(self) -> list[Verdict]:
@@ -204,7 +208,8 @@ class Result:
             wrong = sum(len(failure.verdicts) for failure in self.failures)
             laws = len(self.broken_laws)
             broken = f" It breaks {laws} {'law' if laws == 1 else 'laws'}." if laws else ""
-            return f"{name} failed {wrong} of {judged} judged cases.{broken}"
+            rest = f" After {MOST_TIMED_OUT} that timed out, {self.not_tried} more were not tried."
+            return f"{name} failed {wrong} of {judged} judged cases.{broken}{rest if self.not_tried else ''}"
         if self.weighed.alarms:
             return f"{name} passed each of {judged} judged cases, and failed all of them together."
         if self.weighed.unsteady:
@@ -293,6 +298,7 @@ def run_gate(
         raise RequestError("there is no case to judge; name at least one dtype")
     found: dict[int, Verdict] = {}
     verdicts: list[Verdict] = []
+    timed_out = 0
     with contextlib.closing(request.judge.judge_all(questions)) as answers:
         for number, verdict in answers:
             found[number] = verdict
@@ -302,9 +308,18 @@ def run_gate(
                     record(verdicts[-1])
             if progress is not None:
                 progress.judged(verdict, len(questions) - len(found))
+            timed_out += verdict.outcome == Outcome.TIMED_OUT
+            if timed_out == MOST_TIMED_OUT:
+                break
+    for number in sorted(found):  # what was done beyond the first that was not, where the end came early
+        if number >= len(verdicts):
+            verdicts.append(found[number])
+            if record is not None:
+                record(found[number])
     return Result(
         request=request,
         verdicts=tuple(verdicts),
+        not_tried=len(questions) - len(verdicts),
         failures=tuple(_failures(verdicts, request, progress)),
         nothing_judged=tuple(_nothing_judged(verdicts, request)),
         weighed=_weighed(verdicts, request, progress),

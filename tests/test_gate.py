@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -327,3 +328,22 @@ def test_summary_of_a_hostile_method_is_plain(failed_result: gate.Result) -> Non
     assert "<img" not in written.replace(text.code(HOSTILE), "")
     assert "\x1b" not in written
     assert "\n# head" not in written
+
+
+def test_a_method_that_hangs_is_given_up_after_a_few_cases(
+    effattn_command: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(
+        "def attention(q, k, v):\n    while q.shape[2] != 1:\n        pass\n    return q + v.nan\n"
+    )
+    code, out, err = effattn_command(
+        "gate", "mine.py:attention", "--dtype", "fp16", "--laws", "none", "--time-limit", "1", "--out", "run"
+    )
+    assert code == 1, err
+    last = [line for line in out.splitlines() if "judged cases." in line][-1]
+    assert re.search(rf"After {gate.MOST_TIMED_OUT} that timed out, \d+ more were not tried\.", last)
+    assert "fp16: timed out in 3 cases" in out
+    verdicts = list(store.read_verdicts(Path("run"), []))
+    assert sum(str(v.outcome) == "timed out" for v in verdicts) == gate.MOST_TIMED_OUT
+    assert len({v.case.id for v in verdicts}) == len(verdicts)
