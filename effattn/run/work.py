@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import json
+import os
 import signal
 import socket
 import struct
@@ -93,9 +94,14 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
-@functools.cache
 def method(spec: str) -> Method:
     """The method, loaded once in each worker."""
+    return _loaded(spec, os.getcwd())
+
+
+@functools.cache
+def _loaded(spec: str, folder: str) -> Method:
+    """A file is named relative to the folder that the process is in."""
     from effattn import methods
 
     return methods.get(spec)
