@@ -1,4 +1,7 @@
-"""From an output of the right form to an outcome: each quantity beside what it should be, and the tests on its errors."""
+"""From an output of the right form to an outcome: each quantity beside what it should be, and the tests on its errors.
+
+One class holds what all steps share; its messages stand beside the numbers that they explain, so the file is long.
+"""
 
 from __future__ import annotations
 
