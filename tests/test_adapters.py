@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -13,9 +15,12 @@ import torch
 from effattn import laws, methods
 from effattn.case import DTYPES, Case
 from effattn.errors import RequestError
+from effattn.expected import expected_failures
 from effattn.judge import judge
+from effattn.run import store
 from effattn.verdict import Outcome
 
+FILES = Path(__file__).parent.parent / "properties" / "expected"
 HERE = ("sdpa:math", "sdpa:flash", "flex:attention")
 LAWS = (
     "one_key_returns_its_value",
@@ -44,6 +49,47 @@ def test_what_runs_here_is_right_and_keeps_the_laws(name: str, dtype: str) -> No
         assert tried.failure is None, laws.explain(tried)
         judged += tried.judged
     assert judged >= 5
+
+
+#: adapter, dtype -> arguments of the gate, the laws that are judged at least, and those that are broken as expected
+EXPECTED: dict[tuple[str, str], tuple[str, tuple[str, ...], int, tuple[str, ...]]] = {
+    ("sdpa:math", "fp16"): ("torch.toml", ("--laws", "gradients,options", "--values", "large-logits"), 20, ()),
+    ("sdpa:flash", "fp32"): (
+        "torch.toml", ("--laws", "numbers,masks", "--values", "large-logits"), 17, ("nan_in_a_query_reaches_its_row_alone",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "dtype"), EXPECTED)
+def test_the_gate_passes_what_runs_here_but_for_what_is_expected(
+    name: str, dtype: str, effattn_command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    file, chosen, judged, known = EXPECTED[name, dtype]
+    code, out, _ = effattn_command(
+        "gate", f"effattn.adapters.{name}", "--dtype", dtype, *chosen, "--expected", FILES / file,
+        "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0, out
+    assert "passed all" in out
+    verdicts = list(store.read_verdicts(tmp_path / "run"))
+    broken = {v.law for v in verdicts if laws.failed(v)}
+    assert broken == set(known)
+    assert len({v.law for v in verdicts if laws.says_something(v) and v.law}) >= judged
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_flex_attention_breaks_no_law_of_numbers_but_as_expected(dtype: str) -> None:
+    # Laws alone, and few: FlexAttention is traced again for every case. CPUs without AMX do not show what is expected.
+    method = methods.get("effattn.adapters.flex:attention")
+    known = [entry for entry in expected_failures(FILES / "flex.toml") if entry.dtype == dtype]
+    judged = 0
+    for law in laws.choose(("numbers", "alibi_is_its_bias", "lengths_are_their_boolean_mask")):
+        tried = laws.try_law(law, method, dtype=dtype, profile="brief")
+        assert tried.failure is None or any(entry.covers(law.name, dtype) for entry in known), laws.explain(
+            tried
+        )
+        judged += tried.judged
+    assert judged >= 10
 
 
 ABSENT = {

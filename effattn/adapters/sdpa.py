@@ -1,4 +1,8 @@
-"""torch.nn.functional.scaled_dot_product_attention by one of its backends, which must take the case."""
+"""torch.nn.functional.scaled_dot_product_attention by one of its backends, which must take the case.
+
+`is_causal` means top-left; the bottom-right mask of a rectangle is handed over as a boolean mask, and so is a causal mask
+next to a mask or a bias, since torch takes one or the other.
+"""
 
 from __future__ import annotations
 
@@ -9,58 +13,140 @@ import effattn
 from effattn.errors import NotSupported
 
 if TYPE_CHECKING:
+    import torch
+
     from effattn.case import Case
     from effattn.tolerances.numerics import Numerics
 
 
+def _supports(case: Case) -> bool | str:
+    """What all backends share."""
+    from effattn.methods.torch_sdpa import FLUSHES, WIDENED, flushes_subnormals, widens_bias
+
+    if case.bias.endswith(":fp32"):
+        return "torch takes a bias in the dtype of q only"
+    if flushes_subnormals(case):
+        return FLUSHES
+    return WIDENED if widens_bias(case) else True
+
+
+def _supports_flash(case: Case) -> bool | str:
+    if case.scale is not None and case.scale <= 0:
+        return "torch's fused kernel needs a positive scale"
+    return _supports(case)
+
+
 def _fused(case: Case) -> Numerics:
-    from effattn.methods.torch_sdpa import TorchSDPA
+    from effattn.methods.torch_sdpa import fused_numerics
 
-    return TorchSDPA().numerics(case)
+    return fused_numerics(case)
 
 
-def _call(backend: str, q: Any, k: Any, v: Any, causal: bool, scale: float | None) -> Any:
+def _mask(
+    q: torch.Tensor, k: torch.Tensor, causal: bool, alignment: str, mask: Any, bias: Any
+) -> torch.Tensor | None:
+    """What torch has no option for, as its attn_mask: a boolean one, or one that is added."""
+    import torch
+
+    q_len, kv_len = q.shape[2], k.shape[2]
+    bottom_right = causal and alignment == "bottom-right" and q_len != kv_len
+    if mask is None and bias is None and not bottom_right:
+        return None
+    seen = torch.ones(q_len, kv_len, dtype=torch.bool, device=q.device)
+    if causal:
+        seen = seen.tril(kv_len - q_len if alignment == "bottom-right" else 0)
+    if mask is not None:
+        seen = seen & mask
+    return seen if bias is None else torch.where(seen, bias, -torch.inf)
+
+
+def _call(
+    backend: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    causal: bool,
+    alignment: str,
+    scale: float | None,
+    mask: Any,
+    bias: Any,
+) -> Any:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    given = _mask(q, k, causal, alignment, mask, bias)
     try:
         with warnings.catch_warnings(), sdpa_kernel(getattr(SDPBackend, backend)):
             warnings.simplefilter("ignore")  # torch warns of each reason why a backend does not take the case
             return torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
+                q, k, v, attn_mask=given, is_causal=causal and given is None, scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )  # fmt: skip
     except RuntimeError as error:
         if "No available kernel" in str(error) or "No viable backend" in str(error):
             raise NotSupported(f"torch's {backend} does not take this case here") from None
         raise
 
 
-@effattn.method(causal_alignment="top-left", same_bits=False, nan_safe=False, numerics="torch-math")
-def math(q: Any, k: Any, v: Any, *, causal: bool = False, scale: float | None = None) -> Any:
+@effattn.method(same_bits=False, nan_safe=False, numerics="torch-math", supports=_supports)
+def math(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    causal_alignment: str = "bottom-right",
+    scale: float | None = None,
+    mask: Any = None,
+    bias: Any = None,
+) -> Any:
     """SDPBackend.MATH."""
-    return _call("MATH", q, k, v, causal, scale)
+    return _call("MATH", q, k, v, causal, causal_alignment, scale, mask, bias)
 
 
-@effattn.method(
-    causal_alignment="top-left",
-    same_bits=False,
-    nan_safe=False,
-    supports=lambda case: (
-        case.scale is None or case.scale > 0 or "torch's fused kernel needs a positive scale"
-    ),
-)
-def flash(q: Any, k: Any, v: Any, *, causal: bool = False, scale: float | None = None) -> Any:
-    """SDPBackend.FLASH_ATTENTION."""
-    return _call("FLASH_ATTENTION", q, k, v, causal, scale)
+@effattn.method(same_bits=False, nan_safe=False, numerics=_fused, supports=_supports_flash)
+def flash(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    causal_alignment: str = "bottom-right",
+    scale: float | None = None,
+    mask: Any = None,
+    bias: Any = None,
+) -> Any:
+    """SDPBackend.FLASH_ATTENTION; with a mask or a bias on a CPU only."""
+    return _call("FLASH_ATTENTION", q, k, v, causal, causal_alignment, scale, mask, bias)
 
 
-@effattn.method(causal_alignment="top-left", same_bits=False, nan_safe=False)
-def efficient(q: Any, k: Any, v: Any, *, causal: bool = False, scale: float | None = None) -> Any:
+@effattn.method(same_bits=False, nan_safe=False, supports=_supports)
+def efficient(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    causal_alignment: str = "bottom-right",
+    scale: float | None = None,
+    mask: Any = None,
+    bias: Any = None,
+) -> Any:
     """SDPBackend.EFFICIENT_ATTENTION; on a GPU."""
-    return _call("EFFICIENT_ATTENTION", q, k, v, causal, scale)
+    return _call("EFFICIENT_ATTENTION", q, k, v, causal, causal_alignment, scale, mask, bias)
 
 
-@effattn.method(causal_alignment="top-left", same_bits=False, nan_safe=False)
-def cudnn(q: Any, k: Any, v: Any, *, causal: bool = False, scale: float | None = None) -> Any:
+@effattn.method(same_bits=False, nan_safe=False, supports=_supports)
+def cudnn(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    causal_alignment: str = "bottom-right",
+    scale: float | None = None,
+    mask: Any = None,
+    bias: Any = None,
+) -> Any:
     """SDPBackend.CUDNN_ATTENTION; on a GPU."""
-    return _call("CUDNN_ATTENTION", q, k, v, causal, scale)
+    return _call("CUDNN_ATTENTION", q, k, v, causal, causal_alignment, scale, mask, bias)

@@ -31,11 +31,7 @@ class TorchSDPA(Method):
     def numerics(self, case: Case) -> Numerics:
         from effattn.tolerances.numerics import for_dtype
 
-        if not fused(case):
-            return for_dtype(case.dtype, "torch-math")
-        # Gradients are added up in the inputs' dtype, block by block (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).
-        rows = 256 if case.q_len >= 768 else 64 if case.q_len >= 192 else 32
-        return for_dtype(case.dtype, "torch-flash").replace(stored_keys=rows, stored_queries=512)
+        return fused_numerics(case) if fused(case) else for_dtype(case.dtype, "torch-math")
 
     def unsupported(self, case: Case) -> str | None:
         lacking = [name for name, there in (("softcap", case.softcap), ("sinks", case.sinks)) if there]
@@ -47,8 +43,10 @@ class TorchSDPA(Method):
             return "ALiBi would be a bias in the dtype of q, rounded to it"
         if case.bias.endswith(":fp32"):
             return "torch takes a bias in the dtype of q only"
-        if case.dtype == "bf16" and case.values == "subnormal" and _flushes_bf16():
-            return "torch's products of bf16 flush subnormal numbers to 0 on this CPU"
+        if flushes_subnormals(case):
+            return FLUSHES
+        if widens_bias(case):
+            return WIDENED
         if _is_causal(case) and case.plain and case.scale is not None and case.scale < 0 and fused(case):
             # Seen in torch 2.13 on the CPU: the mask is -inf before the scale is applied, hence +inf after.
             return (
@@ -74,6 +72,35 @@ class TorchSDPA(Method):
         return backward.run(call, case, inputs)
 
 
+#: why a case is not supported of which `widens_bias` is true
+WIDENED = (
+    "the bias would be widened to the axes of a mask, and its gradient summed over them in the dtype of q"
+)
+
+
+def widens_bias(case: Case) -> bool:
+    """Whether what torch has no option for gives the bias of a case with gradients axes that it has not.
+
+    Torch takes one mask: a bias next to another mask becomes one with the axes of both, whose gradient autograd rounds
+    for each element before it sums them up.
+    """
+    if case.bias == "none" or not case.backward:
+        return False
+    axes = set("" if case.mask == "none" else case.mask)
+    axes |= set("qk") if case.causal != "none" or case.window is not None else set()
+    axes |= set("bqk") if case.lengths != "none" else set()
+    return bool(axes - set(case.bias.partition(":")[0]))
+
+
+#: why a case is not supported of which `flushes_subnormals` is true
+FLUSHES = "torch's products of bf16 flush subnormal numbers to 0 on this CPU"
+
+
+def flushes_subnormals(case: Case) -> bool:
+    """Whether torch's products take the inputs of the case for 0 on this machine."""
+    return case.dtype == "bf16" and case.values == "subnormal" and _flushes_bf16()
+
+
 @lru_cache(maxsize=1)
 def _flushes_bf16() -> bool:
     """Whether bf16 goes through instructions that take subnormal numbers for 0 (Intel's VDPBF16PS and AMX do)."""
@@ -81,6 +108,15 @@ def _flushes_bf16() -> bool:
 
     small = torch.full((1, 1, 1, 1), 2.0**-127, dtype=torch.bfloat16)
     return not bool(torch.nn.functional.scaled_dot_product_attention(small, small, small))
+
+
+def fused_numerics(case: Case) -> Numerics:
+    """The arithmetic of torch's fused kernel on the CPU."""
+    from effattn.tolerances.numerics import for_dtype
+
+    # Gradients are added up in the inputs' dtype, block by block (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).
+    rows = 256 if case.q_len >= 768 else 64 if case.q_len >= 192 else 32
+    return for_dtype(case.dtype, "torch-flash").replace(stored_keys=rows, stored_queries=512)
 
 
 def _mask(case: Case, inputs: Inputs) -> torch.Tensor | None:
@@ -115,21 +151,14 @@ def _mask(case: Case, inputs: Inputs) -> torch.Tensor | None:
 
 
 def fused(case: Case) -> bool:
-    """Whether torch runs its fused kernel on the CPU: for one head_dim, some keys, consecutive elements."""
-    from effattn import layout
+    """Whether torch runs its fused kernel on the CPU: for one head_dim, some keys, consecutive elements.
 
-    placed = layout.parse(case.layout)
+    Strides do not count: laws call a method with tensors that have others than the case, and what the fused kernel may be off
+    by, its formula in fp32 may too.
+    """
     if case.bias != "none" and case.backward:
         return False  # a mask that requires a gradient
-    if case.head_dim != case.v_dim or case.q_len == 0 or case.kv_len == 0 or "step" in placed.suffixes:
-        return False
-    # The elements of a row are consecutive where d is innermost or all that lies inside it has length 1.
-    inner = placed.order[placed.order.index("d") + 1 :]
-    if inner and "pad" in placed.suffixes:
-        return False
-    q = {"b": case.batch, "h": case.heads, "s": case.q_len}
-    kv = {"b": case.batch, "h": case.kv_heads, "s": case.kv_len} | dict.fromkeys(placed.expanded, 1)
-    return all(q[axis] == kv[axis] == 1 for axis in inner)
+    return case.head_dim == case.v_dim and 0 not in (case.q_len, case.kv_len)
 
 
 def _is_causal(case: Case) -> bool:

@@ -74,6 +74,7 @@ def laws(result: Result) -> list[str]:
         lines.append(f"- {group.outcome}: {text.markdown(group.reason)}: {named}")
     for entry, cases in result.expected.items():
         what = f"failed in {cases} cases, as expected" if cases else "held, though it is expected to fail"
+        what = "is expected to fail, and was not judged" if cases is None else what
         lines.append(f"- {text.code(entry.law)} {what}: {text.markdown(entry.reason)}")
     return [*lines, ""]
 

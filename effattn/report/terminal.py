@@ -136,12 +136,14 @@ def print_laws(out: Console, rows: Sequence[LawRow], unjudged: Sequence[Unjudged
         out.print()
 
 
-def print_expected(out: Console, happened: Mapping[Expected, int]) -> None:
-    """The expected failures: those that happened, and those that did not."""
+def print_expected(out: Console, happened: Mapping[Expected, int | None]) -> None:
+    """The expected failures: those that happened, those that did not, and those that this gate does not try."""
     for entry, cases in happened.items():
         dtype = "" if entry.dtype == "*" else f"{entry.dtype}, "
         if cases:
             words = f"as expected, {entry.law} failed in {cases} {'case' if cases == 1 else 'cases'}"
+        elif cases is None:
+            words = f"expected to fail, and not judged here: {entry.law}"
         else:
             words = f"expected to fail, and held: {entry.law}. If it does in every profile, remove the entry"
         out.print(Text(text.one_line(f"{dtype}{words} ({entry.reason})"), style="yellow"))
