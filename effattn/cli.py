@@ -278,6 +278,7 @@ def gate(
             isolation=isolation,
             checks=checks,
             jobs=jobs,
+            quiet=True,
         ) as judge,
         cli_progress.shown() as progress,
     ):
@@ -550,6 +551,7 @@ def _judge(
     isolation: bool,
     checks: Sequence[str],
     jobs: int | None = 1,
+    quiet: bool = False,
 ) -> Isolated | Local:
     """The method, loaded where it will run."""
     if device not in ("cpu", "cuda"):
@@ -571,6 +573,7 @@ def _judge(
         memory_limit=None if memory_limit is None else int(memory_limit * 2**30),
         checks=checks,
         jobs=jobs,
+        quiet=quiet,
     )
 
 

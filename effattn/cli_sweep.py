@@ -100,7 +100,7 @@ def _executor(
         limit = None if memory_limit is None else int(memory_limit * 2**30)
         if limit is None and device == "cpu":
             limit = int(isolation.available_memory() * isolation.MEMORY_SHARE / parallel)
-        pool = isolation.IsolatedExecutor(parallel, memory_limit=limit)
+        pool = isolation.IsolatedExecutor(parallel, memory_limit=limit, quiet=True)
         try:
             yield pool, parallel
         except BaseException:

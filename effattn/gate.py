@@ -55,6 +55,11 @@ class Judge(Protocol):
         ...
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What loading it did to its process, see `effattn.methods.surroundings`."""
+        ...
+
+    @property
     def device(self) -> str:
         """Where it runs."""
         ...
@@ -175,6 +180,11 @@ class Result:
             ),
             by=lambda v: (v.case.dtype, v.case.values),
         )
+
+    @property
+    def notes(self) -> dict[str, int]:
+        """What the method did to its process: words -> cases; 0 for what happened when its file was imported."""
+        return dict.fromkeys(self.request.judge.notes, 0) | summary.notes(self.verdicts)
 
     @property
     def broken_laws(self) -> list[str]:

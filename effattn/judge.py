@@ -60,6 +60,18 @@ def judge(
     device that is not there, numerics that contradict themselves, no C compiler, a kernel with an operation that the
     CPU backend does not offer.
     """
+    from effattn.methods import surroundings
+
+    with surroundings.noted() as notes:
+        verdict = _judge_method(case, method, device, checks, weigh, explain)
+    return replace(verdict, notes=tuple(notes)) if notes else verdict
+
+
+def _judge_method(
+    case: Case, method: Method, device: str, checks: Sequence[str], weigh: str, explain: bool
+) -> Verdict:
+    from effattn.methods import surroundings
+
     seconds: dict[str, float] = {}
     reason = method.unsupported(case)
     if reason is not None:
@@ -79,10 +91,11 @@ def judge(
     report: Report | None = None
     output: Any = None
     try:
-        with _timed(seconds, "method"), _checked(checks) as report:
+        with _timed(seconds, "method"), _checked(checks) as report, surroundings.watched():
             output = method(case, inputs)
         if case.dropout:
-            keep = _keep(case, method.dropout_mask(case, inputs.q.device))
+            with surroundings.watched():
+                keep = _keep(case, method.dropout_mask(case, inputs.q.device))
     except (NotSupported, NotImplementedError) as error:
         message = f"not supported: {error}" if str(error) else f"not supported: {type(error).__name__}"
         return _short(case, method, Outcome.NOT_SUPPORTED, message, seconds)

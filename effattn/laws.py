@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,14 @@ def judge_law_and_why(
     law: Law, case: Case, method: Method, *, device: str = "cpu"
 ) -> tuple[Verdict, Difference | None]:
     """`judge_law`, with the two answers that differ where that broke the law."""
+    from effattn.methods import surroundings
+
+    with surroundings.noted() as notes:
+        verdict, difference = _judge_law(law, case, method, device)
+    return replace(verdict, notes=tuple(notes)) if notes else verdict, difference
+
+
+def _judge_law(law: Law, case: Case, method: Method, device: str) -> tuple[Verdict, Difference | None]:
     from effattn import judge as judging
     from effattn.properties.law import Broken, Raised, SetAside, check
 

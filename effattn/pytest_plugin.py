@@ -146,5 +146,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         )
     for name in dict.fromkeys(method for method, _ in groups):
         verdicts = [replace(v, law=one.law) for method, one in _tried if method == name for v in one.verdicts]
+        for note, cases in summary.notes(verdicts).items():
+            terminalreporter.line(f"{name}, note: {note}, in {cases} {'case' if cases == 1 else 'cases'}")
         for group in summary.unjudged_laws(verdicts):
             terminalreporter.line(f"{name}, not judged, {group.reason}: {', '.join(group.names)}")

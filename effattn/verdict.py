@@ -89,6 +89,8 @@ class Verdict:
     accuracy: tuple[float, float] | None = None
     #: the law that was tried; None where the output was compared with exact attention
     law: str | None = None
+    #: what the method did to its process: each change of global state, which was set back, and that it printed
+    notes: tuple[str, ...] = ()
     #: seconds by stage: inputs, method, exact, envelope, verdict
     seconds: dict[str, float] = field(default_factory=dict)
     #: the command line that judges the case again
@@ -106,6 +108,7 @@ class Verdict:
             "findings": [_plain(f) for f in self.findings],
             **({"evidence": [_plain(e) for e in self.evidence]} if self.evidence else {}),
             **({} if self.accuracy is None else {"accuracy": list(self.accuracy)}),
+            **({"notes": list(self.notes)} if self.notes else {}),
             "seconds": {name: round(s, 6) for name, s in self.seconds.items()},
             "replay": self.replay,
         }
@@ -118,7 +121,7 @@ class Verdict:
         if not isinstance(data, dict):
             raise RequestError(f"a verdict given as {type(data).__name__}: expected a JSON object.")
         expected = [f.name for f in fields(cls)]
-        if sorted({*data, "law", "evidence", "accuracy"}) != sorted(expected):
+        if sorted({*data, "law", "evidence", "accuracy", "notes"}) != sorted(expected):
             raise RequestError(
                 f"a verdict with the fields {', '.join(sorted(map(str, data)))}: expected {', '.join(expected)}."
                 " Was it written by another version of effattn?"
@@ -134,6 +137,7 @@ class Verdict:
                 findings=_findings(data["findings"]),
                 evidence=tuple(_rebuild(Evidence, e) for e in data.get("evidence", ())),
                 accuracy=_pair(data.get("accuracy")),
+                notes=tuple(map(_text, data.get("notes", ()))),
                 seconds={_text(name): float(s) for name, s in data["seconds"].items()},
                 replay=_text(data["replay"]),
             )

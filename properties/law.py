@@ -154,6 +154,8 @@ class Trial:
     device: str = "cpu"
     #: comparisons made: a law that made none has judged nothing
     compared: int = field(default=0, init=False)
+    #: what calls changed of the process, see `effattn.methods.surroundings`
+    changed: dict[str, str] = field(default_factory=dict, init=False)
     #: whether the law hid NaN or infinity in K or V
     hid: bool = field(default=False, init=False)
 
@@ -175,8 +177,13 @@ class Trial:
 
     def on(self, inputs: Inputs, case: Case | None = None) -> Output:
         """The method on these very tensors; `Raised` where it raises what is no answer."""
+        from effattn.methods import surroundings
+
         try:
-            return self.method(self.case if case is None else case, inputs)
+            with surroundings.watched() as changed:
+                output = self.method(self.case if case is None else case, inputs)
+            self.changed |= changed
+            return output
         except (NotSupported, NotImplementedError, WrongReturn, RequestError):
             raise
         except (Exception, SystemExit) as error:

@@ -163,36 +163,25 @@ def every_element_of_the_output_is_written(it: Trial) -> None:
 
 @law("memory", draw=cases(options=("causal", "softcap", "scale")), bits=True, quantised=True)
 def the_state_of_torch_is_left_alone(it: Trial) -> None:
-    """Default dtype and device, random state, gradient mode and number of threads are what they were before the call."""
-    import random
-
+    """Default dtype and device, random states, gradient mode, threads and the folder are what they were before the call."""
     import torch
 
-    def state() -> dict[str, object]:
-        return {
-            "the default dtype": torch.get_default_dtype(),
-            "the default device": str(torch.get_default_device()),
-            "torch's random state": bytes(torch.get_rng_state().numpy().tobytes()),
-            "Python's random state": random.getstate(),
-            "gradient mode": torch.is_grad_enabled(),
-            "the number of threads": torch.get_num_threads(),
-            "deterministic mode": torch.are_deterministic_algorithms_enabled(),
-            "the precision of float32 products": torch.get_float32_matmul_precision(),
-        }
+    from effattn.methods import surroundings
 
     inputs = it.inputs()
-    kept, before = torch.get_rng_state(), state()
+    own = torch.get_rng_state()
     try:
         torch.manual_seed(20_260_000 + it.case.seed)  # a state that no one sets by chance
-        before = state()
+        before = [thing.read() for thing in surroundings.RANDOM]
         it(inputs)
-        after = state()
+        after = [thing.read() for thing in surroundings.RANDOM]
     finally:
-        torch.set_rng_state(kept)
-        torch.set_default_dtype(before["the default dtype"])  # type: ignore[arg-type]
-        torch.set_num_threads(before["the number of threads"])  # type: ignore[arg-type]
-    for what, value in before.items():
-        it.true(after[what] == value, f"the call changed {what}; expected it to be left as it was")
+        torch.set_rng_state(own)
+    for thing, was, now in zip(surroundings.RANDOM, before, after, strict=True):
+        it.true(now == was, f"the call changed {thing.name}; expected it to be left as it was")
+    for what in surroundings.STATED:
+        changed = it.changed.get(what)
+        it.true(changed is None, f"the call changed {what}{changed}; expected it to be left as it was")
 
 
 #: elements between two entries of a batch: the stride itself passes 2^31, and whoever passes it on has to widen it

@@ -235,7 +235,11 @@ def test_errors_of_requests_and_faults_are_told_apart(worker: Worker) -> None:
         worker.call("effattn.run.work:describe")
     with pytest.raises(WorkerFault, match="is no function of effattn"):
         worker.call("os:getpid")
-    assert worker.call("effattn.run.work:describe", "torch") == {"name": "torch", "spec": "torch"}
+    assert worker.call("effattn.run.work:describe", "torch") == {
+        "name": "torch",
+        "spec": "torch",
+        "notes": [],
+    }
 
 
 def test_workers_end_with_the_process_that_asked_for_them(tmp_path: Path) -> None:

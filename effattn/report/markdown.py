@@ -37,6 +37,12 @@ def summary(result: Result, origin: Mapping[str, Any]) -> str:
         ),
     ]
     lines += laws(result)
+    if result.notes:
+        lines += ["## What the method did to its process", ""]
+        lines += [
+            f"- {text.markdown(note)}{f', in {n} cases' if n else ''}" for note, n in result.notes.items()
+        ]
+        lines += [""]
     shown, rest = terminal.split(result.failures)
     for failure in shown[:MOST_FAILURES]:
         lines += [*_failure(failure), ""]

@@ -89,6 +89,17 @@ class Unjudged:
         return [f"{law}{' ' if dtypes else ''}{', '.join(dtypes)}" for law, dtypes in self.laws.items()]
 
 
+def notes(verdicts: Iterable[Verdict]) -> dict[str, int]:
+    """What a method did to its process, in the words of the first case of each kind, and in how many cases."""
+    first: dict[str, str] = {}
+    counted: Counter[str] = Counter()
+    for verdict in verdicts:
+        for note in verdict.notes:
+            kind = "it printed" if note.startswith("it printed") else note.partition(" (")[0]
+            counted[first.setdefault(kind, note)] += 1
+    return dict(counted)
+
+
 def unjudged_laws(verdicts: Iterable[Verdict]) -> list[Unjudged]:
     """The laws of which nothing was judged, by the reason: the one with the most laws first."""
     tried: dict[tuple[str, str], list[Verdict]] = {}

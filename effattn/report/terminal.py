@@ -60,6 +60,7 @@ def print_result(out: Console, result: Result, *, by_values: bool = False) -> No
     print_set_aside(out, result.compared)
     print_laws(out, result.laws, result.unjudged_laws)
     print_expected(out, result.expected)
+    print_notes(out, result.request.judge.name, result.notes)
     shown, rest = split(result.failures)
     for failure in shown:
         print_failure(out, failure)
@@ -148,6 +149,17 @@ def print_expected(out: Console, happened: Mapping[Expected, int | None]) -> Non
             words = f"expected to fail, and held: {entry.law}. If it does in every profile, remove the entry"
         out.print(Text(text.one_line(f"{dtype}{words} ({entry.reason})"), style="yellow"))
     if happened:
+        out.print()
+
+
+def print_notes(out: Console, method: str, notes: Mapping[str, int]) -> None:
+    """What the method did to its process, and in how many cases."""
+    for note, cases in notes.items():
+        counted = f", in {cases} {'case' if cases == 1 else 'cases'}" if cases else ""
+        out.print(
+            Text.assemble((f"note, {text.one_line(method)}: ", "yellow"), text.one_line(f"{note}{counted}"))
+        )
+    if notes:
         out.print()
 
 
@@ -290,6 +302,8 @@ def print_details(out: Console, verdict: Verdict, *, folder: Path | None = None)
     out.print(Text.assemble("outcome  ", (str(verdict.outcome), "bold green" if passed else "bold red")))
     for line in text.plain(verdict.message).splitlines():
         out.print(Text(f"         {line}"))
+    for note in verdict.notes:
+        out.print(Text(f"note     {text.one_line(note)}", style="yellow"))
     if verdict.accuracy is not None:
         out.print(Text(f"accuracy {accuracy(verdict.accuracy)}"))
     if verdict.quantities:

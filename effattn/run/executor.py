@@ -35,13 +35,16 @@ class Local:
 
     def __init__(self, spec: str, *, device: str = "cpu", checks: Sequence[str] = ()) -> None:
         from effattn import methods
+        from effattn.methods import surroundings
         from effattn.run import work
 
         work.check_device(device)
         self.device, self.checks = device, tuple(checks)
         #: None: nothing can end a case in this process
         self.time_limit = None
-        self._method = methods.get(spec)
+        with surroundings.noted_import() as notes:
+            self._method = methods.get(spec)
+        self.notes = tuple(notes)
         self.name, self.spec = self._method.name, self._method.spec
 
     def judge(self, case: Case, law: str | None = None, *, weigh: str = "", explain: bool = False) -> Verdict:

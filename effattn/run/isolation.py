@@ -44,6 +44,8 @@ GRACE = 10.0
 MEMORY_SHARE = 0.9
 #: The most processes that cases are judged in if nothing else is asked for.
 MOST_JOBS = 4
+#: Lines that a process printed before it died, which are told.
+MOST_SAID = 4
 #: Fewer questions than this are not worth more processes than one.
 FEW_QUESTIONS = 24
 
@@ -51,12 +53,14 @@ FEW_QUESTIONS = 24
 class WorkerDied(EffattnError):
     """The process ended before it answered."""
 
-    def __init__(self, code: int, place: str = "") -> None:
-        super().__init__(code, place)
+    def __init__(self, code: int, place: str = "", said: str = "") -> None:
+        super().__init__(code, place, said)
         #: its exit code, negative for a signal, as `subprocess` has it
         self.code = code
         #: where it was, if that is known: the innermost Python frames
         self.place = place
+        #: the last lines that it printed, if they were kept
+        self.said = said
 
     def __str__(self) -> str:
         return f"the worker process {how_it_ended(self.code)}"
@@ -153,13 +157,15 @@ class Worker:
 
     Args:
         memory_limit: bytes that it may allocate; None for no limit.
+        quiet: keep what the method prints for the verdicts' notes, in place of printing it.
     """
 
-    def __init__(self, *, memory_limit: int | None = None) -> None:
-        self._memory_limit = memory_limit
+    def __init__(self, *, memory_limit: int | None = None, quiet: bool = False) -> None:
+        self._memory_limit, self._quiet = memory_limit, quiet
         self._connection: socket.socket | None = None
         self._status = -1
         self._faults: Path | None = None
+        self._said: Path | None = None
         #: the pid of the process; None where there is none now
         self.pid: int | None = None
 
@@ -232,11 +238,16 @@ class Worker:
         handle, faults = tempfile.mkstemp(prefix="effattn-faults-")
         os.close(handle)
         self._faults = Path(faults)
+        if self._quiet:
+            handle, said = tempfile.mkstemp(prefix="effattn-said-")
+            os.close(handle)
+            self._said = Path(said)
         asked = {
             "environ": dict(os.environ),
             "cwd": os.getcwd(),
             "path": sys.path,
             "faults": faults,
+            "said": None if self._said is None else str(self._said),
             "memory": self._memory_limit,
         }
         for stream in (sys.stdout, sys.stderr):
@@ -248,7 +259,7 @@ class Worker:
             except ConnectionError:  # it was killed; whoever asks again gets a new one
                 ours.close()
                 os.close(reading)
-                self._faults.unlink(missing_ok=True)
+                self._remove_files()
                 raise WorkerDied(-signal.SIGKILL) from None
             finally:
                 os.close(writing)
@@ -292,22 +303,30 @@ class Worker:
 
     def _died(self) -> WorkerDied:
         code = self._read_status(2 if self.pid is None else 1)
-        place = ""
+        place = said = ""
         if self._faults is not None:
             with contextlib.suppress(OSError):
                 place = _innermost(self._faults.read_text(errors="replace"))
+        if self._said is not None:
+            with contextlib.suppress(OSError):
+                said = "\n".join(self._said.read_text(errors="replace").strip().splitlines()[-MOST_SAID:])
         self._clean()
         # Nothing said: the nursery went with it.
-        return WorkerDied(-signal.SIGKILL if code is None else code, place)
+        return WorkerDied(-signal.SIGKILL if code is None else code, place, said)
+
+    def _remove_files(self) -> None:
+        for file in (self._faults, self._said):
+            if file is not None:
+                file.unlink(missing_ok=True)
+        self._faults = self._said = None
 
     def _clean(self) -> None:
         if self._connection is None:
             return
         self._connection.close()
         os.close(self._status)
-        if self._faults is not None:
-            self._faults.unlink(missing_ok=True)
-        self._connection, self._status, self._faults, self.pid = None, -1, None, None
+        self._remove_files()
+        self._connection, self._status, self.pid = None, -1, None
 
 
 def _readable(connection: socket.socket) -> bool:
@@ -338,6 +357,7 @@ class Isolated:
         memory_limit: bytes that a worker may allocate; None for the default on the CPU, no limit on a GPU, whose
             driver reserves addresses without end.
         checks: instruments that look at its kernels, see `effattn.cpu.checks`.
+        quiet: keep what the method prints for the verdicts' notes, in place of printing it.
         jobs: processes that share the questions of `judge_all`; None for one a core, at most `MOST_JOBS`, on the CPU, and
             one on a GPU.
 
@@ -354,7 +374,9 @@ class Isolated:
         memory_limit: int | None = None,
         checks: Sequence[str] = (),
         jobs: int | None = None,
+        quiet: bool = False,
     ) -> None:
+        self._quiet = quiet
         self.device, self.time_limit, self.checks = device, time_limit, tuple(checks)
         self._asked = spec
         if jobs is None:
@@ -363,13 +385,14 @@ class Isolated:
         if memory_limit is None and device == "cpu":
             memory_limit = int(available_memory() * MEMORY_SHARE / jobs)
         self.memory_limit = memory_limit
-        self._worker = Worker(memory_limit=memory_limit)
+        self._worker = Worker(memory_limit=memory_limit, quiet=quiet)
         try:
             self._worker.call("effattn.run.work:check_device", device)
             described = self._worker.call("effattn.run.work:describe", spec)
         except WorkerDied as died:
             self.close()
             at = f" (at {died.place})" if died.place else ""
+            at += f", after it printed {died.said!r}" if died.said else ""
             raise RequestError(
                 f"loading the method {spec!r} killed the process: it {how_it_ended(died.code)}{at}."
                 " It must be importable; what it computes belongs into the function"
@@ -379,6 +402,8 @@ class Isolated:
             raise
         self.name: str = described["name"]
         self.spec: str = described["spec"]
+        #: what happened when the file was imported, see `effattn.methods.surroundings`
+        self.notes: tuple[str, ...] = tuple(described["notes"])
 
     def judge(self, case: Case, law: str | None = None, *, weigh: str = "", explain: bool = False) -> Verdict:
         """Compare one case with exact attention, or try a law on it; `weigh` and `explain` as in `effattn.judge`.
@@ -398,7 +423,7 @@ class Isolated:
             for number, asked in enumerate(questions):
                 yield number, self.judge(asked.case, asked.law, weigh=asked.weigh)
             return
-        pool = IsolatedExecutor(self.jobs, memory_limit=self.memory_limit)
+        pool = IsolatedExecutor(self.jobs, memory_limit=self.memory_limit, quiet=self._quiet)
         try:
             futures: dict[concurrent.futures.Future[Any], int] = {}
             for number in _interleaved(len(questions), self.jobs):
@@ -494,6 +519,8 @@ def verdict_of_death(
         message = f"the process of the method {how_it_ended(died.code)}"
     if died.place:
         message += f"\nat {died.place}"
+    if died.said:
+        message += f"\nit printed: {died.said}"
     return Verdict(
         case=case,
         method=name,
@@ -513,13 +540,14 @@ class IsolatedExecutor(concurrent.futures.Executor):
     Args:
         workers: processes.
         memory_limit: bytes that each may allocate; None for no limit.
+        quiet: as for `Worker`.
     """
 
-    def __init__(self, workers: int, *, memory_limit: int | None = None) -> None:
+    def __init__(self, workers: int, *, memory_limit: int | None = None, quiet: bool = False) -> None:
         self._queue: queue.SimpleQueue[
             tuple[concurrent.futures.Future[Any], str, tuple[Any, ...], float | None] | None
         ] = queue.SimpleQueue()
-        self.workers = [Worker(memory_limit=memory_limit) for _ in range(workers)]
+        self.workers = [Worker(memory_limit=memory_limit, quiet=quiet) for _ in range(workers)]
         start()
         self._threads = [threading.Thread(target=self._run, args=(w,), daemon=True) for w in self.workers]
         for thread in self._threads:

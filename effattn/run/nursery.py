@@ -6,7 +6,7 @@ thread and no GPU is open in it that a fork would break.
 
 It is started by `effattn.run.isolation` with one end of a socket. Each message asks for one worker:
 
-    {"environ": {...}, "cwd": "...", "path": [...], "faults": "FILE", "memory": BYTES or null}
+    {"environ": {...}, "cwd": "...", "path": [...], "faults": "FILE", "said": "FILE" or null, "memory": BYTES or null}
 
 and brings four descriptors: the worker's end of its connection, its stdout, its stderr, and a pipe on which the
 nursery tells its pid and, when it has ended, its exit status. When the other end of the socket closes, because the
@@ -116,6 +116,10 @@ def _become_worker(asked: dict[str, Any], connection: int, out: int, err: int, p
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
+        if asked["said"] is not None:
+            from effattn.methods import surroundings
+
+            surroundings.print_into(asked["said"])
         os.environ.clear()
         os.environ.update(asked["environ"])
         with contextlib.suppress(OSError):

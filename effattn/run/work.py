@@ -96,21 +96,24 @@ def time_limit(seconds: float | None) -> Iterator[None]:
 
 def method(spec: str) -> Method:
     """The method, loaded once in each worker."""
-    return _loaded(spec, os.getcwd())
+    return _loaded(spec, os.getcwd())[0]
 
 
 @functools.cache
-def _loaded(spec: str, folder: str) -> Method:
+def _loaded(spec: str, folder: str) -> tuple[Method, tuple[str, ...]]:
     """A file is named relative to the folder that the process is in."""
     from effattn import methods
+    from effattn.methods import surroundings
 
-    return methods.get(spec)
+    with surroundings.noted_import() as notes:
+        loaded = methods.get(spec)
+    return loaded, tuple(notes)
 
 
-def describe(spec: str) -> dict[str, str]:
-    """Load the method: its name and how the command line names it."""
-    loaded = method(spec)
-    return {"name": loaded.name, "spec": loaded.spec}
+def describe(spec: str) -> dict[str, Any]:
+    """Load the method: its name, how the command line names it, and what loading it did to the process."""
+    loaded, notes = _loaded(spec, os.getcwd())
+    return {"name": loaded.name, "spec": loaded.spec, "notes": list(notes)}
 
 
 def check_device(device: str) -> None:
