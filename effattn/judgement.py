@@ -40,6 +40,9 @@ TITLES = {
     "dsinks": "dsinks",
 }
 
+#: of the bound: a smaller deviation is that of errors which are known, such as those of a row with one key
+KNOWN = 1e-6
+
 
 class Part:
     """One output ("out", "lse") or gradient ("dq", ...), beside what it should be; numpy float64 of one shape."""
@@ -105,7 +108,7 @@ class Judgement:
             exact.out,
             bound=envelope.out_bound,
             reach=envelope.out_reach,
-            sigma=envelope.out_sigma,
+            sigma=envelope.out_typical,
             judged=None if judged is None else judged[..., None],
             format=numerics.format("output"),
         )
@@ -117,7 +120,7 @@ class Judgement:
                 exact.lse,
                 bound=envelope.lse_bound,
                 reach=envelope.lse_bound,
-                sigma=envelope.lse_sigma,
+                sigma=envelope.lse_typical,
                 judged=judged,
                 format=numerics.format("lse"),
             )
@@ -163,7 +166,7 @@ class Judgement:
                     exact.present()[name],
                     bound=envelope.bound,
                     reach=envelope.reach,
-                    sigma=envelope.sigma,
+                    sigma=envelope.typical,
                     judged=None if bool(envelope.judged.all()) else envelope.judged,
                     format=format,
                 )
@@ -269,15 +272,15 @@ class Judgement:
         if judged is not None:
             fraction[~judged] = -1.0
         index = _index(int(fraction.argmax()), fraction.shape)
-        # Where nothing takes part there is no deviation to divide by, and nothing to count.
-        uncertain = part.sigma > 0.0
+        # Where nothing takes part, or all roundings are known, there is no deviation to divide by, and nothing to count.
+        uncertain = part.sigma > part.reach * KNOWN
         z = part.error / np.where(uncertain, part.sigma, math.inf)
         rounded = part.format.round(part.exact)
         off = part.got != rounded
         if judged is not None:
             uncertain &= judged
             off &= judged
-        z = z[uncertain] if uncertain.any() else np.zeros(1)
+        z = z[uncertain]
         ulps = part.format.distance(part.got[off], rounded[off])
         middle, high, most = _quantiles(ulps, count)
         return Quantity(
@@ -289,9 +292,9 @@ class Judgement:
             ulp_p50=middle,
             ulp_p99=high,
             ulp_max=most,
-            z_rms=math.sqrt(float(z @ z) / z.size),
-            z_max=max(float(z.max()), float(z.min()), key=abs),
-            z_mean=float(z.sum()) / z.size,
+            z_rms=math.sqrt(float(z @ z) / z.size) if z.size else None,
+            z_max=max(float(z.max()), float(z.min()), key=abs) if z.size else None,
+            z_mean=float(z.sum()) / z.size if z.size else None,
             worst=index,
             got=float(part.got[index]),
             exact=float(part.exact[index]),

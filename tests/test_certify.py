@@ -183,7 +183,7 @@ def test_bound_and_noise_are_those_of_the_certain_values(dtype: str) -> None:
             forward_envelope(q, k, v, numerics=numerics, exact=x, options=options)
             for x in (reference, certain)
         ]
-        for name in ("out_bound", "out_sigma", "lse_bound", "lse_sigma"):
+        for name in ("out_bound", "out_sigma", "out_typical", "lse_bound", "lse_typical"):
             np.testing.assert_allclose(*(getattr(x, name) for x in both), rtol=1e-6, atol=1e-300)
         d_out = inputs.extras.d_out
         if d_out is None:

@@ -216,7 +216,7 @@ def test_blocks_do_not_change_the_envelopes(
                 name,
                 field,
             )
-    for field in ("out_bound", "out_sigma", "lse_bound", "lse_sigma"):
+    for field in ("out_bound", "out_sigma", "out_typical", "lse_bound", "lse_typical"):
         assert np.allclose(getattr(forward, field), getattr(forward_blocks, field), rtol=1e-7), field
 
 

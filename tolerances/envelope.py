@@ -53,6 +53,7 @@ from effattn.tolerances.sums import (
     narrow,
     shifted,
 )
+from effattn.tolerances.typical import deviations
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -86,8 +87,10 @@ class Envelope:
     out_bound: Floats
     #: the same before the output is rounded
     out_reach: Floats
-    #: expected standard deviation of got - exact, the rounding of the output included
+    #: standard deviation of got - exact that is granted to every kernel of the numerics, the rounding of the output included
     out_sigma: Floats
+    #: the one to expect of most, see `tolerances.typical`: what z is reported in, and no test rests on
+    out_typical: Floats
     #: expected variance before the output is rounded
     out_noise: Floats
     #: the part of `out_noise` that comes from the accumulators' format: everything but the rounding of P
@@ -96,10 +99,10 @@ class Envelope:
     out_steady: Floats
     #: the part of it that comes from weights lost to underflow, which has the sign of V in all rows
     out_lost: Floats
-    #: bound and deviation of the log-sum-exp
+    #: bound of the log-sum-exp, and deviation to expect
     lse_bound: Floats
-    lse_sigma: Floats
-    #: its variance without what the scale's constants do to all scores of a row, which P from scores and log-sum-exp
+    lse_typical: Floats
+    #: variance granted to it, without what the scale's constants do to all scores of a row, which P from scores and log-sum-exp
     #: does not see
     lse_noise: Floats
     #: largest |scale| |q_i| |k_j| over the keys: relative errors of the inputs come out in the weights so many times
@@ -176,11 +179,13 @@ def forward_envelope(
         assert largest is not None
         sums |= {name: x.cpu().numpy() for name, x in largest.read(rows, q.shape[1], q.shape[2]).items()}
         if equal is not None:
+            sums["alike"] = equal.share
             sums["same_keys"] = rows.read(equal.keys).unsqueeze(-1).cpu().numpy()
             sums["same_pairs"] = rows.read(equal.pairs).unsqueeze(-1).cpu().numpy()
             if causal != "none":
                 # A row may not see all of a group, so only the key itself is known to be at the maximum.
                 sums["top_sum"], sums["top_squares"] = sums["top_v"], sums["top_v"] ** 2
+                sums["top_size"] = np.maximum(sums["top_size"] * sums["count"] / k.shape[2], 1.0)
         with np.errstate(over="ignore", invalid="ignore"):  # rows that are not judged
             result = _finish(
                 SimpleNamespace(**sums),
@@ -256,14 +261,14 @@ def _with_options(
         # The sink alone is the log-sum-exp, up to its product with log2(e) and back.
         finite = np.where(np.isfinite(exact.lse.cpu().numpy()), np.abs(exact.lse.cpu().numpy()), 0.0)
         fields["lse_bound"] = 8.0 * numerics.format("acc").unit_roundoff * finite
-        fields["lse_sigma"] = fields["lse_bound"] / 8.0
+        fields["lse_typical"] = fields["lse_bound"] / 8.0
     return Envelope(**fields, empty_rows=0)  # pyright: ignore[reportArgumentType]
 
 
 #: the fields of an Envelope that are arrays
 _FIELDS = (
-    "out_bound", "out_reach", "out_sigma", "out_noise", "out_inner", "out_steady", "out_lost", "lse_bound",
-    "lse_sigma", "lse_noise", "condition", "judged", "along_scale", "along_top",
+    "out_bound", "out_reach", "out_sigma", "out_typical", "out_noise", "out_inner", "out_steady", "out_lost", "lse_bound",
+    "lse_typical", "lse_noise", "condition", "judged", "along_scale", "along_top",
 )  # fmt: skip
 
 
@@ -359,7 +364,7 @@ def _finish(
     bound *= 0.5
     bound += reach
 
-    # Noise. Equal keys may have equal errors, or not: the larger is expected.
+    # Noise. Equal keys may have equal errors, or not: the larger is granted.
     equal = hasattr(x, "equal_w2_v2")
     if fine:
         if hasattr(x, "h"):
@@ -380,6 +385,7 @@ def _finish(
         inner *= lse_scores
         all_alike = lse_scores
         lse_scores = all_alike * (np.maximum(x.w2, x.equal_w2) if equal else x.w2)
+    by_scores = inner.copy() if fine else None
     l_terms, l_sum = running_sum(n, numerics.sum_block)
     a_terms, a_sum = running_sum(n, numerics.product_block)
     a_terms = a_terms + (0.0 if exact_pv else 1.0) + (1.0 if before and not u_p else 0.0)
@@ -450,26 +456,43 @@ def _finish(
     )
     lse_reach *= growth
     lse_bound = lse_reach + 0.5 * lse_format.ulp(lse_abs + lse_reach)
-    largest = getattr(x, "largest", s_most)  # the maximum that is subtracted
+    largest = np.abs(x.peak) if hasattr(x, "peak") else s_most  # the maximum that is subtracted
     lse_noise = (
         lse_scores + var * (l_var + 3.0 * (largest**2 + offset**2) + lse_abs * lse_abs) + LOG_ERROR**2 / 12.0
     )
     lse_noise += lse_format.ulp(lse_abs) ** 2 / 12.0
+    p_lse = 0.0
     if numerics.sum_of == "rounded":
-        lse_noise += x.p_2 if narrow else ROUNDING_VARIANCE * u_p * u_p * x.w2
+        p_lse = x.p_2 if narrow else ROUNDING_VARIANCE * u_p * u_p * x.w2
     if shared is not None:
-        lse_noise = lse_noise + np.square(x.off * stretch)
-    lse_var = lse_noise + (2.0 * u * largest) ** 2  # constants, as above, and ln 2
+        p_lse = p_lse + np.square(x.off * stretch)
+    lse_noise = lse_noise + p_lse
+    typical, lse_typical = deviations(
+        x,
+        numerics,
+        errors,
+        granted=by_scores,
+        running={"l": (l_terms, l_sum), "acc": running_sum(n, numerics.product_block)},
+        q_norm=q_norm,
+        o=o,
+        lse=lse,
+        other=np.maximum(noise - inner, 0.0),
+        other_lse=p_lse,
+        along_scale=along_scale,
+        dropout=dropout,
+        sinks=sinks,
+    )
     return {
         "out_bound": bound,
         "out_reach": reach,
         "out_sigma": sigma,
+        "out_typical": typical,
         "out_noise": noise,
         "out_inner": inner,
         "out_steady": steady,
         "out_lost": lost + np.zeros_like(steady),
         "lse_bound": lse_bound[..., 0],
-        "lse_sigma": np.sqrt(lse_var)[..., 0],
+        "lse_typical": lse_typical[..., 0],
         "lse_noise": lse_noise[..., 0],
         "condition": condition[..., 0],
         "judged": judged[..., 0],

@@ -42,6 +42,7 @@ from effattn.tolerances import dots
 from effattn.tolerances.envelope import LARGEST_WEIGHT_ERROR, running_sum
 from effattn.tolerances.pairs import pair_errors, sink_errors
 from effattn.tolerances.sums import ROUNDING_VARIANCE, ScoreErrors, gamma
+from effattn.tolerances.typical import rounded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,8 +63,10 @@ class GradientEnvelope:
     bound: Floats
     #: the same before it is rounded
     reach: Floats
-    #: expected standard deviation of got - exact, the rounding included
+    #: standard deviation of got - exact that is granted, the rounding included
     sigma: Floats
+    #: the one to expect of most kernels, see `tolerances.typical`
+    typical: Floats
     #: the part of the variance that is common to all keys of a head (dK, dV), or 0
     common: Floats
     #: the part of the variance that errors of delta are: as likely up as down, but in `common` those of all keys at once
@@ -143,6 +146,9 @@ class _Pairs:
     f_var: torch.Tensor
     l_most: torch.Tensor
     f_most: torch.Tensor
+    #: by row: how much less than `l_var` and `f_var` is to be expected of most kernels
+    l_less: torch.Tensor
+    f_less: torch.Tensor
     #: w slope: what an error of delta is multiplied by
     carried: torch.Tensor
 
@@ -173,14 +179,14 @@ def gradient_envelopes(
     sums = HeadSums(q, options)
     heads_shape = (q.shape[0] * q.shape[1], k.shape[2])
     for name, dim in (("k", k.shape[3]), ("v", v.shape[3])):
-        for what in ("abs", "reach", "var", "common", "delta", "inner", "terms", "sum"):
+        for what in ("abs", "reach", "var", "common", "delta", "inner", "less", "terms", "sum"):
             sums.per_key[f"{name} {what}"] = q.new_zeros((*heads_shape, dim), dtype=torch.float64)
     sums.per_key["rows"] = q.new_zeros((*heads_shape, 1), dtype=torch.float64)
     per_query = {
-        name: q.new_zeros(q.shape, dtype=torch.float64) for name in ("reach", "var", "delta", "inner")
+        name: q.new_zeros(q.shape, dtype=torch.float64) for name in ("reach", "var", "delta", "inner", "less")
     }
     per_sink = {
-        name: q.new_zeros((q.shape[0] * q.shape[1],), dtype=torch.float64) for name in ("reach", "var")
+        name: q.new_zeros((q.shape[0] * q.shape[1],), dtype=torch.float64) for name in ("reach", "var", "less")
     }
     rows_judged = torch.from_numpy(forward.judged).to(q.device)
     for block in score_blocks(q, k, v, options):
@@ -227,11 +233,13 @@ def gradient_envelopes(
         block.write(per_query["reach"], reach)
         block.write(per_query["var"], torch.bmm(x.z_var, keys2) + accumulated + in_row)
         block.write(per_query["delta"], of_delta)
+        block.write(per_query["less"], x.l_less * exact_dq.square() + x.f_less * mean_key.square())
         block.write(per_query["inner"], torch.bmm(x.z_inner, keys2) + accumulated + in_row)
         # dK and dV: sums over the queries that see a key.
         sums.add("rows", block, block.visible.sum(1).double().unsqueeze(-1))
         of_delta = x.f_var * (scale * x.carried).square()
         common = x.l_var * d2 + of_delta
+        less = x.l_less * d2 + x.f_less * (scale * x.carried).square()
         weights = block.weighted(x.w)
         weights2 = weights.square()
         for name, what, value in (
@@ -241,6 +249,7 @@ def gradient_envelopes(
             ("k", "common", torch.bmm(common.mT, rows2)),
             ("k", "delta", torch.bmm(of_delta.mT, rows2)),
             ("k", "inner", torch.bmm((x.z_inner + common).mT, rows2)),
+            ("k", "less", torch.bmm(less.mT, rows2)),
             ("k", "terms", torch.bmm(d2.mT, rows2)),
             ("k", "sum", torch.bmm(d_t.mT, block.q)),
             ("v", "abs", torch.bmm((weights + x.y).mT, g_abs)),
@@ -248,15 +257,17 @@ def gradient_envelopes(
             ("v", "var", torch.bmm((x.y_var + weights2 * x.l_var).mT, g2)),
             ("v", "common", torch.bmm((weights2 * x.l_var).mT, g2)),
             ("v", "inner", torch.bmm((x.y_inner + weights2 * x.l_var).mT, g2)),
+            ("v", "less", torch.bmm((weights2 * x.l_less).mT, g2)),
             ("v", "terms", torch.bmm(weights2.mT, g2)),
             ("v", "sum", torch.bmm(weights.mT, g)),
         ):
             sums.add(f"{name} {what}", block, value)
         if options.bias is not None:
             seen = block.visible.double()
-            shared = x.s_var + x.l_var * x.d_s.square() + x.f_var * x.w.square()
+            d_s2, w2 = x.d_s.square(), x.w.square()
+            shared, less = x.s_var + x.l_var * d_s2 + x.f_var * w2, x.l_less * d_s2 + x.f_less * w2
             for what, value in (
-                ("reach", x.z_bias), ("abs", x.d_s.abs() + x.z_bias), ("var", shared), ("terms", x.d_s.square()), ("n", seen)
+                ("reach", x.z_bias), ("abs", x.d_s.abs() + x.z_bias), ("var", shared), ("less", less), ("terms", d_s2), ("n", seen)
             ):  # fmt: skip
                 sums.add_bias(what, block, value)
         if block.sink is not None:
@@ -269,6 +280,8 @@ def gradient_envelopes(
             per_sink["reach"][block.pairs] += most.sum((1, 2))
             moved = p.square() * (away.square() * (sink_var + x.l_var + 2.0 * size.one) + x.f_var)
             per_sink["var"][block.pairs] += moved.sum((1, 2))
+            fewer = p.square() * (away.square() * x.l_less + x.f_less)
+            per_sink["less"][block.pairs] += fewer.sum((1, 2))
     out: dict[str, GradientEnvelope] = {}
     input_ = numerics.format("input")
     x = per_query
@@ -279,6 +292,7 @@ def gradient_envelopes(
         x["var"],
         x["inner"],
         rows_judged[..., None],
+        less=x["less"],
         delta=x["delta"],
         cast=x["var"] - x["inner"],
     )
@@ -296,13 +310,16 @@ def gradient_envelopes(
             torch.from_numpy(np.asarray(c)) for c in running_sum(x["n"].cpu().numpy().clip(1.0), None)
         )
         noise = x["var"] + size.one * (terms * x["terms"] + total * b.square())
-        out["bias"] = _rounded(b, bias_format, reach, noise, noise, everything)
+        out["bias"] = _rounded(b, bias_format, reach, noise, noise, everything, less=x["less"])
     if gradients.sinks is not None:
         heads = {name: x.unflatten(0, q.shape[:2]).sum(0) for name, x in per_sink.items()}
         n = float(q.shape[0] * q.shape[2])
-        noise = heads["var"] + size.one * ((n + 1.0) / 3.0) * gradients.sinks.square()
+        # Any order is granted; most are trees.
+        square = size.one * gradients.sinks.square()
+        noise, less = heads["var"] + ((n + 1.0) / 3.0) * square, heads["less"]
+        less = less + max(0.0, (n + 1.0) / 3.0 - math.log2(n) - 1.0) * square
         out["sinks"] = _rounded(
-            gradients.sinks, numerics.format("lse"), heads["reach"], noise, noise, everything
+            gradients.sinks, numerics.format("lse"), heads["reach"], noise, noise, everything, less=less
         )
     return out
 
@@ -387,9 +404,13 @@ def _pairs(
     cast = ROUNDING_VARIANCE * size.u_p**2
     w2 = w.square()
     f_var += (w2 * (away.square() * found.variance + cast * d_p.square())).sum(-1, keepdim=True)
-    f_var += one * (
+    of_product = one * (
         (dim + 1) / 6.0 * (g2 * o.square()).sum(-1, keepdim=True) + ((dim + 1) / 3.0 + 1.0) * delta.square()
     )
+    f_var += of_product
+    # What is to be expected: the errors of the output as they are, and of the log-sum-exp.
+    f_less = f_var - of_product - (g2 * of(forward.out_typical).square()).sum(-1, keepdim=True)
+    l_less = of(forward.lse_noise) - of(forward.lse_typical).square()
 
     # dS, then its cast; either may be scaled before the other.
     floor = numerics.format("acc").smallest_normal
@@ -442,6 +463,7 @@ def _pairs(
     return _Pairs(
         w=w, d_s=d_s, d_t=d_t, y=y, z_bias=z_bias, z=z, z_own=z_own, y_var=y_var, s_var=s_var, z_var=z_var, y_inner=y_inner,
         z_inner=z_inner, l_var=l_var, f_var=f_var, l_most=l_most, f_most=f, carried=carried,
+        l_less=l_less.clamp(min=0.0), f_less=f_less.clamp(min=0.0),
     )  # fmt: skip
 
 
@@ -509,7 +531,7 @@ def _one_sided(n: torch.Tensor, sizes: torch.Tensor, total: torch.Tensor, numeri
 
 def _rounded(
     exact: torch.Tensor, fmt: Format, reach: torch.Tensor, noise: torch.Tensor, inner: torch.Tensor,
-    judged: torch.Tensor, *, common: torch.Tensor | None = None, delta: torch.Tensor | None = None,
+    judged: torch.Tensor, *, less: torch.Tensor, common: torch.Tensor | None = None, delta: torch.Tensor | None = None,
     cast: torch.Tensor | None = None,
 ) -> GradientEnvelope:  # fmt: skip
     """With the rounding to its format."""
@@ -518,10 +540,12 @@ def _rounded(
     bound = torch.where(reach > 0.0, reach + 0.5 * fmt.ulp(exact.abs() + reach), 0.0)
     sigma = torch.where(reach > 0.0, (noise + _cast_variance(exact, fmt)).sqrt(), 0.0)
     bound = torch.where(judged, bound, math.inf)
+    typical = rounded(fmt, exact.cpu().numpy(), (noise - less).clamp(min=0.0).cpu().numpy())
     return GradientEnvelope(
         bound=bound.cpu().numpy(),
         reach=reach.cpu().numpy(),
         sigma=sigma.cpu().numpy(),
+        typical=np.minimum(np.sqrt(typical), sigma.cpu().numpy()),
         common=(torch.zeros_like(sigma) if common is None else common).cpu().numpy(),
         delta=(torch.zeros_like(sigma) if delta is None else delta).cpu().numpy(),
         inner=inner.cpu().numpy(),
@@ -575,7 +599,7 @@ def _of_keys(
     )
     reach, noise = reach + more, noise + more_noise
     return _rounded(
-        exact, input_, reach, noise, inner, judged, common=common, delta=total("delta"), cast=cast
+        exact, input_, reach, noise, inner, judged, less=total("less"), common=common, delta=total("delta"), cast=cast
     )
 
 

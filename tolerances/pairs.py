@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from effattn.tolerances.sums import ROUNDING_VARIANCE, flushed
@@ -132,6 +133,10 @@ def collect_with_options(
     top, key = w.max(-1, keepdim=True)
     place = key.expand(-1, -1, v.shape[-1])
     kept = torch.gather(x, 2, key) / torch.where(top > 0.0, top, 1.0)
+    less = torch.zeros_like(lse)
+    if block.added is not None:
+        scores = block.scores.masked_fill(~block.visible, 0.0)
+        less = (w2 * (block.added.square() + scores.square())).sum(-1, keepdim=True)
     total = {
         "w_abs": torch.bmm(x, v_abs),
         "w2_v2": torch.bmm(x2, v2),
@@ -140,7 +145,7 @@ def collect_with_options(
         "ws": (w * block.product * slope).sum(-1, keepdim=True),
         "low": -found.most,
         "high": found.most,
-        "largest": (top.clamp(min=1e-300).log() + lse.clamp(min=-1e300)).abs(),
+        "peak": torch.maximum(top, sink_w).clamp(min=1e-300).log() + lse.clamp(min=-1e300),
         "count": count.clamp(min=1.0),
         "seen": block.visible.any(-1, keepdim=True).double(),
         "top": top,
@@ -154,6 +159,8 @@ def collect_with_options(
         "g_v": torch.bmm(w * g, v),
         "g": (w2 * found.variance).sum(-1, keepdim=True) + sink_w.square() * sink_var,
         "w_var": (w * found.variance).sum(-1, keepdim=True) + sink_w * sink_var,
+        # What is granted beyond one rounding of a bias and of its sum with the score, and of a sink.
+        "g_less": errors.gap * (less + (sink_w * block.sink if block.sink is not None else sink_w).square()),
         "k_most": block.k.square().sum(-1).amax(-1)[:, None, None],
         "v_most": v_abs.amax(1, keepdim=True),
     }
@@ -167,8 +174,10 @@ def collect_with_options(
         total["equal_g"] = torch.bmm(w2 * found.variance, size)
         # Which keys of a group a row sees depends on the options: only the key itself is known to be at the maximum.
         total["top_sum"], total["top_squares"] = total["top_v"], total["top_v"].square()
+        total["top_size"] = (torch.gather(size, 1, key) * (count / v.shape[1])).clamp(min=1.0)
         total["same_keys"], total["same_pairs"] = block.read(equal.keys), block.read(equal.pairs)
-    return {name: y.cpu().numpy() for name, y in (total | more).items()}
+    collected = {name: y.cpu().numpy() for name, y in (total | more).items()}
+    return collected if equal is None else collected | {"alike": np.float64(equal.share)}
 
 
 def narrow_sums(

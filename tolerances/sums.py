@@ -30,8 +30,14 @@ if TYPE_CHECKING:
 #: variance of a rounding to nearest relative to (u x)^2, for a log-uniform mantissa: (u^2 / 3)(3 / (8 ln 2))
 ROUNDING_VARIANCE = 0.125 / math.log(2.0)
 
+#: times the variance of as many random roundings, for each of m equal terms of a running sum, see `typical`
+ALIKE = (4.0 / 15.0) / (4.0 / 7.0)
+
 #: sums of products and squares may be done in float32 where entries lie between these, by columns brought near 1
 _NARROW = (1e-12, 1e12)
+
+#: keys that differ by no more than this, relative to their largest entry, are rounded alike
+NEAR = 2.0**-20
 
 #: pairs of query and key from which on that is quicker
 _WORTH = 1 << 16
@@ -80,6 +86,12 @@ class ScoreErrors:
     each: float
     gap: float
     exp: float
+    #: d
+    features: float
+    #: spacing of products of two inputs, relative to the spacing of the accumulators at the same size
+    quantum: float
+    #: by how much more partial sums are off since products are alike, in the first pair of query and key
+    alike: float
 
     @classmethod
     def of(cls, numerics: Numerics, q: torch.Tensor, k: torch.Tensor) -> ScoreErrors:
@@ -113,6 +125,9 @@ class ScoreErrors:
             + (0.25 * u_scales) ** 2,
             gap=one,
             exp=one * max(1.0, numerics.exp_ulps**2),
+            features=float(d),
+            alike=ALIKE * (_repeats(q[:1, :1, :1].double() * k[:1, :1, :1].double()) - 1.0),
+            quantum=2.0 ** (2 * numerics.format("input").precision - acc.precision - 1),
         )
 
 
@@ -144,7 +159,8 @@ def _directions(size: int) -> Floats:
 class EqualKeys:
     """Keys that are there more than once in a head: their scores, weights and roundings are the same.
 
-    So their errors may add up as one: sum over keys of w^2 (v - o)^2 becomes, for a group of m, w^2 (V - m o)^2 with V
+    So are some of those of keys that differ in the last places of fp32 only (`NEAR`): a product moves by a fraction of the
+    spacing of the sums it is added to. So their errors may add up as one: sum over keys of w^2 (v - o)^2 becomes, for a group of m, w^2 (V - m o)^2 with V
     the sum of their values. With V^2 / m, V and m in place of v^2, v and 1, each sum over keys gives just that. They
     may as well not, where blocks or positions are treated differently, so the larger of both sums is expected.
     """
@@ -155,6 +171,8 @@ class EqualKeys:
     keys: torch.Tensor
     #: the same where the values are equal too: equal terms of the second product
     pairs: torch.Tensor
+    #: the share of their errors that keys have in common: 1, or less where some are not quite equal
+    share: float
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> EqualKeys | None:
@@ -162,32 +180,45 @@ class EqualKeys:
         if k.shape[2] < 2:
             return None
         # A projection of each row, summed in the same order for each: equal rows have equal ones, others hardly ever.
-        marks = [
-            np.einsum("bhnd,d->bhn", x.detach().to("cpu", torch.float64).numpy(), _directions(x.shape[3]))
-            for x in (k, v)
-        ]
-        ordered = np.sort(marks[0], axis=-1)
-        if not (ordered[..., 1:] == ordered[..., :-1]).any():
+        keys, marks = k.detach().to("cpu", torch.float64).numpy(), []
+        for x in (k, v):
+            wide = x.detach().to("cpu", torch.float64).numpy()
+            marks.append(np.einsum("bhnd,d->bhn", wide, _directions(x.shape[3])))
+        order = np.argsort(marks[0], axis=-1, kind="stable")
+        ordered = np.take_along_axis(marks[0], order, -1)
+        same = np.diff(ordered, axis=-1) <= NEAR * np.abs(marks[0]).max()
+        if not same.any():
+            return None
+        equal = True
+        for b, h, i in np.argwhere(same):
+            one, other = keys[b, h, order[b, h, i]], keys[b, h, order[b, h, i + 1]]
+            apart = np.abs(one - other).max()
+            same[b, h, i] = apart <= NEAR * np.abs(one).max()
+            equal &= bool(apart == 0.0 or not same[b, h, i])
+        if not same.any():
             return None
         values = v.detach().to("cpu", torch.float64).numpy()
         dim = values.shape[3]
         summed = np.empty((*values.shape[:3], 2 * dim + 1))
         same_keys, same_pairs = np.empty(k.shape[:2]), np.empty(k.shape[:2])
         for place in np.ndindex(*k.shape[:2]):
-            _, group, sizes = np.unique(marks[0][place], return_inverse=True, return_counts=True)
+            group = np.empty(k.shape[2], dtype=np.int64)
+            group[order[place]] = np.concatenate([[0], np.cumsum(~same[place])])
+            sizes = np.bincount(group)
             sums = np.zeros((len(sizes), 2 * dim))
             np.add.at(sums, group, np.concatenate([values[place], values[place] ** 2], axis=1))
             summed[(*place, slice(None), slice(-1))] = sums[group]
             summed[(*place, slice(None), -1)] = sizes[group]
             same_keys[place] = (sizes**2.0).sum() / k.shape[2]
-            both = np.unique(np.stack([marks[0][place], marks[1][place]]), axis=1, return_counts=True)[1]
+            both = np.unique(np.stack([group, marks[1][place]]), axis=1, return_counts=True)[1]
             same_pairs[place] = (both**2.0).sum() / k.shape[2]
 
         def rows(x: Floats) -> torch.Tensor:
             per_head = torch.from_numpy(x).to(q.device).repeat_interleave(q.shape[1] // k.shape[1], 1)
             return per_head[:, :, None].expand(q.shape[:3])
 
-        return cls(torch.from_numpy(summed).to(q.device), rows(same_keys), rows(same_pairs))
+        share = 1.0 if equal else 0.75
+        return cls(torch.from_numpy(summed).to(q.device), rows(same_keys), rows(same_pairs), share)
 
 
 def narrow(q: torch.Tensor, k: torch.Tensor, scale: float) -> bool:
@@ -319,6 +350,7 @@ def _common(
     if equal is not None:
         sums["top_sum"] = torch.gather(equal.v, 1, place)
         sums["top_squares"] = torch.gather(equal.v2, 1, place)
+        sums["top_size"] = torch.gather(equal.size, 1, key)
     return sums | {
         "low": low,
         "high": high,
