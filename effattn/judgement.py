@@ -40,8 +40,8 @@ TITLES = {
     "dsinks": "dsinks",
 }
 
-#: of the bound: a smaller deviation is that of errors which are known, such as those of a row with one key
-KNOWN = 1e-6
+#: spacings: a smaller deviation is that of errors which are known, such as those of a row with one key
+KNOWN = 0.02
 
 
 class Part:
@@ -273,7 +273,7 @@ class Judgement:
             fraction[~judged] = -1.0
         index = _index(int(fraction.argmax()), fraction.shape)
         # Where nothing takes part, or all roundings are known, there is no deviation to divide by, and nothing to count.
-        uncertain = part.sigma > part.reach * KNOWN
+        uncertain = part.sigma > KNOWN * part.format.ulp(np.abs(part.exact))
         z = part.error / np.where(uncertain, part.sigma, math.inf)
         rounded = part.format.round(part.exact)
         off = part.got != rounded
@@ -425,7 +425,7 @@ class Judgement:
             )
 
     def _known_gradient_errors(self) -> Iterator[dict[str, Floats]]:
-        from effattn.tolerances.gradients import known_gradient_errors
+        from effattn.tolerances.predict import known_gradient_errors
 
         extras = self.inputs.extras
         assert extras.d_out is not None

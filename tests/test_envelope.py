@@ -12,7 +12,7 @@ import torch
 
 from effattn import exact, values, zoo
 from effattn.case import DTYPES, Case
-from effattn.tolerances import sums
+from effattn.tolerances import sums, typical
 from effattn.tolerances.envelope import Envelope, forward_envelope, running_sum
 from effattn.tolerances.numerics import Numerics, for_dtype
 from effattn.zoo.tiled import Flash, State
@@ -207,6 +207,32 @@ def test_a_single_key_leaves_nothing_but_the_rounding_of_the_output() -> None:
         envelope.out_sigma, np.sqrt(for_dtype("bf16").format("output").ulp(reference.out.numpy()) ** 2 / 12)
     )
     assert (np.sqrt(envelope.out_noise) < 1e-5 * np.abs(reference.out.numpy()) + 1e-30).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("values", ["one-hot", "constant"])
+def test_errors_that_are_known_have_no_deviation(values: str, dtype: str) -> None:
+    """One weight is 1, or all P are, so that nothing is rounded but what the inputs say; a kernel has just these errors."""
+    case = Case(heads=2, q_len=12, kv_len=32, head_dim=16, dtype=dtype, values=values)
+    reference, envelope = envelope_of(case, for_dtype(dtype, "flash"))
+    output = for_dtype(dtype).format("output")
+    step = output.ulp(np.abs(reference.out.numpy()))
+    if values == "one-hot" or dtype != "fp32":
+        assert (envelope.out_typical < 0.02 * step).all()
+        assert (np.abs(errors_of(zoo.get("flash").kernel, case, reference)) < 0.02 * step).all()
+    assert (envelope.out_sigma > 0.2 * step).all(), "this much is granted all the same"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_last_rounding_is_spread_evenly_or_known(dtype: str) -> None:
+    fmt = for_dtype(dtype).format("output")
+    rng = np.random.default_rng(5)
+    for at in (1.0 + 0.3 * fmt.unit_roundoff, 1.5, 1.25 + 0.9 * fmt.unit_roundoff):
+        for spacings in (0.001, 1.0, 3.0):
+            x, step = np.array([at]), fmt.ulp(np.array([at]))[0]
+            drawn = fmt.round(at + rng.normal(size=20_000) * spacings * step) - at
+            predicted = typical.rounded(fmt, x, np.array([(spacings * step) ** 2]))[0]
+            assert np.mean(drawn**2) == pytest.approx(predicted, rel=0.06, abs=1e-5 * step**2)
 
 
 def test_rows_without_keys_are_allowed_no_error() -> None:

@@ -207,6 +207,30 @@ def test_nothing_judged_and_nothing_judged_of_a_dtype_are_no_pass() -> None:
     assert result(passed, of=request("torch", values=("normal", "uniform"))).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "said"),
+    [
+        ("fp32-matmul-softmax", "fp16", True),
+        ("fp32-matmul-softmax", "bf16", True),
+        ("fp64-inside", "fp32", True),
+        ("flash", "fp16", False),
+        ("flash", "bf16", False),
+        ("flash", "fp32", False),
+    ],
+)
+def test_a_method_that_rounds_less_than_it_declares_passes_and_is_told(
+    name: str, dtype: str, said: bool
+) -> None:
+    cases = [c for c in profiles.cases("smoke", dtype=dtype) if not c.backward][:60]
+    verdicts = [judge(case, zoo.get(name).method()) for case in cases]
+    assert not any(summary.failed(v.outcome) for v in verdicts)
+    sentences = summary.understated(summary.rows(verdicts, by=lambda v: (v.case.dtype,)))
+    assert len(sentences) == said
+    assert all("the method rounds less than it declares" in sentence for sentence in sentences)
+    few = summary.rows(verdicts[:10], by=lambda v: (v.case.dtype,))
+    assert summary.understated(few) == [], "ten cases say nothing"
+
+
 def test_rows_add_up() -> None:
     from effattn.verdict import Quantity
 

@@ -179,13 +179,17 @@ def forward_envelope(
         assert largest is not None
         sums |= {name: x.cpu().numpy() for name, x in largest.read(rows, q.shape[1], q.shape[2]).items()}
         if equal is not None:
-            sums["alike"] = equal.share
+            sums["alike"] = np.asarray(equal.share)
             sums["same_keys"] = rows.read(equal.keys).unsqueeze(-1).cpu().numpy()
             sums["same_pairs"] = rows.read(equal.pairs).unsqueeze(-1).cpu().numpy()
             if causal != "none":
                 # A row may not see all of a group, so only the key itself is known to be at the maximum.
+                seen = sums["count"] / k.shape[2]
                 sums["top_sum"], sums["top_squares"] = sums["top_v"], sums["top_v"] ** 2
-                sums["top_size"] = np.maximum(sums["top_size"] * sums["count"] / k.shape[2], 1.0)
+                sums["top_size"], sums["seen_sum"] = (
+                    np.maximum(sums["top_size"] * seen, 1.0),
+                    sums["seen_sum"] * seen,
+                )
         with np.errstate(over="ignore", invalid="ignore"):  # rows that are not judged
             result = _finish(
                 SimpleNamespace(**sums),

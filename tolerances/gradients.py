@@ -29,7 +29,6 @@ up over the keys, in dQ, and are independent from row to row, in dK and dV; ther
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -186,7 +185,8 @@ def gradient_envelopes(
         name: q.new_zeros(q.shape, dtype=torch.float64) for name in ("reach", "var", "delta", "inner", "less")
     }
     per_sink = {
-        name: q.new_zeros((q.shape[0] * q.shape[1],), dtype=torch.float64) for name in ("reach", "var", "less")
+        name: q.new_zeros((q.shape[0] * q.shape[1],), dtype=torch.float64)
+        for name in ("reach", "var", "less")
     }
     rows_judged = torch.from_numpy(forward.judged).to(q.device)
     for block in score_blocks(q, k, v, options):
@@ -267,7 +267,8 @@ def gradient_envelopes(
             d_s2, w2 = x.d_s.square(), x.w.square()
             shared, less = x.s_var + x.l_var * d_s2 + x.f_var * w2, x.l_less * d_s2 + x.f_less * w2
             for what, value in (
-                ("reach", x.z_bias), ("abs", x.d_s.abs() + x.z_bias), ("var", shared), ("less", less), ("terms", d_s2), ("n", seen)
+                ("reach", x.z_bias), ("abs", x.d_s.abs() + x.z_bias), ("var", shared), ("less", less),
+                ("terms", d_s2), ("n", seen),
             ):  # fmt: skip
                 sums.add_bias(what, block, value)
         if block.sink is not None:
@@ -599,45 +600,14 @@ def _of_keys(
     )
     reach, noise = reach + more, noise + more_noise
     return _rounded(
-        exact, input_, reach, noise, inner, judged, less=total("less"), common=common, delta=total("delta"), cast=cast
+        exact,
+        input_,
+        reach,
+        noise,
+        inner,
+        judged,
+        less=total("less"),
+        common=common,
+        delta=total("delta"),
+        cast=cast,
     )
-
-
-@torch.no_grad()
-def known_gradient_errors(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    d_out: torch.Tensor,
-    *,
-    numerics: Numerics,
-    exact: Exact,
-    options: Options,
-    d_lse: torch.Tensor | None = None,
-) -> Iterator[dict[str, Floats]]:
-    """What rounding P and dS does to "q", "k" and "v", which is known from the inputs.
-
-    dS is rounded as it is or scaled before, P before dropout's factor is multiplied or after.
-    """
-    scale = options.scale_for(q.shape[3])
-    p, ds = numerics.format("p"), numerics.format("ds")
-    for before, dropped in ((1.0, True), (scale or 1.0, False)):
-        dq = q.new_zeros(q.shape, dtype=torch.float64)
-        sums = HeadSums(q, options)
-        for block in score_blocks(q, k, v, options):
-            g = block.read(d_out).double()
-            w, _ = block.normalised(block.read(exact.lse))
-            d_s, _ = score_gradient(block, w, g, None if d_lse is None else block.read(d_lse).double())
-            d_t = (d_s if block.slope is None else d_s * block.slope) * before
-            off = (ds.round(d_t) - d_t) * (scale / before) if numerics.rounds_ds else torch.zeros_like(d_t)
-            weights = block.weighted(w) if dropped else w
-            off_p = p.round(weights) - weights if numerics.rounds_p else torch.zeros_like(weights)
-            off_p = off_p if dropped else block.weighted(off_p)
-            block.write(dq, torch.bmm(off, block.k))
-            sums.add("k", block, torch.bmm(off.mT, block.q))
-            sums.add("v", block, torch.bmm(off_p.mT, g))
-        yield {
-            "q": dq.cpu().numpy(),
-            "k": sums.grouped("k", *k.shape[:2]).cpu().numpy(),
-            "v": sums.grouped("v", *k.shape[:2]).cpu().numpy(),
-        }

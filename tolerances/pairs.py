@@ -174,10 +174,12 @@ def collect_with_options(
         total["equal_g"] = torch.bmm(w2 * found.variance, size)
         # Which keys of a group a row sees depends on the options: only the key itself is known to be at the maximum.
         total["top_sum"], total["top_squares"] = total["top_v"], total["top_v"].square()
-        total["top_size"] = (torch.gather(size, 1, key) * (count / v.shape[1])).clamp(min=1.0)
+        seen = count / v.shape[1]
+        total["top_size"] = (torch.gather(size, 1, key) * seen).clamp(min=1.0)
+        total["seen_sum"] = torch.gather(sums, 1, place) * seen
         total["same_keys"], total["same_pairs"] = block.read(equal.keys), block.read(equal.pairs)
     collected = {name: y.cpu().numpy() for name, y in (total | more).items()}
-    return collected if equal is None else collected | {"alike": np.float64(equal.share)}
+    return collected if equal is None else collected | {"alike": np.asarray(equal.share)}
 
 
 def narrow_sums(

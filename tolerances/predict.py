@@ -22,14 +22,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from effattn.exact.backward import HeadSums, score_gradient
 from effattn.exact.scores import score_blocks
 from effattn.tolerances.statistics import Prediction
 from effattn.tolerances.sums import ROUNDING_VARIANCE
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from effattn.exact import Exact
     from effattn.exact.scores import Options
     from effattn.tolerances.numerics import Numerics
+
+    Floats = NDArray[np.float64]
 
 #: (keys a step, from the last key): None for a maximum that is known before the first weight
 ORDERS: tuple[tuple[int | None, bool], ...] = (
@@ -154,3 +160,43 @@ def _maximum(s: torch.Tensor, block: int | None, from_last: bool) -> torch.Tenso
     top = tops.repeat_interleave(block, dim=-1)[..., :n]
     # Before the first visible key there is no maximum, and no weight either.
     return torch.where(top == -math.inf, 0.0, top)
+
+
+@torch.no_grad()
+def known_gradient_errors(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    d_out: torch.Tensor,
+    *,
+    numerics: Numerics,
+    exact: Exact,
+    options: Options,
+    d_lse: torch.Tensor | None = None,
+) -> Iterator[dict[str, Floats]]:
+    """What rounding P and dS does to "q", "k" and "v", which is known from the inputs.
+
+    dS is rounded as it is or scaled before, P before dropout's factor is multiplied or after.
+    """
+    scale = options.scale_for(q.shape[3])
+    p, ds = numerics.format("p"), numerics.format("ds")
+    for before, dropped in ((1.0, True), (scale or 1.0, False)):
+        dq = q.new_zeros(q.shape, dtype=torch.float64)
+        sums = HeadSums(q, options)
+        for block in score_blocks(q, k, v, options):
+            g = block.read(d_out).double()
+            w, _ = block.normalised(block.read(exact.lse))
+            d_s, _ = score_gradient(block, w, g, None if d_lse is None else block.read(d_lse).double())
+            d_t = (d_s if block.slope is None else d_s * block.slope) * before
+            off = (ds.round(d_t) - d_t) * (scale / before) if numerics.rounds_ds else torch.zeros_like(d_t)
+            weights = block.weighted(w) if dropped else w
+            off_p = p.round(weights) - weights if numerics.rounds_p else torch.zeros_like(weights)
+            off_p = off_p if dropped else block.weighted(off_p)
+            block.write(dq, torch.bmm(off, block.k))
+            sums.add("k", block, torch.bmm(off.mT, block.q))
+            sums.add("v", block, torch.bmm(off_p.mT, g))
+        yield {
+            "q": dq.cpu().numpy(),
+            "k": sums.grouped("k", *k.shape[:2]).cpu().numpy(),
+            "v": sums.grouped("v", *k.shape[:2]).cpu().numpy(),
+        }

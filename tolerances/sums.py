@@ -160,9 +160,10 @@ class EqualKeys:
     """Keys that are there more than once in a head: their scores, weights and roundings are the same.
 
     So are some of those of keys that differ in the last places of fp32 only (`NEAR`): a product moves by a fraction of the
-    spacing of the sums it is added to. So their errors may add up as one: sum over keys of w^2 (v - o)^2 becomes, for a group of m, w^2 (V - m o)^2 with V
-    the sum of their values. With V^2 / m, V and m in place of v^2, v and 1, each sum over keys gives just that. They
-    may as well not, where blocks or positions are treated differently, so the larger of both sums is expected.
+    spacing of the sums it is added to. So their errors may add up as one: sum over keys of w^2 (v - o)^2 becomes, for a group
+    of m, w^2 (V - m o)^2 with V the sum of their values. With V^2 / m, V and m in place of v^2, v and 1, each sum over keys
+    gives just that. They may as well not, where blocks or positions are treated differently, so the larger of both sums is
+    granted.
     """
 
     #: (batch, kv_heads, kv_len, 2 v_dim + 1) float64: V, the sum of the squares of their values, m
@@ -291,7 +292,8 @@ def collect(
     g sum w^2 var v^2, sum w^2 var v, sum w^2 var; w_var sum w var; and h_v2, h_v, h the same with s - lse for var, by which
     `shifted` makes them those of s - max. lse (pairs, rows, 1). `groups`: the same rows with
     `EqualKeys.summed` for values; equal_... then are the sums with w^2 over groups of equal keys, and top_sum and
-    top_squares those of v and v^2 in the group of the largest weight.
+    top_squares those of v and v^2 in the group of the largest weight, top_size its size; seen_sum and top_size are scaled to
+    what a row sees of it, on the average.
     """
     q = rows.q * scale
     dtype = torch.float32 if in_float32 else torch.float64
@@ -309,7 +311,7 @@ def collect(
             continue
         later = more["top"] > total["top"]
         for name, x in more.items():
-            if name.startswith("top_"):
+            if name.startswith(("top_", "seen_")):
                 total[name] = torch.where(later, x, total[name])
             elif name == "low":
                 total[name] = torch.minimum(total[name], x)
@@ -350,7 +352,7 @@ def _common(
     if equal is not None:
         sums["top_sum"] = torch.gather(equal.v, 1, place)
         sums["top_squares"] = torch.gather(equal.v2, 1, place)
-        sums["top_size"] = torch.gather(equal.size, 1, key)
+        sums["top_size"], sums["seen_sum"] = torch.gather(equal.size, 1, key), sums["top_sum"]
     return sums | {
         "low": low,
         "high": high,

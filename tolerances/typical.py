@@ -16,6 +16,7 @@ side, constants with unlucky mantissas. Most kernels need less, and this is what
 """
 
 from __future__ import annotations
+
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -104,7 +105,10 @@ def deviations(
     total = total * (1.0 + ALIKE * (same - 1.0))
 
     # Coefficients of sum w^2 v^2 and of o^2: the sum of the products, the products, the sum of the weights, the division.
-    of_terms, of_sum = var * pairs * np.maximum(a_terms - 1.0 / n, 0.0), var * pairs * np.where(several, a_sum, 0.0)
+    of_terms, of_sum = (
+        var * pairs * np.maximum(a_terms - 1.0 / n, 0.0),
+        var * pairs * np.where(several, a_sum, 0.0),
+    )
     of_product = 0.0 if exact_pv else var
     of_others = var * (1.0 if out.precision < acc.precision else 0.0)
     if numerics.normalise == "any":
@@ -159,14 +163,18 @@ def _scores(
         each = terms * errors.terms + square * errors.each + (x.ws - lse) ** 2 * var + errors.exp
         partial = (d + 1.0) * (terms / 6.0 + square / 3.0)  # sum of the squares of the partial sums
         # A product of two numbers of p bits is a multiple of 2^(2 - 2 p) of its binade, a partial sum rounded to multiples
-        # of 2^-23 of its own: to nothing, where those are smaller.
+        # of 2^-23 of its own: to nothing, where those are smaller. Products are of all sizes, hence no sharp limit.
         steps = partial / np.maximum(terms, 1e-300) * errors.quantum**2
-        exact = np.minimum(1.0, 1.0 / np.maximum(steps, 1e-300))
+        exact = 1.0 / (1.0 + 16.0 * steps)
         rest = each - var * partial
         product = var * partial * (1.0 - exact) * (1.0 + errors.alike)
         w2_v2, w2 = getattr(x, "equal_w2_v2", x.w2_v2), getattr(x, "equal_w2", x.w2)
+        # sum w^2 (v - o)^2, where o is no more like v than chance makes it but for the largest weight.
+        o2 = o * o
+        size, total = (x.top_size, x.seen_sum) if hasattr(x, "seen_sum") else (1.0, x.top_v)
+        largest = x.top * x.top * (-2.0 * size * o * total)
         return (
-            product * (w2_v2 + o * o * w2) + rest * (x.w2_v2 + o * o * x.w2),
+            np.maximum(product * (w2_v2 + o2 * w2 + largest) + rest * (x.w2_v2 + o2 * x.w2 + largest), 0.0),
             product * w2 + rest * x.w2,
         )
     if hasattr(x, "equal_g"):

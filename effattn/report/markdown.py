@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from effattn.report import terminal, text
+from effattn.report.summary import understated
 
 if TYPE_CHECKING:
     from effattn.gate import Failure, Result
@@ -36,6 +37,8 @@ def summary(result: Result, origin: Mapping[str, Any]) -> str:
             if row.accuracy
         ),
     ]
+    for sentence in understated(result.rows):
+        lines += [f"{text.markdown(sentence)}.", ""]
     lines += laws(result)
     if result.notes:
         lines += ["## What the method did to its process", ""]

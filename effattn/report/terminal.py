@@ -15,7 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from effattn.report import text
+from effattn.report import summary, text
 from effattn.run import evidence
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def print_result(out: Console, result: Result, *, by_values: bool = False) -> No
     if by_values:
         print_rows(out, result.rows_by_values, ("dtype", "values"))
     print_accuracy(out, result.rows)
+    for sentence in summary.understated(result.rows):
+        out.print(Text(text.one_line(sentence), style="yellow"))
     print_set_aside(out, result.compared)
     print_laws(out, result.laws, result.unjudged_laws)
     print_expected(out, result.expected)
