@@ -318,7 +318,10 @@ def _finish(
     else:
         # |s| and A are at most |q| |k|: crude, but these errors are small beside u_p.
         b_most = condition * (errors.dot + errors.factors + errors.rounded + errors.shifted)
-        b_most = wb = b_most + common + errors.shifted * log_n
+        b_most = b_most + common + errors.shifted * log_n
+        # On the average over the weights they are all that the log-sum-exp is off by, and worth a closer look.
+        wb = (0.5 * errors.dot + errors.factors) * x.wa + (0.5 * errors.dot + errors.rounded) * x.ws_abs
+        wb = np.minimum(wb + errors.shifted * np.maximum(lse - x.ws, 0.0) + common, b_most)
     adds = (n + rescales + 3.0) * u
     # A matrix unit's sums may be worse than one addition a term.
     cut = np.maximum(dots.dot_bound(numerics.value_block, n) - n * u, 0.0)

@@ -284,6 +284,7 @@ def collect(
 
     w_abs    sum w |v|              w2_v2, w2     sum w^2 v^2, sum w^2
     ws_v, ws sum w s v, sum w s     low, high     smallest and largest score
+    ws_abs   sum w |s|              wa            sum w |scale| |q|.|k|  (both where scores are not judged one by one)
     count    keys visible           top, top_v    largest weight, the value of its key
     flushed  most that underflow takes from the weights of a row
     k_most, k_peak, v_most: see `Largest`
@@ -370,6 +371,7 @@ def _coarse(
     w = (s - lse).exp_()
     more = _common(s, w, lse, tile, equal, numerics)
     v_abs = tile.v.abs()
+    wa = torch.bmm(w, tile.k.abs()).mul_(q.abs()).sum(-1, keepdim=True)
     w2, ws = w * w, s.mul_(w)
     more |= {
         "w_abs": torch.bmm(w, v_abs),
@@ -377,6 +379,8 @@ def _coarse(
         "w2": w2.sum(-1, keepdim=True),
         "ws_v": torch.bmm(ws, tile.v),
         "ws": ws.sum(-1, keepdim=True),
+        "ws_abs": torch.linalg.vector_norm(ws, ord=1, dim=-1, keepdim=True),
+        "wa": wa,
     }
     if equal is not None:
         more["equal_w2_v2"] = torch.bmm(w2, equal.v.square() / equal.size)

@@ -98,11 +98,11 @@ FLUSHES = "torch's products of bf16 flush subnormal numbers to 0 on this CPU"
 
 def flushes_subnormals(case: Case) -> bool:
     """Whether torch's products take the inputs of the case for 0 on this machine."""
-    return case.dtype == "bf16" and case.values == "subnormal" and _flushes_bf16()
+    return case.dtype == "bf16" and case.values == "subnormal" and flushes_bf16()
 
 
 @lru_cache(maxsize=1)
-def _flushes_bf16() -> bool:
+def flushes_bf16() -> bool:
     """Whether bf16 goes through instructions that take subnormal numbers for 0 (Intel's VDPBF16PS and AMX do)."""
     import torch
 

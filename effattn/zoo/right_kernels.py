@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from effattn.errors import NotSupported
+from effattn.methods.torch_sdpa import FLUSHES, flushes_bf16
 from effattn.zoo.specimen import right
 from effattn.zoo.tiled import LOG2E, Flash, State
 
@@ -207,6 +209,10 @@ def _sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: str = "none", scale: float | None = None
 ) -> torch.Tensor:
     """torch's scaled_dot_product_attention, whichever of its kernels it takes, with a mask where it is causal."""
+    if q.dtype == torch.bfloat16 and flushes_bf16():
+        smallest = torch.finfo(torch.bfloat16).smallest_normal
+        if any(bool(((x != 0.0) & (x.abs() < smallest)).any()) for x in (q, k, v)):
+            raise NotSupported(FLUSHES)
     m, n = q.shape[2], k.shape[2]
     mask = None
     if causal != "none":
