@@ -62,6 +62,58 @@ def test_a_return_in_a_group_ends_the_kernel() -> None:
     assert call == "if (nest(arena, n, &found)) return;"
 
 
+def meaning(name: str, *lines: str) -> str:
+    return outline.group(name, lines, SCALARS | {"m": "int32_t"}, ARRAYS | OTHER, "").meaning
+
+
+OTHER = {
+    "t_w": "float *const t_w = (float *)(arena + 0);",
+    "t_far": "float *const t_far = (float *)(arena + 64);",
+}
+
+
+def test_groups_that_differ_in_names_only_are_one_function() -> None:
+    text = "for (long i0 = 0; i0 < 4; i0++) {{\nconst float {a} = {v}[i0];\n{v}[i0] = exp2_f32({a} * {n}); // {a}\n}}"
+    nest = text.format(v="t_v", a="a", n="n").splitlines()
+    again = text.format(v="t_w", a="b_2", n="m").splitlines()
+    assert meaning("one", *nest) == meaning("two", *again)
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ("t_v[i0] = n;", "t_v[i0] = n + 1;"),
+        ("t_v[i0] = n;", "t_far[i0] = n;"),  # another place in memory
+        ("t_v[i0] = n;", "t_v[i0] = total;"),  # another type
+        ("t_v[i0] = n - m;", "t_v[i0] = n - n;"),
+        ("t_v[i0] = table_1[i0];", "t_v[i0] = table_2[i0];"),  # arrays of the file
+        ("t_v[i0] = exp2_f32(total);", "t_v[i0] = log2_f32(total);"),
+        ('printf("n is %d", n);', 'printf("m is %d", m);'),
+    ],
+)
+def test_groups_that_mean_something_else_are_not(one: str, two: str) -> None:
+    assert meaning("one", one) != meaning("two", two)
+
+
+@triton.jit
+def twice(x, o, N: tl.constexpr):
+    i = tl.arange(0, N)
+    for k in tl.static_range(2):
+        a = tl.load(x + k * N + i)
+        tl.store(o + k * N + i, tl.exp2(a - tl.max(a, 0)))
+
+
+def test_a_loop_nest_that_is_needed_twice_is_written_once() -> None:
+    x, o = torch.randn(16), torch.zeros(16)
+    compiled = twice[(1,)](x, o, N=8)
+    text = compiled.asm["c"].split("/* ---- kernel")[1]
+    for row in (slice(0, 8), slice(8, 16)):
+        torch.testing.assert_close(o[row], torch.exp2(x[row] - x[row].max()), rtol=1e-6, atol=0)
+    name = next(n for n in lines_of_functions(compiled.asm["c"]) if n.startswith("reduce"))
+    assert text.count(f"{name}(arena") == 2  # calls
+    assert text.count(f" {name}(char *arena") == 1
+
+
 def test_lines_are_indented_by_their_braces_but_not_by_those_in_texts() -> None:
     assert outline.indented(["for (;;) {", 'f("{{{");', "} else {", "g();", "}"]) == [
         "    for (;;) {",
@@ -76,9 +128,9 @@ def test_lines_are_indented_by_their_braces_but_not_by_those_in_texts() -> None:
 def chained(x, o, TURNS: tl.constexpr, N: tl.constexpr):
     i = tl.arange(0, N)
     v = tl.load(x + i)
-    for _k in tl.static_range(TURNS):
+    for k in tl.static_range(TURNS):
         m = tl.max(v, 0)
-        v = v * 0.5 + m
+        v = (v + k) * 0.5 + m  # no two turns are the same
         tl.device_assert(m < 1e30, "too large")
     tl.store(o + i, v)
     tl.store(o + N, tl.max(v, 0))
@@ -97,8 +149,8 @@ def test_functions_do_not_grow_with_the_kernel() -> None:
         x, o = torch.arange(8.0), torch.zeros(9)
         compiled = chained[(1,)](x, o, TURNS=turns, N=8, debug=True)
         expected = x.clone()
-        for _ in range(turns):
-            expected = expected * 0.5 + expected.max()
+        for k in range(turns):
+            expected = (expected + k) * 0.5 + expected.max()
         assert torch.equal(o, torch.cat([expected, expected.max()[None]]))
         sizes[turns] = lines_of_functions(compiled.asm["c"])
     assert len(sizes[40]) > 40

@@ -1,4 +1,4 @@
-/* Tile products of the CPU backend, compiled once into the runtime library. */
+/* Tile products, rows and reductions of the CPU backend, compiled once into the runtime library. */
 
 #include "prelude.h"
 #if defined(__AVX__)
@@ -110,3 +110,95 @@ EXPORT void effattn_turn_f32(float *to, const long stride, const float *from, co
     for (long j = 0; j < n; j++) for (long r = 0; r < 16; r++) to[j * stride + r] = from[r * n + j];
 #endif
 }
+
+#define DEFINE_LOAD_ROW(NAME, T, FIRST)                                                                           \
+    EXPORT void effattn_load_row_##NAME(float *to, const T *from, const long count, const long n, const float other) {  \
+        FIRST                                                                                                     \
+        INDEPENDENT for (long j = count; j < n; j++) to[j] = other;                                               \
+    }
+DEFINE_LOAD_ROW(f16, uint16_t, load_row_f16(to, from, count);)
+DEFINE_LOAD_ROW(bf16, uint16_t, INDEPENDENT for (long j = 0; j < count; j++) to[j] = bf16_load(from[j]);)
+DEFINE_LOAD_ROW(f32, float, INDEPENDENT for (long j = 0; j < count; j++) to[j] = from[j];)
+
+EXPORT long effattn_front(const uint8_t *on, const long n) {
+    long count = 0, j = 0;
+    uint64_t some;
+    /* Eight at a time: n is a power of two. */
+    for (; j + 8 <= n; j += 8) {
+        __builtin_memcpy(&some, on + j, 8);
+        if (some != 0x0101010101010101u) break;
+    }
+    for (count = j; count < n && on[count]; count++);
+    for (j = count; j < n && (n < 8 || j & 7); j++) if (on[j]) return -1;
+    for (; j < n; j += 8) {
+        __builtin_memcpy(&some, on + j, 8);
+        if (some) return -1;
+    }
+    return count;
+}
+
+/* Reductions of rows of n (a power of two) floats, in the lanes of `DEFINE_REDUCE` in prelude.h. */
+enum { PARTS = 16 / VL };
+#define DEFINE_REDUCE_V(NAME, T, START, VOP, OP)                                                                  \
+    EXPORT float NAME(const float *x, const long n) {                                                             \
+        float lane[16];                                                                                           \
+        if (n < 16) {                                                                                             \
+            for (long l = 0; l < n; l++) lane[l] = START(x[l]);                                                   \
+            HALVES(OP, lane, n)                                                                                   \
+            return lane[0];                                                                                       \
+        }                                                                                                         \
+        vf part[PARTS];                                                                                           \
+        UNROLL for (int p = 0; p < PARTS; p++) part[p] = START(*(const vf *)(x + p * VL));                        \
+        for (long j = 16; j < n; j += 16)                                                                         \
+            UNROLL for (int p = 0; p < PARTS; p++) part[p] = VOP(part[p], *(const vf *)(x + j + p * VL));         \
+        UNROLL for (int h = PARTS / 2; h > 0; h /= 2) UNROLL for (int p = 0; p < h; p++)                          \
+            part[p] = VOP(part[p], part[p + h]);                                                                  \
+        *(vf *)lane = part[0];                                                                                    \
+        HALVES(OP, lane, VL)                                                                                      \
+        return lane[0];                                                                                           \
+    }
+#define SAME(a) (a)
+DEFINE_REDUCE_V(effattn_reduce_add_float, float, SAME, ADD, ADD)
+
+/* acc = x > acc ? x : acc never takes a NaN from x, and starts from an infinity, which any number replaces. Where the
+   infinity is left, either it is the answer or all values were NaN. */
+#if defined(__AVX512F__) && !defined(__clang__)
+#define VMAX(acc, x) __builtin_ia32_maxps512_mask(x, acc, acc, (uint16_t)-1, 4)
+#define VMIN(acc, x) __builtin_ia32_minps512_mask(x, acc, acc, (uint16_t)-1, 4)
+#elif defined(__AVX__) && VL == 8
+#define VMAX(acc, x) __builtin_ia32_maxps256(x, acc)
+#define VMIN(acc, x) __builtin_ia32_minps256(x, acc)
+#else
+INLINE vf choose_vf(vi m, vf a, vf b) { return (vf)(((vi)a & m) | ((vi)b & ~m)); }
+#define VMAX(acc, x) choose_vf((vi)((x) > (acc)), x, acc)
+#define VMIN(acc, x) choose_vf((vi)((x) < (acc)), x, acc)
+#endif
+#define SMAX(acc, x) ((x) > (acc) ? (x) : (acc))
+#define SMIN(acc, x) ((x) < (acc) ? (x) : (acc))
+#define LOWEST(x) VMAX((vf){0} - __builtin_inff(), x)
+#define HIGHEST(x) VMIN((vf){0} + __builtin_inff(), x)
+INLINE float keep_nan(float r, float start, const float *x, long n) {
+    if (r != start) return r;
+    for (long j = 0; j < n; j++) if (x[j] == x[j]) return r;
+    return x[0];
+}
+#define DEFINE_REDUCE_M(NAME, START, FIRST, VOP, OP)                                                              \
+    EXPORT float NAME(const float *x, const long n) {                                                             \
+        float lane[16];                                                                                           \
+        if (n < 16) {                                                                                             \
+            for (long l = 0; l < n; l++) lane[l] = OP(START, x[l]);                                               \
+            HALVES(OP, lane, n)                                                                                   \
+            return keep_nan(lane[0], START, x, n);                                                                \
+        }                                                                                                         \
+        vf part[PARTS];                                                                                           \
+        UNROLL for (int p = 0; p < PARTS; p++) part[p] = FIRST(*(const vf *)(x + p * VL));                        \
+        for (long j = 16; j < n; j += 16)                                                                         \
+            UNROLL for (int p = 0; p < PARTS; p++) part[p] = VOP(part[p], *(const vf *)(x + j + p * VL));         \
+        UNROLL for (int h = PARTS / 2; h > 0; h /= 2) UNROLL for (int p = 0; p < h; p++)                          \
+            part[p] = VOP(part[p], part[p + h]);                                                                  \
+        *(vf *)lane = part[0];                                                                                    \
+        HALVES(OP, lane, VL)                                                                                      \
+        return keep_nan(lane[0], START, x, n);                                                                    \
+    }
+DEFINE_REDUCE_M(effattn_reduce_maxnum_float, -__builtin_inff(), LOWEST, VMAX, SMAX)
+DEFINE_REDUCE_M(effattn_reduce_minnum_float, __builtin_inff(), HIGHEST, VMIN, SMIN)

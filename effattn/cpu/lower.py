@@ -81,6 +81,8 @@ class FunctionEmitter:
         #: C declarations of the tiles that have a name, by that name
         self.tiles: dict[str, str] = {}
         self.functions: list[str] = []
+        #: what such a function does -> its name
+        self.meanings: dict[str, str] = {}
         #: operation -> C function of its region, see regions.py
         self.region_functions: dict[Op, str] = {}
         #: where such a function puts its results
@@ -121,8 +123,10 @@ class FunctionEmitter:
         named = [re.sub(r"_\d+$", "", v.name) for v in (*op.results[:1], *op.operands[:1])]
         name = self.unique("_".join([hint, *[n for n in named if not n[0].isdigit()][:1]]))
         made = outline.group(name, lines, self.types, self.tiles, self.last_comment)
-        self.functions += made.definition
-        self.line(made.call)
+        same = self.meanings.setdefault(made.meaning, name)
+        if same == name:
+            self.functions += made.definition
+        self.line(made.call.replace(f"{name}(", f"{same}(", 1))
 
     def comment(self, op: Op) -> None:
         loc = op.loc

@@ -2,17 +2,21 @@
 
 A tile access runs row by row along the axis on which addresses are contiguous. For each row: the address of its
 first element is computed exactly, with the IR's wrap-around; if no 32-bit sum wraps within the row and its mask is
-all true (or true up to some point), a plain loop that the C compiler vectorises does the work; if not, each element's
-address is computed by itself. Masked-off elements are never touched.
+all true (or true up to some point), a plain loop that the C compiler vectorises does the work, or a function of the
+runtime library; if not, each element's address is computed by itself. Masked-off elements are never touched.
+
+Most of the time that a kernel's compilation takes is spent on these rows, so as little as possible of them is written
+into each kernel: what a row is loaded by is compiled once, into the runtime library, and a row that is stored in part
+is computed in one place and written from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from effattn.cpu.formats import load_expr, memory_size, memory_type, store_expr, value_type
+from effattn.cpu.formats import load_expr, memory_size, memory_type, size_of, store_expr, value_type
 from effattn.cpu.ir import Op, Value
 from effattn.cpu.nest import Expr, Index, Nest, Scope, Steps, linear
 from effattn.cpu.plan import Buffer
@@ -55,8 +59,8 @@ def load(emitter: FunctionEmitter, op: Op) -> None:
     fast = load_expr(elem, f"*(const {stored} *)({access.fast})")
     slow = load_expr(elem, f"*(const {stored} *)({access.slow})")
     row = ""
-    if elem == "f16" and access.step == memory_size(elem) and strides[access.axis] == 1:
-        row = f"load_row_f16({array} + {start}, (const {stored} *){access.base}, {{}});"
+    if elem in _LOADED_ROWS and access.step == memory_size(elem) and strides[access.axis] == 1:
+        row = f"effattn_load_row_{elem}({array} + {start}, (const {stored} *){access.base}, {{}}, {{}});"
     emitter.open("")
     if strip is not None:
         emitter.line(strip.declaration)
@@ -68,6 +72,7 @@ def load(emitter: FunctionEmitter, op: Op) -> None:
         skipped=[f"{array}[{place}] = {fallback};"],
         skipped_scope=fallback_scope,
         fill=fill,
+        other=fallback if not fallback_scope.lines else "",
     )
     emitter.close()
     assert c_type == buffer.c_type
@@ -88,6 +93,9 @@ def store(emitter: FunctionEmitter, op: Op) -> None:
     access = _Access(emitter, op, pointer, mask, order)
     fast_scope, slow_scope = Scope(), access.slow_scope
     fast_value = access.nest.eval(value, access.index, fast_scope).text
+    if access.masked_by_element and access.nest.shape[access.axis] <= _STAGED and emitter.probes is None:
+        _store_staged(access, [*fast_scope.lines], store_expr(elem, fast_value), stored)
+        return
     slow_value = access.nest.eval(value, access.index, slow_scope).text
     emitter.open("")
     access.emit(
@@ -99,6 +107,31 @@ def store(emitter: FunctionEmitter, op: Op) -> None:
         fill=None,
     )
     emitter.close()
+
+
+def _store_staged(access: _Access, lines: list[str], value: str, stored: str) -> None:
+    """Compute a row, masked-off elements included, and write those that are not.
+
+    Not in instrumented kernels, where a division by zero that the mask hides would be told.
+    """
+    nest, axis = access.nest, access.axis
+    row, i = nest.name("row"), f"i{axis}"
+    n = nest.shape[axis]
+    copy = nest.loop(axis, Scope(), [f"*({stored} *)({access.fast}) = {row}[{i}];"], stop="count")
+    if access.step == size_of(stored):
+        copy = [f"__builtin_memcpy(({stored} *){access.base}, {row}, count * sizeof *{row});"]
+    access.emitter.open("")
+    access.emit(
+        before=[f"{stored} {row}[{n}];", *nest.loop(axis, Scope(lines), [f"{row}[{i}] = {value};"])],
+        row="",
+        fast=[],
+        some=copy,
+        slow=[f"*({stored} *)({access.slow}) = {row}[{i}];"],
+        skipped=[],
+        skipped_scope=Scope(),
+        fill=None,
+    )
+    access.emitter.close()
 
 
 def _probe_scalar(emitter: FunctionEmitter, op: Op, mask: Value | None) -> None:
@@ -115,6 +148,10 @@ def _parts(op: Op) -> tuple[Value, Value | None, Value | None]:
 
 #: rows that are turned together
 _STRIP = 16
+#: element types of which the runtime library loads rows
+_LOADED_ROWS = ("f16", "bf16", "f32")
+#: the most elements of a row that is computed before it is written, on the stack
+_STAGED = 1024
 
 
 @dataclass(frozen=True)
@@ -187,6 +224,14 @@ class _Access:
                 start = self.nest.eval(value, at).text
                 checks.append(f"fits_i{value.type.bits}((int64_t){start} + (int64_t)({by}) * {n - 1})")
             self.ok = " && ".join(dict.fromkeys(checks))
+        self.mask_scope = Scope()
+        #: the mask of one element; None where there is no mask
+        self.bit = None if mask is None else self.nest.eval(mask, self.index, self.mask_scope)
+
+    @property
+    def masked_by_element(self) -> bool:
+        """Whether elements of a row may have different answers."""
+        return self.bit is not None and self.bit.level > self.nest.depth
 
     def strip(self, buffer: Buffer) -> Strip | None:
         """Rows on their way into a tile that is stored transposed, where a whole number of strips of 16 fills it."""
@@ -223,7 +268,22 @@ class _Access:
         skipped: list[str],
         skipped_scope: Scope,
         fill: Callable[..., list[str]] | None,
+        other: str = "",
+        before: Sequence[str] = (),
+        some: Sequence[str] = (),
     ) -> None:
+        """Write the rows.
+
+        Args:
+            row: a call for the first so many elements of a row, {} and {}: how many, and what the others get.
+            fast: one element where a row's addresses follow each other.
+            slow: one element by an address of its own.
+            skipped: one element that is masked off, after the lines of `skipped_scope`.
+            fill: the loop of `skipped` over a whole row or, with `start`, from there on.
+            other: what `skipped` writes, where the call of `row` may write it too.
+            before: at the head of a row whose elements may have different answers.
+            some: the first `count` elements of such a row, in place of loops over `fast`.
+        """
         nest, axis = self.nest, self.axis
         n = nest.shape[axis]
         probed: list[str] = []
@@ -232,24 +292,25 @@ class _Access:
             slow = [*self._probe_element(), *slow]
             probed, probed_some = (self._probe_row(count) for count in (str(n), "count"))
         # `row` does a whole row, or its first elements, by one call.
-        fast_loop = [row.format(n)] if row else nest.loop(axis, Scope(), fast)
+        fast_loop = [row.format(n, "0, 0")] if row else nest.loop(axis, Scope(), fast)
         fast_loop = [*probed, *fast_loop]
         plain = self.step is not None
-        if self.mask is None:
+        if self.bit is None:
             slow_loop = nest.loop(axis, self.slow_scope, slow)
             self._emit(self._either(fast_loop if plain else slow_loop, slow_loop))
             return
-        mask_scope = Scope()
-        bit = nest.eval(self.mask, self.index, mask_scope)
-        if bit.level <= nest.depth:
+        if not self.masked_by_element:
             # The whole row has one answer.
             slow_loop = nest.loop(axis, self.slow_scope, slow)
-            body = [f"if ({bit.text}) {{", *self._either(fast_loop if plain else slow_loop, slow_loop), "}"]
+            body = [
+                f"if ({self.bit.text}) {{",
+                *self._either(fast_loop if plain else slow_loop, slow_loop),
+                "}",
+            ]
             if fill is not None:
                 body += ["else {", *fill(), "}"]
             self._emit(body)
             return
-        # Element by element: count, then see whether the true ones come first.
         on = nest.name("on")
         i = f"i{axis}"
         guarded = nest.loop(
@@ -265,26 +326,30 @@ class _Access:
             independent=False,
         )
         body = [
-            f"uint8_t {on}[{n}]; int32_t count = 0, head = 0;",
-            *nest.loop(axis, mask_scope, [f"{on}[{i}] = {bit.text}; count += {on}[{i}];"], independent=False),
-            *nest.loop(axis, Scope(), [f"head += {on}[{i}] & ({i} < count);"], independent=False),
+            f"uint8_t {on}[{n}];",
+            *nest.loop(axis, self.mask_scope, [f"{on}[{i}] = {self.bit.text};"]),
+            *before,
         ]
         if plain:
-            condition = "head == count" + (f" && {self.ok}" if self.ok else "")
-            front = [row.format("count")] if row else nest.loop(axis, Scope(), fast, stop="count")
-            front = [*probed_some, *front]
-            body += [
-                f"if ({condition}) {{",
-                f"if (count == {n}) {{",
-                *fast_loop,
-                "} else {",
-                *front,
-                *(fill(start="count") if fill is not None else []),
-                "}",
-                "} else {",
-                *guarded,
-                "}",
-            ]
+            # Not negative where the true ones come first.
+            body.append(f"const long count = effattn_front({on}, {n});")
+            if row and other:
+                first = [*probed_some, row.format("count", f"{n}, {other}")]
+            elif some:
+                first = [*probed_some, *some]
+            else:
+                front = [row.format("count", "0, 0")] if row else nest.loop(axis, Scope(), fast, stop="count")
+                first = [
+                    f"if (count == {n}) {{",
+                    *fast_loop,
+                    "} else {",
+                    *probed_some,
+                    *front,
+                    *(fill(start="count") if fill is not None else []),
+                    "}",
+                ]
+            condition = "count >= 0" + (f" && {self.ok}" if self.ok else "")
+            body += [f"if ({condition}) {{", *first, "} else {", *guarded, "}"]
         else:
             body += guarded
         self._emit(body)

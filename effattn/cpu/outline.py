@@ -4,12 +4,15 @@ The time of C compilers grows faster than a function. A kernel is therefore writ
 nest (the statements that were fused into one pass over a tile), and a body that calls them. Tiles are passed by the
 arena, in which each has a fixed place, so every function knows that they do not overlap and how they are aligned; what
 is scalar is passed by value, and returned where the group assigns it.
+
+A function called from several places in a kernel makes the same loop nests for each call. Those that differ in the names
+of what they use only are written once.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
@@ -25,6 +28,8 @@ class Group:
 
     definition: list[str]
     call: str
+    #: the definition without comments, its own name and those of its parameters and variables
+    meaning: str
 
 
 def words(lines: Sequence[str]) -> dict[str, None]:
@@ -43,6 +48,25 @@ def indented(lines: Sequence[str]) -> list[str]:
         out.append("    " * (depth - bare.startswith("}")) + text)
         depth += bare.count("{") - bare.count("}")
     return out
+
+
+#: names that a loop nest declares in its body
+_DECLARED = re.compile(
+    r"(?:^|[;{(])\s*(?:const )?(?:long|int|float|double|u?int\d+_t|char|f64|vf) ?\*? ?(?:const )?(\w+)(?= = |\[|;)",
+    re.MULTILINE,
+)
+
+
+def _meaning(name: str, definition: Sequence[str], own: Iterable[str]) -> str:
+    if any('"' in line for line in definition):
+        return "\n".join(definition)  # a text may be about a name
+    text = "\n".join(line.split("//", 1)[0] for line in definition)
+    numbers = {
+        word: f"${i}"
+        for i, word in enumerate(dict.fromkeys(words(definition)))
+        if word in own or word == name
+    }
+    return _WORD.sub(lambda found: numbers.get(found[0], found[0]), text)
 
 
 def _assigned(name: str, text: str) -> bool:
@@ -98,4 +122,6 @@ def group(
         "}",
         "",
     ]
-    return Group(definition, f"{call};")
+    own = {*inputs, *(f"{word}_at" for word in outputs), *(word for word in used if word in arrays)}
+    own.update(_DECLARED.findall("\n".join(lines)))
+    return Group(definition, f"{call};", _meaning(name, definition, own))

@@ -233,6 +233,14 @@ void effattn_dot_i32(const int32_t *A, const int32_t *B, int32_t *C, long M, lon
 /* to[j * stride + r] = from[r * n + j] for 16 rows r and n columns j, a multiple of 16. */
 void effattn_turn_f32(float *to, long stride, const float *from, long n);
 
+/* Rows: the first `count` elements as floats, then `other` up to n. */
+void effattn_load_row_f16(float *to, const uint16_t *from, long count, long n, float other);
+void effattn_load_row_bf16(float *to, const uint16_t *from, long count, long n, float other);
+void effattn_load_row_f32(float *to, const float *from, long count, long n, float other);
+
+/* How many of n bytes, each 0 or 1, are 1, where these come first; else -1. */
+long effattn_front(const uint8_t *on, long n);
+
 /* -------------------------------------------------------------------------------------------- fp16 rows */
 
 #if defined(__F16C__) && !defined(__clang__)
@@ -284,68 +292,7 @@ DEFINE_REDUCE(reduce_maxnum_double, double, maxnum_double)
 DEFINE_REDUCE(reduce_maximum_float, float, maximum_float)
 DEFINE_REDUCE(reduce_minimum_float, float, minimum_float)
 
-/* The same for floats, in vectors. */
-enum { PARTS = 16 / VL };
-#define DEFINE_REDUCE_V(NAME, T, START, VOP, OP)                                                                  \
-    INLINE float NAME(const float *x, const long n) {                                                             \
-        float lane[16];                                                                                           \
-        if (n < 16) {                                                                                             \
-            for (long l = 0; l < n; l++) lane[l] = START(x[l]);                                                   \
-            HALVES(OP, lane, n)                                                                                   \
-            return lane[0];                                                                                       \
-        }                                                                                                         \
-        vf part[PARTS];                                                                                           \
-        UNROLL for (int p = 0; p < PARTS; p++) part[p] = START(*(const vf *)(x + p * VL));                        \
-        for (long j = 16; j < n; j += 16)                                                                         \
-            UNROLL for (int p = 0; p < PARTS; p++) part[p] = VOP(part[p], *(const vf *)(x + j + p * VL));         \
-        UNROLL for (int h = PARTS / 2; h > 0; h /= 2) UNROLL for (int p = 0; p < h; p++)                          \
-            part[p] = VOP(part[p], part[p + h]);                                                                  \
-        *(vf *)lane = part[0];                                                                                    \
-        HALVES(OP, lane, VL)                                                                                      \
-        return lane[0];                                                                                           \
-    }
-#define SAME(a) (a)
-DEFINE_REDUCE_V(reduce_add_float, float, SAME, ADD, ADD)
-
-/* acc = x > acc ? x : acc never takes a NaN from x, and starts from an infinity, which any number replaces. Where the
-   infinity is left, either it is the answer or all values were NaN. */
-#if defined(__AVX512F__) && !defined(__clang__)
-#define VMAX(acc, x) __builtin_ia32_maxps512_mask(x, acc, acc, (uint16_t)-1, 4)
-#define VMIN(acc, x) __builtin_ia32_minps512_mask(x, acc, acc, (uint16_t)-1, 4)
-#elif defined(__AVX__) && VL == 8
-#define VMAX(acc, x) __builtin_ia32_maxps256(x, acc)
-#define VMIN(acc, x) __builtin_ia32_minps256(x, acc)
-#else
-INLINE vf choose_vf(vi m, vf a, vf b) { return (vf)(((vi)a & m) | ((vi)b & ~m)); }
-#define VMAX(acc, x) choose_vf((vi)((x) > (acc)), x, acc)
-#define VMIN(acc, x) choose_vf((vi)((x) < (acc)), x, acc)
-#endif
-#define SMAX(acc, x) ((x) > (acc) ? (x) : (acc))
-#define SMIN(acc, x) ((x) < (acc) ? (x) : (acc))
-#define LOWEST(x) VMAX((vf){0} - __builtin_inff(), x)
-#define HIGHEST(x) VMIN((vf){0} + __builtin_inff(), x)
-INLINE float keep_nan(float r, float start, const float *x, long n) {
-    if (r != start) return r;
-    for (long j = 0; j < n; j++) if (x[j] == x[j]) return r;
-    return x[0];
-}
-#define DEFINE_REDUCE_M(NAME, START, FIRST, VOP, OP)                                                              \
-    INLINE float NAME(const float *x, const long n) {                                                             \
-        float lane[16];                                                                                           \
-        if (n < 16) {                                                                                             \
-            for (long l = 0; l < n; l++) lane[l] = OP(START, x[l]);                                               \
-            HALVES(OP, lane, n)                                                                                   \
-            return keep_nan(lane[0], START, x, n);                                                                \
-        }                                                                                                         \
-        vf part[PARTS];                                                                                           \
-        UNROLL for (int p = 0; p < PARTS; p++) part[p] = FIRST(*(const vf *)(x + p * VL));                        \
-        for (long j = 16; j < n; j += 16)                                                                         \
-            UNROLL for (int p = 0; p < PARTS; p++) part[p] = VOP(part[p], *(const vf *)(x + j + p * VL));         \
-        UNROLL for (int h = PARTS / 2; h > 0; h /= 2) UNROLL for (int p = 0; p < h; p++)                          \
-            part[p] = VOP(part[p], part[p + h]);                                                                  \
-        *(vf *)lane = part[0];                                                                                    \
-        HALVES(OP, lane, VL)                                                                                      \
-        return keep_nan(lane[0], START, x, n);                                                                    \
-    }
-DEFINE_REDUCE_M(reduce_maxnum_float, -__builtin_inff(), LOWEST, VMAX, SMAX)
-DEFINE_REDUCE_M(reduce_minnum_float, __builtin_inff(), HIGHEST, VMIN, SMIN)
+/* The same for floats, in vectors: in the runtime library. maxnum and minnum leave NaN out where there is a number. */
+float effattn_reduce_add_float(const float *x, long n);
+float effattn_reduce_maxnum_float(const float *x, long n);
+float effattn_reduce_minnum_float(const float *x, long n);

@@ -85,13 +85,13 @@ _ROWS = {
     "arith.minimumf": "reduce_minimum",
 }
 _HELPERS = {
-    "reduce_add_float",
-    "reduce_add_double",
-    "reduce_maxnum_float",
-    "reduce_maxnum_double",
-    "reduce_minnum_float",
-    "reduce_maximum_float",
-    "reduce_minimum_float",
+    "reduce_add_float": "effattn_reduce_add_float",
+    "reduce_add_double": "reduce_add_double",
+    "reduce_maxnum_float": "effattn_reduce_maxnum_float",
+    "reduce_maxnum_double": "reduce_maxnum_double",
+    "reduce_minnum_float": "effattn_reduce_minnum_float",
+    "reduce_maximum_float": "reduce_maximum_float",
+    "reduce_minimum_float": "reduce_minimum_float",
 }
 
 
@@ -115,7 +115,7 @@ def reduce(emitter: FunctionEmitter, op: Op) -> None:
     # The order of a sum is part of its meaning: it may depend on the operation's type, never on how the plan keeps it.
     along_rows = all(n == 1 for n in source.type.shape[axis + 1 :])
     if row in _HELPERS and elem in ("f32", "f64") and along_rows:
-        _reduce_rows(emitter, op, axis, row)
+        _reduce_rows(emitter, op, axis, _HELPERS[row])
     else:
         _reduce_general(emitter, op, axis)
 
