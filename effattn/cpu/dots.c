@@ -112,7 +112,7 @@ EXPORT void effattn_turn_f32(float *to, const long stride, const float *from, co
 }
 
 #define DEFINE_LOAD_ROW(NAME, T, FIRST)                                                                           \
-    EXPORT void effattn_load_row_##NAME(float *to, const T *from, const long count, const long n, const float other) {  \
+    EXPORT void effattn_load_row_##NAME(float *to, const T *from, const long count, const long n, const float other) { \
         FIRST                                                                                                     \
         INDEPENDENT for (long j = count; j < n; j++) to[j] = other;                                               \
     }
@@ -140,7 +140,7 @@ EXPORT long effattn_front(const uint8_t *on, const long n) {
 /* Reductions of rows of n (a power of two) floats, in the lanes of `DEFINE_REDUCE` in prelude.h. */
 enum { PARTS = 16 / VL };
 #define DEFINE_REDUCE_V(NAME, T, START, VOP, OP)                                                                  \
-    EXPORT float NAME(const float *x, const long n) {                                                             \
+    INLINE float NAME##_of(const float *x, const long n) {                                                        \
         float lane[16];                                                                                           \
         if (n < 16) {                                                                                             \
             for (long l = 0; l < n; l++) lane[l] = START(x[l]);                                                   \
@@ -183,7 +183,7 @@ INLINE float keep_nan(float r, float start, const float *x, long n) {
     return x[0];
 }
 #define DEFINE_REDUCE_M(NAME, START, FIRST, VOP, OP)                                                              \
-    EXPORT float NAME(const float *x, const long n) {                                                             \
+    INLINE float NAME##_of(const float *x, const long n) {                                                        \
         float lane[16];                                                                                           \
         if (n < 16) {                                                                                             \
             for (long l = 0; l < n; l++) lane[l] = OP(START, x[l]);                                               \
@@ -202,3 +202,12 @@ INLINE float keep_nan(float r, float start, const float *x, long n) {
     }
 DEFINE_REDUCE_M(effattn_reduce_maxnum_float, -__builtin_inff(), LOWEST, VMAX, SMAX)
 DEFINE_REDUCE_M(effattn_reduce_minnum_float, __builtin_inff(), HIGHEST, VMIN, SMIN)
+
+#define DEFINE_REDUCE_ROWS(NAME)                                                                                  \
+    EXPORT float NAME(const float *x, const long n) { return NAME##_of(x, n); }                                   \
+    EXPORT void NAME##_rows(float *to, const float *x, const long n, const long rows, const long step, const long to_step) { \
+        for (long i = 0; i < rows; i++) to[i * to_step] = NAME##_of(x + i * step, n);                             \
+    }
+DEFINE_REDUCE_ROWS(effattn_reduce_add_float)
+DEFINE_REDUCE_ROWS(effattn_reduce_maxnum_float)
+DEFINE_REDUCE_ROWS(effattn_reduce_minnum_float)

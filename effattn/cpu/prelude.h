@@ -293,6 +293,10 @@ DEFINE_REDUCE(reduce_maximum_float, float, maximum_float)
 DEFINE_REDUCE(reduce_minimum_float, float, minimum_float)
 
 /* The same for floats, in vectors: in the runtime library. maxnum and minnum leave NaN out where there is a number. */
-float effattn_reduce_add_float(const float *x, long n);
-float effattn_reduce_maxnum_float(const float *x, long n);
-float effattn_reduce_minnum_float(const float *x, long n);
+#define DECLARE_REDUCE(NAME)                                                                                      \
+    float effattn_reduce_##NAME(const float *x, long n);                                                          \
+    /* to[i * to_step] is that of the row at x + i * step, for i < rows. */                                       \
+    void effattn_reduce_##NAME##_rows(float *to, const float *x, long n, long rows, long step, long to_step);
+DECLARE_REDUCE(add_float)
+DECLARE_REDUCE(maxnum_float)
+DECLARE_REDUCE(minnum_float)

@@ -145,6 +145,14 @@ def _reduce_rows(emitter: FunctionEmitter, op: Op, axis: int, helper: str) -> No
         buffer = emitter.plan.buffers[result]
         where = linear(tuple(e for a, e in enumerate(nest.index) if a != axis), buffer.strides())
         emitter.open("")
+        long = [a for a in outer if shape[a] > 1]
+        if not body and len(long) == 1 and helper.startswith("effattn_") and kept is not None:
+            # All rows by one call.
+            a = long[0]
+            steps = f"{shape[a]}, {kept.strides()[a]}, {buffer.strides()[a - (a > axis)]}"
+            emitter.line(f"{helper}_rows({emitter.array(buffer)}, {emitter.array(kept)}, {n}, {steps});")
+            emitter.close()
+            return
         nest.emit([*body, f"{emitter.array(buffer)}[{where.text}] = {call};"])
         emitter.close()
     else:
