@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from effattn.errors import RequestError
 from effattn.expected import ACCURACY, Expected
@@ -25,8 +25,13 @@ if TYPE_CHECKING:
 MOST_SHRINKING = 60.0
 #: Cases that time out, after which no more are tried: a method that hangs would take hours to say so of all.
 MOST_TIMED_OUT = 3
+#: Laws that one process finds the cases of in one go.
+_LAWS_AT_ONCE = 12
 #: Judgements that making the cases of broken laws small may take, all laws together.
 MOST_FOR_LAWS = 1500
+
+
+T = TypeVar("T")
 
 
 class Progress(Protocol):
@@ -79,6 +84,12 @@ class Judge(Protocol):
 
     def call(self, function: str, *arguments: Any) -> Any:
         """Call a function of effattn, `module:function`, where the method is loaded."""
+        ...
+
+    def call_all(
+        self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]
+    ) -> Generator[T, None, None]:
+        """Call a function of effattn for each tuple of arguments, where the method is loaded: the results, in order."""
         ...
 
 
@@ -245,6 +256,7 @@ def collect(request: Request, *, progress: Progress | None = None) -> list[Quest
     from effattn import values
     from effattn.case import Case
     from effattn.properties import profiles
+    from effattn.run import work
 
     generated = [name for name in request.values if not name.startswith("real:")]
     real = [name for name in request.values if name.startswith("real:")]
@@ -260,10 +272,12 @@ def collect(request: Request, *, progress: Progress | None = None) -> list[Quest
             if progress is not None:
                 progress.stage(f"finding {dtype} cases for {_count(len(request.laws), 'law')}")
             # Where the method is: which cases a law asks depends on what it offers.
-            found = request.judge.call(
-                "effattn.run.work:law_cases", request.judge.spec, list(request.laws), request.profile, dtype
-            )
-            collected += [Question(Case.from_dict(case), law) for law, case in found]
+            parts = [
+                (request.judge.spec, list(request.laws[at : at + _LAWS_AT_ONCE]), request.profile, dtype)
+                for at in range(0, len(request.laws), _LAWS_AT_ONCE)
+            ]
+            for found in request.judge.call_all(work.law_cases, parts):
+                collected += [Question(Case.from_dict(case), law) for law, case in found]
     return collected
 
 

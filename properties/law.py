@@ -84,8 +84,9 @@ class Law:
     check: Callable[[Trial], None]
     #: the case of number `index`, drawn from a seed
     draw: Callable[[str, int, str], Case]
-    #: the same with some of the options only, for a method that takes the case; None if the draws find none
-    redraw: Callable[[str, int, str, Collection[str], Callable[[Case], bool]], Case | None]
+    #: the same with some of the options only, for a method that takes the case, and whether it is one of the few that
+    #: share kernels; None if the draws find none
+    redraw: Callable[[str, int, str, Collection[str], Callable[[Case], bool], bool], Case | None]
     #: whether a case, perhaps a shrunk one, is one that the law speaks of
     holds: Callable[[Case], bool]
     #: whether gradients are asked for
@@ -115,8 +116,10 @@ def law(
 ) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
     """Puts a function of a `Trial` into the catalogue; see `Law` for the arguments."""
 
+    from effattn.properties.law_draws import FEW
+
     def first(name: str, index: int, dtype: str) -> Case:
-        case = draw(name, index, dtype, holds, None)
+        case = draw(name, index, dtype, holds, None, index < FEW)
         assert case is not None
         return case
 
@@ -131,8 +134,8 @@ def law(
             statement=" ".join(check.__doc__.split()),
             check=check,
             draw=first,
-            redraw=lambda name, index, dtype, some, takes: draw(
-                name, index, dtype, lambda case: holds(case) and takes(case), some
+            redraw=lambda name, index, dtype, some, takes, few: draw(
+                name, index, dtype, lambda case: holds(case) and takes(case), some, few
             ),
             holds=holds,
             gradients=gradients,

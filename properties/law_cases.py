@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from effattn.methods.base import Method, Output
 from effattn.properties.law import Law, SetAside, Trial, excluded
-from effattn.properties.law_draws import OPTIONS
+from effattn.properties.law_draws import FEW, OPTIONS
 from effattn.properties.profiles import Draw
 from effattn.properties.regimes import options_of
 
@@ -40,7 +40,8 @@ def candidates(law: Law, method: Method, dtype: str, count: int) -> Iterator[Cas
     options = offered(method, dtype)
     vain = 0
     for index in range(MOST_DRAWS):
-        case = law.redraw(law.name, index, dtype, options, lambda case: method.unsupported(case) is None)
+        few = count <= FEW or index < FEW
+        case = law.redraw(law.name, index, dtype, options, lambda case: method.unsupported(case) is None, few)
         if case is None or case in met or silence(law, case, method) is not None:
             vain += 1
             if vain == MOST_IN_VAIN:

@@ -10,15 +10,15 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from effattn.errors import RequestError
-from effattn.properties.profiles import Draw
+from effattn.properties.profiles import SMOKE, Draw
 
 if TYPE_CHECKING:
     from effattn.case import Case
 
 Fields = dict[str, Any]
-#: law's name, number of the case, dtype, what the case must be, options to choose from (None: all) -> the case.
-#: None where some options only may be chosen and the draws found no case.
-Drawing = Callable[[str, int, str, Callable[["Case"], bool], Collection[str] | None], "Case | None"]
+#: law's name, number of the case, dtype, what the case must be, options to choose from (None: all), whether it shares
+#: compiled kernels with the first cases -> the case. None where some options only may be chosen and the draws found no case.
+Drawing = Callable[[str, int, str, Callable[["Case"], bool], Collection[str] | None, bool], "Case | None"]
 #: draws of one case among some of the options: what cannot be had is soon given up
 _DRAWS_OF_SOME = 30
 
@@ -29,6 +29,10 @@ GROUPS = ((1, 1), (2, 1), (1, 2), (2, 2), (1, 7), (3, 1))
 _SEVERAL_HEADS = tuple(pair for pair in GROUPS if pair != (1, 1))
 #: of the first cases: no power of two, so that a kernel pads it
 _FIRST_DIMS = ((40, 40),)
+#: options that are numbers to most kernels, for which none is compiled
+_NUMBERS = ("causal", "scale")
+#: other options that first cases have together: those of the profile `smoke`, whose kernels they share
+_PAIRS = tuple(map(frozenset, SMOKE.pairs))
 #: how many cases of each law are drawn so that few kernels are compiled: those of the profile `smoke`
 FEW = 4
 LAYOUTS = ("bhsd", "bhsd", "bshd", "bhsd+pad", "bshd+pad+offset", "bhds", "bhsd+step", "sbhd+pad")
@@ -73,20 +77,30 @@ def cases(
     """
 
     def draw(
-        law: str, index: int, dtype: str, holds: Callable[[Case], bool], some: Collection[str] | None
+        law: str,
+        index: int,
+        dtype: str,
+        holds: Callable[[Case], bool],
+        some: Collection[str] | None,
+        few: bool,
     ) -> Case | None:
         from effattn.case import Case
 
         source = Draw(f"effattn law {law} {index}" + ("" if some is None else " again"))
         free = [name for name in options if name not in always and (some is None or name in some)]
+        if few:
+            free = [name for name in free if all(_together(name, other) for other in always)]
         for attempt in range(400 if some is None else _DRAWS_OF_SOME):
             # The option whose turn it is may be one that the law does not speak of: then any two.
             turn = index if attempt < 50 else 10_000 + attempt
             menus = (lengths, dims, GROUPS, layouts)
-            fields = _shape(source, *(_few(lengths, dims, layouts, index) if index < FEW else menus))
+            fields = _shape(source, *(_few(lengths, dims, layouts, index) if few else menus))
             for name in always:
                 fields |= OPTIONS[name](source)
-            for name in _chosen(source, free, turn, start=len(law)):
+            chosen = _chosen(source, free, turn, start=len(law))
+            if few and not all(map(_together, chosen, chosen[1:])):
+                chosen = chosen[:1]
+            for name in chosen:
                 fields |= OPTIONS[name](source)
             fields |= {"values": source.pick(values), "seed": index, "dtype": dtype, "backward": backward}
             fields |= change(source, fields)
@@ -109,7 +123,8 @@ def _few(
     """The menus for the first cases of a law, which share compiled kernels.
 
     Triton compiles a kernel for each padded head_dim, and for each set of integers that are 1: one head_dim, several heads,
-    lengths of more than 1, and rows whose elements are consecutive, every second time in the plain layout.
+    lengths of more than 1, and rows whose elements are consecutive, every second time in the plain layout. Most kernels
+    are also compiled for the options that they are given: see `_PAIRS`.
     """
     longer = [n for n in lengths if n > 1]
     dense = [name for name in layouts if name.partition("+")[0].endswith("d") and "step" not in name]
@@ -119,6 +134,11 @@ def _few(
         _SEVERAL_HEADS,
         (dense or layouts) if index % 2 else ("bhsd",),
     )
+
+
+def _together(one: str, other: str) -> bool:
+    """Whether first cases may have both options."""
+    return one == other or one in _NUMBERS or other in _NUMBERS or frozenset((one, other)) in _PAIRS
 
 
 def _shape(

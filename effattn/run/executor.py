@@ -7,14 +7,16 @@ What is effattn's own fault is not caught.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from effattn.case import Case
     from effattn.gate import Question
     from effattn.judge import Verdict
     from effattn.methods.base import Method
+
+T = TypeVar("T")
 
 #: Multiplications of a case below which torch gets one thread. Threads gain little there, and where other
 #: programs want the cores too, waiting for each other makes a case ten times slower.
@@ -69,6 +71,12 @@ class Local:
         from effattn.run import work
 
         return work.find(function)(*arguments)
+
+    def call_all(
+        self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]
+    ) -> Generator[T, None, None]:
+        """Call a function of effattn for each tuple of arguments: the results, in order."""
+        yield from (function(*one) for one in arguments)
 
     def close(self) -> None:
         """Nothing to end."""

@@ -26,15 +26,17 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from effattn.errors import EffattnError, RequestError
-from effattn.run import work
+from effattn.run import nursery, work
 
 if TYPE_CHECKING:
     from effattn.case import Case
     from effattn.gate import Question
     from effattn.verdict import Verdict
+
+T = TypeVar("T")
 
 #: Seconds that one case may take if nothing else is asked for. Compiling a kernel is part of it.
 TIME_LIMIT = 300.0
@@ -88,6 +90,7 @@ class _Nursery:
     """The process that forks, and the requests to it."""
 
     def __init__(self) -> None:
+        self.environ = nursery.read_at_import()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         code = (
@@ -115,6 +118,8 @@ class _Nursery:
 
 
 _nursery: _Nursery | None = None
+#: those of another environment, which have workers still
+_former: list[_Nursery] = []
 _lock = threading.Lock()
 
 
@@ -125,6 +130,9 @@ def start() -> None:
         if _nursery is not None and not _nursery.alive:
             _nursery.close()
             _nursery = None
+        if _nursery is not None and _nursery.environ != nursery.read_at_import():
+            _former.append(_nursery)
+            _nursery = None
         if _nursery is None:
             _nursery = _Nursery()
 
@@ -133,6 +141,8 @@ def stop() -> None:
     """End the process that workers come from, and with it all of them."""
     global _nursery
     with _lock:
+        while _former:
+            _former.pop().close()
         if _nursery is not None:
             _nursery.close()
             _nursery = None
@@ -386,6 +396,7 @@ class Isolated:
             memory_limit = int(available_memory() * MEMORY_SHARE / jobs)
         self.memory_limit = memory_limit
         self._worker = Worker(memory_limit=memory_limit, quiet=quiet)
+        self._pool: IsolatedExecutor | None = None
         try:
             self._worker.call("effattn.run.work:check_device", device)
             described = self._worker.call("effattn.run.work:describe", spec)
@@ -423,7 +434,7 @@ class Isolated:
             for number, asked in enumerate(questions):
                 yield number, self.judge(asked.case, asked.law, weigh=asked.weigh)
             return
-        pool = IsolatedExecutor(self.jobs, memory_limit=self.memory_limit, quiet=self._quiet)
+        pool = self._workers()
         try:
             futures: dict[concurrent.futures.Future[Any], int] = {}
             for number in _interleaved(len(questions), self.jobs):
@@ -434,7 +445,14 @@ class Isolated:
                 asked = questions[futures[future]]
                 yield futures[future], self._verdict(asked.case, asked.law, future.result)
         finally:
+            self._pool = None
             pool.shutdown(cancel_futures=True)
+
+    def _workers(self) -> IsolatedExecutor:
+        """The processes that share what is asked."""
+        if self._pool is None:
+            self._pool = IsolatedExecutor(self.jobs, memory_limit=self.memory_limit, quiet=self._quiet)
+        return self._pool
 
     def _asking(
         self, case: Case, law: str | None, weigh: str, explain: bool = False
@@ -471,9 +489,23 @@ class Isolated:
         """Call a function of effattn in the worker."""
         return self._worker.call(function, *arguments)
 
+    def call_all(
+        self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]
+    ) -> Generator[T, None, None]:
+        """Call a function of effattn for each tuple of arguments, in `jobs` processes: the results, in order."""
+        if self.jobs == 1:
+            name = f"{function.__module__}:{function.__qualname__}"
+            yield from (self._worker.call(name, *one) for one in arguments)
+            return
+        futures = [self._workers().submit(function, *one) for one in arguments]
+        yield from (future.result() for future in futures)
+
     def close(self) -> None:
-        """End the worker."""
+        """End the workers."""
         self._worker.kill()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
     def __enter__(self) -> Isolated:
         return self

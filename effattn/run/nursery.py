@@ -1,6 +1,6 @@
 """The process that workers are forked from.
 
-It has imported torch and everything else that a case needs, and does nothing but fork: a worker is there in
+It has imported torch and most else that a case needs, and does nothing but fork: a worker is there in
 milliseconds instead of seconds, also the one that takes the place of a worker that died. It computes nothing, so no
 thread and no GPU is open in it that a fork would break.
 
@@ -40,6 +40,18 @@ PRELOADED = (
     "effattn.tolerances.statistics",
     "effattn.tolerances.predict",
 )
+#: What many cases need: imported when the first worker is there and nothing is asked for, so that those after it have it.
+LATER = (
+    "triton",
+    "effattn.laws",
+    "effattn.properties.catalogue",
+    "effattn.properties.law_cases",
+    "effattn.judgement",
+    "effattn.tolerances.gradients",
+    "torch._dynamo",
+)
+#: Variables that these read when they are imported: a nursery forks for workers with the same ones.
+READ_AT_IMPORT = ("TRITON_INTERPRET", "TORCH")
 #: Bytes of one message, environment and all.
 LONGEST = 1 << 20
 _PR_SET_PDEATHSIG = 1
@@ -54,8 +66,14 @@ def main(descriptor: int) -> None:
     children: dict[int, tuple[int, int]] = {}  # pidfd -> pid, pipe
     poll = select.poll()
     poll.register(requests, select.POLLIN)
+    later = list(LATER)
     while True:
-        for ready, _ in poll.poll():
+        ready_now = poll.poll(0 if later and children else None)
+        if not ready_now:
+            # Whatever is wrong with it is told by the worker that needs it.
+            with contextlib.suppress(Exception):
+                importlib.import_module(later.pop(0))
+        for ready, _ in ready_now:
             if ready in children:
                 poll.unregister(ready)
                 _bury(ready, *children.pop(ready))
@@ -64,6 +82,11 @@ def main(descriptor: int) -> None:
                     os.kill(pid, signal.SIGKILL)  # a child that nobody has waited for yet is there
                     os.waitpid(pid, 0)
                 return
+
+
+def read_at_import() -> dict[str, str]:
+    """The variables of this process that `LATER` reads when it is imported."""
+    return {name: value for name, value in os.environ.items() if name.startswith(READ_AT_IMPORT)}
 
 
 def _fork(requests: socket.socket, children: dict[int, tuple[int, int]], poll: select.poll) -> bool:
