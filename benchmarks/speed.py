@@ -1,6 +1,7 @@
 """Speed of a verdict and of whole commands; benchmarks/cpu_backend.py has that of kernels.
 
-    python benchmarks/speed.py [--only judge,commands] [--out FILE]
+    python benchmarks/speed.py [--only judge,commands,gates,laws,ci] [--out FILE]
+    python benchmarks/speed.py --only gates,laws,ci --out docs/measurements/gate-speed.json
 
 Medians are printed; nothing is asserted. `--out` writes the figures as JSON with versions and machine.
 """
@@ -81,9 +82,83 @@ def commands(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def gates(rounds: int, *, ci: bool = False) -> list[dict[str, Any]]:
+    """Gates of `flash` with all laws: with an empty cache of kernels and again; `ci` in one dtype instead."""
+    program = [sys.executable, "-c", "import sys; from effattn.cli import main; sys.exit(main())"]
+    rows = []
+    print("Gates")
+    for dtypes in ("fp16",) if ci else ("fp16", "fp16,bf16,fp32"):
+        with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryDirectory() as out:
+            asked = ["gate", "flash", "--profile", "ci" if ci else "smoke", "--dtype", dtypes]
+            for state in ("empty cache", "warm")[: 1 if ci else 2]:
+                load = os.getloadavg()[0]
+                start = time.perf_counter()
+                subprocess.run(
+                    [*program, *asked, "--out", str(Path(out, "run")), "--overwrite"],
+                    env={**os.environ, "TRITON_CACHE_DIR": cache}, capture_output=True, check=True,
+                )  # fmt: skip
+                seconds = time.perf_counter() - start
+                verdicts = [
+                    json.loads(line)
+                    for file in sorted(Path(out, "run").rglob("*.jsonl"))
+                    for line in file.read_text(encoding="utf-8").splitlines()
+                ]
+                row = {
+                    "command": "effattn " + " ".join(asked),
+                    "state": state,
+                    "seconds": seconds,
+                    "kernels": len(list(Path(cache).rglob("*_kernel.so"))),
+                    "cases": len(verdicts),
+                    "load_before": load,
+                }
+                rows.append(row)
+                print(f"  {row['command']:60} {state:12} {seconds:6.1f} s  {row['kernels']} kernels, {row['cases']} cases",
+                      flush=True)  # fmt: skip
+    return rows
+
+
+def laws(rounds: int) -> list[dict[str, Any]]:
+    """Cases a second that forward laws are judged on, up to 128 queries and keys, in the processes of a gate, warm."""
+    from effattn.gate import Question, Request, collect
+    from effattn.laws import choose
+    from effattn.run.isolation import Isolated
+
+    print("Forward laws, up to 128 x 128")
+    rows = []
+    names = tuple(law.name for law in choose() if not law.gradients)
+    for dtype in DTYPES:
+        with Isolated("flash") as judge:
+            asked = collect(Request(judge=judge, dtypes=(dtype,), profile="smoke", laws=names))
+            small = [q for q in asked if q.law and max(q.case.q_len, q.case.kv_len) <= 128]
+            questions: list[Question] = small * 4
+            # Processes are new and kernels are compiled in the first half.
+            for done, _ in enumerate(judge.judge_all(questions), 1):
+                if done == len(questions) // 2:
+                    start = time.perf_counter()
+            seconds = time.perf_counter() - start
+            row = {
+                "dtype": dtype, "laws": len(names), "cases": len(questions) - len(questions) // 2, "seconds": seconds,
+                "processes": judge.jobs, "load_before": os.getloadavg()[0],
+            }  # fmt: skip
+        rows.append(row)
+        print(
+            f"  {dtype:5} {row['cases'] / seconds:.0f} cases a second in {row['processes']} processes",
+            flush=True,
+        )
+    return rows
+
+
+def ci(rounds: int) -> list[dict[str, Any]]:
+    """A gate of the profile `ci` in one dtype, with an empty cache."""
+    return gates(rounds, ci=True)
+
+
 SECTIONS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
     "judge": judge,
     "commands": commands,
+    "gates": gates,
+    "laws": laws,
+    "ci": ci,
 }
 
 

@@ -93,7 +93,9 @@ def store(emitter: FunctionEmitter, op: Op) -> None:
     access = _Access(emitter, op, pointer, mask, order)
     fast_scope, slow_scope = Scope(), access.slow_scope
     fast_value = access.nest.eval(value, access.index, fast_scope).text
-    if access.masked_by_element and access.nest.shape[access.axis] <= _STAGED and emitter.probes is None:
+    # A division by zero that the mask hides is not to be told.
+    told = any("effattn_fault" in line for line in fast_scope.lines)
+    if access.masked_by_element and access.nest.shape[access.axis] <= _STAGED and not told:
         _store_staged(access, [*fast_scope.lines], store_expr(elem, fast_value), stored)
         return
     slow_value = access.nest.eval(value, access.index, slow_scope).text
@@ -110,10 +112,7 @@ def store(emitter: FunctionEmitter, op: Op) -> None:
 
 
 def _store_staged(access: _Access, lines: list[str], value: str, stored: str) -> None:
-    """Compute a row, masked-off elements included, and write those that are not.
-
-    Not in instrumented kernels, where a division by zero that the mask hides would be told.
-    """
+    """Compute a row, masked-off elements included, and write those that are not."""
     nest, axis = access.nest, access.axis
     row, i = nest.name("row"), f"i{axis}"
     n = nest.shape[axis]
