@@ -131,6 +131,7 @@ def laws(rounds: int) -> list[dict[str, Any]]:
             asked = collect(Request(judge=judge, dtypes=(dtype,), profile="smoke", laws=names))
             small = [q for q in asked if q.law and max(q.case.q_len, q.case.kv_len) <= 128]
             questions: list[Question] = small * 4
+            start = time.perf_counter()
             # Processes are new and kernels are compiled in the first half.
             for done, _ in enumerate(judge.judge_all(questions), 1):
                 if done == len(questions) // 2:

@@ -25,14 +25,16 @@ _draws = cases(
     lengths=(64, 65, 97, 128),
     layouts=("bhsd",),
     dims=((40, 40), (32, 32), (64, 64)),
-    change=lambda draw, fields: {
-        "dropout": draw.pick((0.1, 0.25, 0.5, 0.9)),
-        "batch": 2,
-        "heads": 2,
-        "kv_heads": draw.pick((1, 2)),
-    }
-    # An identity V has as many columns as there are keys: in the first cases as many as other laws have, padded.
-    | ({"batch": 3, "kv_len": draw.pick((61, 62, 63))} if fields["seed"] < FEW else {}),
+    change=lambda draw, fields: (
+        {
+            "dropout": draw.pick((0.1, 0.25, 0.5, 0.9)),
+            "batch": 2,
+            "heads": 2,
+            "kv_heads": draw.pick((1, 2)),
+        }
+        # An identity V has as many columns as there are keys: in the first cases as many as other laws have, padded.
+        | ({"batch": 3, "kv_len": draw.pick((61, 62, 63))} if fields["seed"] < FEW else {})
+    ),
 )
 
 
