@@ -25,7 +25,8 @@ def exact(case: Case, inputs: Inputs, *, keep: torch.Tensor | None = None) -> di
 def bounds(
     case: Case, inputs: Inputs, numerics: Numerics, *, keep: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """Largest error of a correct kernel, per element: "out", "lse", and where the case has gradients "dq", "dk", "dv".
+    """Largest error of a correct kernel, per element: "out", "lse", and where the case has gradients "dq", "dk", "dv", and
+    "dbias" and "dsinks" where there are such.
 
     `keep` is what dropout keeps. Infinite where the case is not judged. On the device of the inputs. Raises `SetAside` where
     there is no bound of gradients, which the case asks for.
@@ -34,6 +35,7 @@ def bounds(
 
     from effattn import exact as reference
     from effattn.properties.law import SetAside
+    from effattn.tolerances import formats
     from effattn.tolerances.gradients import gradient_envelopes
 
     if case.backward and numerics.quantised:
@@ -52,6 +54,9 @@ def bounds(
     d_out = inputs.extras.d_out
     if case.backward and d_out is not None:
         d_lse = inputs.extras.d_lse
+        bias_format = numerics.format("input")
+        if case.bias.endswith(":fp32"):
+            bias_format = formats.get("fp32")
         gradients = reference.gradients(*wide, d_out.double(), options, exact=found, d_lse=d_lse)
         per_name = gradient_envelopes(
             *wide,
@@ -62,6 +67,7 @@ def bounds(
             forward=envelope,
             options=options,
             d_lse=d_lse,
+            bias_format=bias_format,
         )
         result |= {f"d{name}": torch.as_tensor(x.bound).to(device) for name, x in per_name.items()}
     return result

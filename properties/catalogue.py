@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from effattn.properties import (  # noqa: F401  each import adds its laws
+    laws_bias_gradients,
     laws_dropout,
     laws_gradients,
     laws_masks,

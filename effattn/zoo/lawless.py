@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from effattn.methods.declare import method
-from effattn.zoo.dense import Asked, Dense, keep_mask
+from effattn.zoo.dense import Asked, Dense, _sum_to, keep_mask
 
 _C = TypeVar("_C", bound=type[Dense])
 
@@ -879,6 +879,86 @@ class TailUnwritten(Dense):
 # -- dropout --------------------------------------------------------------------------------------------------------
 
 
+@lawless("dbias-of-the-first-entry")
+class DbiasFirst(Dense):
+    """dBias of a bias that the batch shares is that of its first entry, not the sum."""
+
+    def backward(
+        self, saved: dict[str, Any], asked: Asked, g: torch.Tensor, d_lse: torch.Tensor | None, kv_heads: int
+    ) -> Any:
+        found = super().backward(saved, asked, g, d_lse, kv_heads)
+        if asked.bias is not None and asked.bias.shape[0] == 1:
+            one = g.clone()
+            one[1:] = 0.0
+            found["bias"] = super().backward(saved, asked, one, None, kv_heads)["bias"]
+        return found
+
+
+@lawless("dbias-at-hidden-keys")
+class DbiasHidden(Dense):
+    """dBias of hidden keys is not cleared: it holds a hundredth."""
+
+    def backward(
+        self, saved: dict[str, Any], asked: Asked, g: torch.Tensor, d_lse: torch.Tensor | None, kv_heads: int
+    ) -> Any:
+        found = super().backward(saved, asked, g, d_lse, kv_heads)
+        if found["bias"] is not None:
+            hidden = (~saved["seen"]).float().expand(*g.shape[:3], -1)
+            found["bias"] = found["bias"] + 0.01 * _sum_to(hidden, found["bias"].shape)
+        return found
+
+
+@lawless("dsinks-sign")
+class DsinksSign(Dense):
+    """The gradient of the sinks has the wrong sign."""
+
+    def backward(
+        self, saved: dict[str, Any], asked: Asked, g: torch.Tensor, d_lse: torch.Tensor | None, kv_heads: int
+    ) -> Any:
+        found = super().backward(saved, asked, g, d_lse, kv_heads)
+        return found | {"sinks": None if found["sinks"] is None else -found["sinks"]}
+
+
+@lawless("dsinks-left-over")
+class DsinksLeftOver(Dense):
+    """The gradient of the sinks is added to what the buffer held."""
+
+    def backward(
+        self, saved: dict[str, Any], asked: Asked, g: torch.Tensor, d_lse: torch.Tensor | None, kv_heads: int
+    ) -> Any:
+        found = super().backward(saved, asked, g, d_lse, kv_heads)
+        return found | {"sinks": None if found["sinks"] is None else found["sinks"] + 0.01}
+
+
+@lawless("dsinks-of-the-first-entry")
+class DsinksFirst(Dense):
+    """The gradient of the sinks is that of the first entry of the batch, not the sum."""
+
+    def backward(
+        self, saved: dict[str, Any], asked: Asked, g: torch.Tensor, d_lse: torch.Tensor | None, kv_heads: int
+    ) -> Any:
+        found = super().backward(saved, asked, g, d_lse, kv_heads)
+        if found["sinks"] is not None:
+            one, one_lse = g.clone(), None if d_lse is None else d_lse.clone()
+            for x in (one, *(() if one_lse is None else (one_lse,))):
+                x[1:] = 0.0
+            found["sinks"] = super().backward(saved, asked, one, one_lse, kv_heads)["sinks"]
+        return found
+
+
+@lawless("sink-not-in-delta")
+class SinkNotInDelta(Dense):
+    """Backward normalises P without the sink: rows of dS no longer sum to what the sink takes."""
+
+    def backward(
+        self, saved: dict[str, Any], asked: Asked, g: torch.Tensor, d_lse: torch.Tensor | None, kv_heads: int
+    ) -> Any:
+        if asked.sinks is not None:
+            w = saved["w"]
+            saved = saved | {"w": w / w.sum(-1, keepdim=True).clamp(min=1e-30)}
+        return super().backward(saved, asked, g, d_lse, kv_heads)
+
+
 @lawless("dropout-keeps-p")
 class KeepsP(Dense):
     """Keeps with probability p, drops with 1 - p."""
@@ -1015,6 +1095,12 @@ BROKEN_LAW: dict[str, str] = {
     "gradients-in-random-order": "gradients_twice_have_the_same_bits",
     "padding-in-gradients": "padding_does_not_reach_the_gradients",
     "tail-of-dk-unwritten": "without_an_upstream_gradient_all_gradients_are_zero",
+    "dbias-of-the-first-entry": "gradients_of_bias_and_sinks_add_up_over_the_batch",
+    "dbias-at-hidden-keys": "a_bias_at_hidden_keys_has_no_gradient",
+    "dsinks-sign": "gradients_of_bias_and_sinks_are_derivatives_of_the_output",
+    "dsinks-left-over": "gradients_of_bias_and_sinks_scale_with_the_upstream_gradient",
+    "dsinks-of-the-first-entry": "gradients_of_bias_and_sinks_add_up_over_the_batch",
+    "sink-not-in-delta": "a_shift_of_all_logits_leaves_the_loss",
     "dropout-keeps-p": "dropout_keeps_the_share_that_it_says",
     "dropout-not-scaled": "kept_weights_are_scaled_up",
     "dropout-same-for-all-rows": "weights_are_dropped_independently",
