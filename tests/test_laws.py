@@ -290,6 +290,24 @@ def test_a_test_of_five_lines_gets_the_suite(pytester: pytest.Pytester) -> None:
     assert 'name="effattn_law" value="one_key_returns_its_value"' in xml
 
 
+def test_the_triton_kernel_of_the_page_gets_the_suite_by_its_five_lines(pytester: pytest.Pytester) -> None:
+    examples = Path(__file__).parent.parent / "docs" / "examples"
+    test = (
+        (examples / "test_my_attention.py")
+        .read_text()
+        .replace("my_attention import", "triton_attention import")
+    )
+    pytester.makepyfile(triton_attention=(examples / "triton_attention.py").read_text(), test_it=test)
+    result = pytester.runpytest_subprocess(
+        "-q", "--effattn-dtype", "fp32", "-k", "one_key or dominant_key or strides_do or alibi_is", "-p", "no:cacheprovider",
+    )  # fmt: skip
+    outcome = result.parseoutcomes()
+    assert (outcome["passed"], outcome["skipped"], outcome.get("failed", 0)) == (3, 1, 0)
+    result.stdout.fnmatch_lines(
+        ["*triton_attention:attention fp32: 3 laws judged on 12 cases, 0 broken; 1 not judged"]
+    )
+
+
 def test_a_broken_law_fails_its_test_and_no_other(pytester: pytest.Pytester) -> None:
     wrong = PLAIN.replace("(weights @ v)", "(weights @ v).abs()")
     result = _run(
