@@ -51,7 +51,6 @@ from effattn.tolerances.sums import (
     collect,
     is_fine,
     narrow,
-    shifted,
 )
 from effattn.tolerances.typical import deviations
 
@@ -167,7 +166,7 @@ def forward_envelope(
     blocks = row_blocks(q, k, v, causal=causal, block=block)
     errors = ScoreErrors.of(numerics, q, k)
     fine = is_fine(numerics)
-    in_float32 = fine and narrow(q, k, scale)
+    in_float32 = narrow(q, k, scale)
     equal = EqualKeys.of(q, k, v)
     largest = Largest.of(k, v) if k.numel() else None
     grouped = repeat(None) if equal is None else row_blocks(q, k, equal.summed, causal=causal, block=block)
@@ -374,8 +373,6 @@ def _finish(
     # Noise. Equal keys may have equal errors, or not: the larger is granted.
     equal = hasattr(x, "equal_w2_v2")
     if fine:
-        if hasattr(x, "h"):
-            shifted(x, errors.gap)
         lse_scores, all_alike = (np.maximum(x.g, x.equal_g) if equal else x.g), x.w_var
         inner = np.maximum(x.g_v2 - 2.0 * o * x.g_v + o * o * x.g, 0.0)
         if equal:

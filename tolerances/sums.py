@@ -18,8 +18,6 @@ from effattn.tolerances import dots
 from effattn.tolerances.quantise import SCALE_ERROR
 
 if TYPE_CHECKING:
-    from types import SimpleNamespace
-
     from numpy.typing import NDArray
 
     from effattn.exact.blocks import Rows, Tile
@@ -290,8 +288,7 @@ def collect(
     k_most, k_peak, v_most: see `Largest`
 
     and where scores are judged one by one (`is_fine`): wb_abs, wb sum w b |v|, sum w b; b_most largest b; g_v2, g_v,
-    g sum w^2 var v^2, sum w^2 var v, sum w^2 var; w_var sum w var; and h_v2, h_v, h the same with s - lse for var, by which
-    `shifted` makes them those of s - max. lse (pairs, rows, 1). `groups`: the same rows with
+    g sum w^2 var v^2, sum w^2 var v, sum w^2 var; w_var sum w var. lse (pairs, rows, 1). `groups`: the same rows with
     `EqualKeys.summed` for values; equal_... then are the sums with w^2 over groups of equal keys, and top_sum and
     top_squares those of v and v^2 in the group of the largest weight, top_size its size; seen_sum and top_size are scaled to
     what a row sees of it, on the average.
@@ -304,9 +301,9 @@ def collect(
     for tile, group in zip_longest(rows.tiles(), grouped):
         equal = None if group is None else _Group.of(group.v)
         if squares is None:
-            more = _coarse(q, lse, tile, equal, numerics)
+            more = _coarse(q, lse, tile, equal, numerics, dtype)
         else:
-            more = _fine(q, squares, lse, tile, equal, numerics, errors)
+            more = _fine(q, squares, lse, tile, equal, numerics, errors, total.get("top"))
         if not total:
             total = more
             continue
@@ -364,27 +361,57 @@ def _common(
     }
 
 
+class _Values(NamedTuple):
+    """V of a tile, its columns brought near 1 by powers of two, so that their squares fit float32; (pairs, cols, v_dim)."""
+
+    v: torch.Tensor
+    abs: torch.Tensor
+    square: torch.Tensor
+    #: what each column was divided by, (pairs, 1, v_dim)
+    unit: torch.Tensor
+
+    @classmethod
+    def of(cls, v: torch.Tensor, dtype: torch.dtype) -> _Values:
+        unit = torch.exp2(torch.floor(torch.log2(v.abs().amax(1, keepdim=True).clamp(min=1e-150))))
+        v = (v / unit).to(dtype)
+        return cls(v, v.abs(), v * v, unit)
+
+
+def _product(x: torch.Tensor, y: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(x, y).to(torch.float64).mul_(factor)
+
+
+def _total(x: torch.Tensor) -> torch.Tensor:
+    return x.sum(-1, keepdim=True).to(torch.float64)
+
+
 def _coarse(
-    q: torch.Tensor, lse: torch.Tensor, tile: Tile, equal: _Group | None, numerics: Numerics
+    q: torch.Tensor,
+    lse: torch.Tensor,
+    tile: Tile,
+    equal: _Group | None,
+    numerics: Numerics,
+    dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
     s = torch.bmm(q, tile.k.mT)
     w = (s - lse).exp_()
     more = _common(s, w, lse, tile, equal, numerics)
-    v_abs = tile.v.abs()
-    wa = torch.bmm(w, tile.k.abs()).mul_(q.abs()).sum(-1, keepdim=True)
+    s, w, values = s.to(dtype), w.to(dtype), _Values.of(tile.v, dtype)
+    unit = values.unit
+    wa = torch.bmm(w, tile.k.abs().to(dtype)).mul_(q.abs().to(dtype))
     w2, ws = w * w, s.mul_(w)
     more |= {
-        "w_abs": torch.bmm(w, v_abs),
-        "w2_v2": torch.bmm(w2, tile.v * tile.v),
-        "w2": w2.sum(-1, keepdim=True),
-        "ws_v": torch.bmm(ws, tile.v),
-        "ws": ws.sum(-1, keepdim=True),
-        "ws_abs": torch.linalg.vector_norm(ws, ord=1, dim=-1, keepdim=True),
-        "wa": wa,
+        "w_abs": _product(w, values.abs, unit),
+        "w2_v2": _product(w2, values.square, unit * unit),
+        "w2": _total(w2),
+        "ws_v": _product(ws, values.v, unit),
+        "ws": _total(ws),
+        "ws_abs": torch.linalg.vector_norm(ws, ord=1, dim=-1, keepdim=True).to(torch.float64),
+        "wa": _total(wa),
     }
     if equal is not None:
-        more["equal_w2_v2"] = torch.bmm(w2, equal.v.square() / equal.size)
-        more["equal_w2"] = torch.bmm(w2, equal.size)
+        more["equal_w2_v2"] = torch.bmm(w2.double(), equal.v.square() / equal.size)
+        more["equal_w2"] = torch.bmm(w2.double(), equal.size)
     return more
 
 
@@ -396,6 +423,7 @@ def _fine(
     equal: _Group | None,
     numerics: Numerics,
     errors: ScoreErrors,
+    top: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
     q_abs, q2 = squares
     dtype = q_abs.dtype
@@ -406,18 +434,20 @@ def _fine(
     k = tile.k.to(dtype)
     b = torch.bmm(q_abs, k.abs().mT)
     var = torch.bmm(q2, (k * k).mT)
-    # Columns of V are brought near 1 by powers of two, so that their squares fit float32.
-    v_most = tile.v.abs().amax(1, keepdim=True)
-    unit = torch.exp2(torch.floor(torch.log2(v_most.clamp(min=1e-150))))
+    v, v_abs, v2, unit = _Values.of(tile.v, dtype)
     unit2 = unit * unit
-    v = (tile.v / unit).to(dtype)
-    v_abs, v2 = v.abs(), v * v
-    s, gap, w = s.to(dtype), gap.to(dtype), w.to(dtype)
+    gap, w = gap.to(dtype), w.to(dtype)
+    s = gap + lse.to(dtype) if dtype == torch.float32 else s
     if tile.hidden is not None:
+        s.masked_fill_(tile.hidden, 0.0)
         gap.masked_fill_(tile.hidden, 0.0)
         b.masked_fill_(tile.hidden, 0.0)
     b.mul_(0.5 * errors.dot + errors.factors).add_(s.abs(), alpha=0.5 * errors.dot + errors.rounded)
     b.sub_(gap, alpha=errors.shifted)
+    if numerics.normalise != "any":
+        # The maximum so far is taken off, not the log-sum-exp; hidden pairs have no weight.
+        highest = more["top"] if top is None else torch.maximum(more["top"], top)
+        gap.sub_(highest.clamp(min=1e-300).log().to(dtype))
     # Variances in units of that of one rounding: their own size is too small for float32.
     var.mul_(errors.terms / errors.gap).addcmul_(s, s, value=errors.each / errors.gap).addcmul_(gap, gap)
     var.add_(errors.exp / errors.gap)
@@ -428,55 +458,28 @@ def _fine(
     g = w_var * w
     w2 = w * w
 
-    def product(x: torch.Tensor, y: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(x, y).to(torch.float64).mul_(factor)
-
-    def total(x: torch.Tensor) -> torch.Tensor:
-        return x.sum(-1, keepdim=True).to(torch.float64)
-
     more |= {
-        "w_abs": product(w, v_abs, unit),
-        "w2_v2": product(w2, v2, unit2),
-        "w2_v": product(w2, v, unit),
-        "w2": total(w2),
-        "ws_v": product(ws, v, unit),
-        "ws": total(ws),
+        "w_abs": _product(w, v_abs, unit),
+        "w2_v2": _product(w2, v2, unit2),
+        "w2": _total(w2),
+        "ws_v": _product(ws, v, unit),
+        "ws": _total(ws),
         "b_most": b_most.to(torch.float64),
-        "wb_abs": product(wb, v_abs, unit),
-        "wb": total(wb),
-        "g_v2": product(g, v2, unit2 * errors.gap),
-        "g_v": product(g, v, unit * errors.gap),
-        "g": total(g).mul_(errors.gap),
-        "w_var": total(w_var).mul_(errors.gap),
+        "wb_abs": _product(wb, v_abs, unit),
+        "wb": _total(wb),
+        "g_v2": _product(g, v2, unit2 * errors.gap),
+        "g_v": _product(g, v, unit * errors.gap),
+        "g": _total(g).mul_(errors.gap),
+        "w_var": _total(w_var).mul_(errors.gap),
     }
-    h = gap.mul_(w2) if numerics.normalise != "any" else None
-    if h is not None:
-        more |= {"h_v2": product(h, v2, unit2), "h_v": product(h, v, unit), "h": total(h)}
     if equal is not None:
         sums, count = (equal.v / unit).to(dtype), equal.size.to(dtype)
-        more["equal_g_v2"] = product(g, sums.square() / count, unit2 * errors.gap)
-        more["equal_g_v"] = product(g, sums, unit * errors.gap)
-        more["equal_g"] = product(g, count, torch.full_like(unit2[..., :1], errors.gap))
-        more["equal_w2_v2"] = product(w2, sums.square() / count, unit2)
-        more["equal_w2"] = product(w2, count, torch.ones_like(unit2[..., :1]))
-        if h is not None:
-            more["equal_h_v2"] = product(h, sums.square() / count, unit2)
-            more["equal_h_v"] = product(h, sums, unit)
-            more["equal_h"] = product(h, count, torch.ones_like(unit2[..., :1]))
-            more["equal_w2_v"] = product(w2, sums, unit)
+        more["equal_g_v2"] = _product(g, sums.square() / count, unit2 * errors.gap)
+        more["equal_g_v"] = _product(g, sums, unit * errors.gap)
+        more["equal_g"] = _product(g, count, torch.full_like(unit2[..., :1], errors.gap))
+        more["equal_w2_v2"] = _product(w2, sums.square() / count, unit2)
+        more["equal_w2"] = _product(w2, count, torch.ones_like(unit2[..., :1]))
     return more
-
-
-def shifted(x: SimpleNamespace, gap: float) -> None:
-    """Change the sums with var to those for scores of which the maximum is taken off, not the log-sum-exp; with `_fine`'s.
-
-    (s - max)^2 = (s - lse)^2 + 2 a (s - lse) + a^2 with a = lse - max, which is known when the sums are done.
-    """
-    a = -np.log(np.maximum(x.top, 1e-300))
-    for prefix in ("", "equal_") if hasattr(x, "equal_h") else ("",):
-        for name in ("_v2", "_v", ""):
-            sums, h, w2 = (f"{prefix}{what}{name}" for what in ("g", "h", "w2"))
-            setattr(x, sums, getattr(x, sums) + gap * (2.0 * a * getattr(x, h) + a * a * getattr(x, w2)))
 
 
 def flushed(w: torch.Tensor, low: torch.Tensor, numerics: Numerics, count: torch.Tensor) -> torch.Tensor:
