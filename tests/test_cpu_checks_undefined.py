@@ -28,6 +28,33 @@ def _line(kernel: Any, text: str) -> int:
     return found
 
 
+# --------------------------------------------------------------------------------------------------- masked stores
+
+
+@triton.jit
+def _quotients(a_ptr, b_ptr, y_ptr, N: tl.constexpr, MASKED: tl.constexpr):
+    at = tl.arange(0, N)
+    a, b = tl.load(a_ptr + at), tl.load(b_ptr + at)
+    tl.store(y_ptr + at, a // b, mask=(b != 0) | (not MASKED))
+
+
+@pytest.mark.parametrize("zeros", [[3], [0, 5], [6, 7], []])
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_division_by_zero_is_found_where_its_result_is_stored(zeros: list[int], masked: bool) -> None:
+    a, b, y = torch.arange(8) + 70, torch.arange(8) + 1, torch.full((8,), -7)
+    b[zeros] = 0
+    found = _found(lambda: _quotients[(1,)](a, b, y, N=8, MASKED=masked), "bounds")
+    assert bool(found) == (bool(zeros) and not masked)
+    here = b != 0
+    if not found:
+        assert torch.equal(y[here], a[here] // b[here])
+    if masked:
+        assert bool((y[~here] == -7).all())
+        y.fill_(-7)
+        _quotients[(1,)](a, b, y, N=8, MASKED=True)
+        assert torch.equal(y, torch.where(here, a // b.clamp(min=1), -7))
+
+
 # ---------------------------------------------------------------------------------------------------- masked loads
 
 

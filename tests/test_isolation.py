@@ -228,6 +228,27 @@ def test_worker_sees_the_environment_and_the_folder_of_the_moment(
         assert f"yes{tmp_path}" in judge.judge(RIGHT).message
 
 
+def test_a_worker_has_modules_that_were_imported_under_its_own_environment(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = worker.call("effattn.run.isolation:_parent_pid")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")  # read when it is needed
+    with Worker() as same:
+        assert same.call("effattn.run.isolation:_parent_pid") == first
+    monkeypatch.setenv("TORCH_OF_ANOTHER_KIND", "1")  # torch reads such when it is imported
+    with Worker() as other:
+        assert other.call("effattn.run.isolation:_parent_pid") != first
+    assert worker.call("effattn.run.isolation:_parent_pid") == first  # the one that there was works on
+
+
+def test_calls_are_shared_by_the_processes_and_come_back_in_order() -> None:
+    asked = [("flash",), ("torch",)] * 3
+    with Isolated("torch", jobs=2) as judge, Isolated("torch", jobs=1) as one:
+        found = list(judge.call_all(work.describe, asked))
+        assert found == list(one.call_all(work.describe, asked)) == [work.describe(*spec) for spec in asked]
+    assert [row["spec"] for row in found] == ["flash", "torch"] * 3
+
+
 def test_errors_of_requests_and_faults_are_told_apart(worker: Worker) -> None:
     with pytest.raises(RequestError, match="did you mean 'flash'"):
         worker.call("effattn.run.work:describe", "flush")

@@ -629,6 +629,11 @@ def _own_pid() -> int:
     return os.getpid()
 
 
+def _parent_pid() -> int:
+    """Which process it was forked from."""
+    return os.getppid()
+
+
 def _die(number: int) -> None:
     """End the process that answers by a signal."""
     os.kill(os.getpid(), number)
