@@ -377,6 +377,10 @@ def _finish(
         inner = np.maximum(x.g_v2 - 2.0 * o * x.g_v + o * o * x.g, 0.0)
         if equal:
             inner = np.maximum(inner, x.equal_g_v2 - 2.0 * o * x.equal_g_v + o * o * x.equal_g)
+        if numerics.exp_ulps > FINE_EXP:
+            # A coarse exp is off by much the same where arguments are alike, not by chance.
+            together = np.sqrt(x.w2_v2) + o_abs * np.sqrt(x.w2)
+            inner += errors.exp * together * together
     else:
         # sum q^2 k^2 is at most the largest q^2 times |k|^2, and the other way round.
         t2 = np.minimum(q2.max(-1, keepdims=True) * x.k_most, q_norm * x.k_peak)
