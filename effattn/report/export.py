@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from effattn.case import Case
     from effattn.methods.user import UserFunction
     from effattn.properties.law import Difference
-    from effattn.verdict import Verdict
+    from effattn.verdict import Quantity, Verdict
 
 #: characters of tensors that a script may hold; a bug report has room for so many
 MOST_TEXT = 400_000
@@ -64,6 +64,8 @@ class _Recorder:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     #: what came of them: "out" and perhaps "lse", on the CPU
     results: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    #: whether autograd knows the log-sum-exp of the last call
+    lse_has_gradient: bool = False
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         copied = tuple(_copy(x) for x in arguments), {name: _copy(x) for name, x in keywords.items()}
@@ -72,6 +74,7 @@ class _Recorder:
         output = as_output(result)
         made = {"out": output.out} | ({} if output.lse is None else {"lse": output.lse})
         self.results.append({name: x.detach().cpu().clone() for name, x in made.items()})
+        self.lse_has_gradient = output.lse is not None and output.lse.requires_grad
         return result
 
 
@@ -96,8 +99,8 @@ def script(case: Case, method: UserFunction, *, law: str | None = None, device: 
     """The script for a case that fails.
 
     Raises:
-        RequestError: the case does not fail, or in its gradients, or in what is no element of an output; the function
-            cannot be found by a script; the tensors are too large for a bug report.
+        RequestError: the case does not fail, or in what is no element of an output or of a gradient, or under a law of
+            gradients; the function cannot be found by a script; the tensors are too large for a bug report.
     """
     from effattn import laws
     from effattn.properties.law import get
@@ -118,20 +121,30 @@ def script(case: Case, method: UserFunction, *, law: str | None = None, device: 
         raise RequestError(
             f"--export: the case does not fail ({verdict.outcome}), so there is nothing to report"
         )
-    largest = max(
-        (q for q in verdict.quantities if q.fraction), key=lambda q: q.fraction or 0.0, default=None
-    )
-    of_gradients = (
-        get(law).gradients if law is not None else largest is not None and largest.name not in _FORWARD
-    )
-    if of_gradients:
+    if law is not None and get(law).gradients:
         raise RequestError(
-            "--export: the failure is one of gradients, and a script repeats forward passes only; give the line of"
+            "--export: the law is one of gradients, and a script compares what forward passes give; give the line of"
             " `effattn replay` instead"
         )
-    of_law = verdict.outcome == Outcome.LAW_BROKEN
-    ending = _ending_of_law(difference, recorder.results) if of_law else _ending(verdict)
-    return _text(verdict, recorder.calls, case, _load_lines(method), ending)
+    inputs, ending = _Inputs(recorder.calls), []
+    if verdict.outcome == Outcome.LAW_BROKEN:
+        ending = _ending_of_law(difference, recorder.results)
+    else:
+        worst = _worst(verdict)
+        if worst is None or worst.name in _FORWARD:
+            ending = _ending(verdict, worst)
+        else:
+            ending = _ending_of_gradient(verdict, worst, case, recorder, inputs)
+    return _text(verdict, inputs, case, _load_lines(method), ending)
+
+
+def _worst(verdict: Verdict) -> Quantity | None:
+    """The quantity whose error is the largest part of its bound."""
+    return max(
+        (q for q in verdict.quantities if q.fraction and q.worst is not None),
+        key=lambda q: q.fraction or 0.0,
+        default=None,
+    )
 
 
 def for_command(case: dict[str, Any], spec: str, law: str | None, device: str) -> str:
@@ -164,38 +177,48 @@ def _load_lines(method: UserFunction) -> list[str]:
     return [f"from {where} import {name} as function  # under test"]
 
 
-def _text(
-    verdict: Verdict,
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]],
-    case: Case,
-    load: list[str],
-    ending: list[str],
-) -> str:
-    import torch
+class _Inputs:
+    """The tensors of a script, each with a name, and the calls that use them."""
 
-    import effattn
+    def __init__(self, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+        self._calls = calls
+        self._names: dict[str, str] = {}
+        self.lines: list[str] = []
+        self.invoked = []
+        for arguments, keywords in calls:
+            given = [self.named(x) for x in arguments]
+            given += [f"{name}={self.named(x)}" for name, x in keywords.items()]
+            self.invoked.append(f"    lambda: function({', '.join(given)}),")
 
-    names: dict[str, str] = {}
-    lines: list[str] = []
+    def named(self, x: Any) -> str:
+        """The name of a tensor; anything else as it is written."""
+        import torch
 
-    def named(x: Any) -> str:
         if not isinstance(x, torch.Tensor):
             return repr(x)
         text = _literal(x)
-        if text not in names:
-            names[text] = f"t{len(names)}"
-            lines.append(f"{names[text]} = {text}")
-        return names[text]
+        # Two inputs of the same numbers are two to autograd.
+        key = f"{id(x)} {text}" if x.requires_grad else text
+        if key not in self._names:
+            self._names[key] = f"t{len(self._names)}"
+            self.lines.append(f"{self._names[key]} = {text}")
+        return self._names[key]
 
-    invoked = []
-    for arguments, keywords in calls:
-        given = [named(x) for x in arguments]
-        given += [f"{name}={named(x)}" for name, x in keywords.items()]
-        invoked.append(f"    lambda: function({', '.join(given)}),")
-    if sum(map(len, lines)) > MOST_TEXT:
+    def input_of(self, gradient: str) -> str:
+        """The name of the tensor that a gradient, such as "dq", is one of."""
+        (arguments, keywords), name = self._calls[0], gradient.removeprefix("d")
+        given = dict(zip("qkv", arguments, strict=False)) | keywords
+        return self.named(given[name])
+
+
+def _text(verdict: Verdict, inputs: _Inputs, case: Case, load: list[str], ending: list[str]) -> str:
+    import effattn
+
+    size = sum(map(len, inputs.lines))
+    if size > MOST_TEXT:
         raise RequestError(
-            f"--export: the tensors take {sum(map(len, lines)) // 1000} kB, more than {MOST_TEXT // 1000} kB; export the"
-            " smallest case that was found"
+            f"--export: the tensors take {size // 1000} kB, more than {MOST_TEXT // 1000} kB; export the smallest case that"
+            " was found"
         )
     title = f"{verdict.method}: {verdict.outcome}" + (
         f", {verdict.law.replace('_', ' ')}" if verdict.law else ""
@@ -207,7 +230,8 @@ def _text(
         title=title.replace('"""', "'''"),
         message=f"{message}\n\n{case.describe()}. effattn {effattn.__version__}",
     )
-    return "\n".join([head + "\n".join([*load, *lines, "calls = [", *invoked, "]"]), *_RUN, *ending, ""])
+    body = [*load, *inputs.lines, "calls = [", *inputs.invoked, "]", *_RUN, *ending, ""]
+    return head + "\n".join(body)
 
 
 def _literal(x: torch.Tensor) -> str:
@@ -227,26 +251,46 @@ _RUN = [
 ]
 
 
-def _ending(verdict: Verdict) -> list[str]:
+def _ending(verdict: Verdict, worst: Quantity | None) -> list[str]:
     """Shows what is wrong; exits with 1 where an element still is."""
     from effattn.verdict import Outcome
 
-    worst = max(
-        (q for q in verdict.quantities if q.worst is not None and q.name in _FORWARD),
-        key=lambda q: q.fraction or 0.0,
-        default=None,
-    )
     if verdict.outcome == Outcome.INACCURATE and worst is not None:
-        value = "outs[0]" if worst.name == "out" else "results[0][1]"
-        return [
-            f"got, exact, allowed = {value}[{', '.join(map(str, worst.worst or ()))}].item(), {worst.exact!r}, {worst.allowed!r}",
-            f'print(f"{worst.name}{list(worst.worst or ())} is {{got}}; exact is {{exact}}, allowed {{allowed}}")',
-            "sys.exit(not abs(got - exact) <= allowed)",
-        ]
+        return _comparison(worst, "outs[0]" if worst.name == "out" else "results[0][1]")
     return [
         "for number, out in enumerate(outs):",
         '    print(f"call {number}: shape {tuple(out.shape)}, first elements {out.flatten()[:4].tolist()}")',
         "torch.save([out.detach() for out in outs], 'outs.pt')  # for a closer look",
+    ]
+
+
+def _comparison(worst: Quantity, value: str) -> list[str]:
+    at = ", ".join(map(str, worst.worst or ()))
+    return [
+        f"got, exact, allowed = {value}[{at}].item(), {worst.exact!r}, {worst.allowed!r}",
+        f'print(f"{worst.name}[{at}] is {{got}}; exact is {{exact}}, allowed {{allowed}}")',
+        "sys.exit(not abs(got - exact) <= allowed)",
+    ]
+
+
+def _ending_of_gradient(
+    verdict: Verdict, worst: Quantity, case: Case, recorder: _Recorder, inputs: _Inputs
+) -> list[str]:
+    """The same of a gradient by autograd, for the upstream gradients of the case."""
+    from effattn.verdict import Outcome
+
+    if verdict.outcome != Outcome.INACCURATE:
+        raise RequestError(
+            f"--export: gradients are {verdict.outcome} as a whole, no element is wrong by itself that a script could compare;"
+            " give the line of `effattn replay` instead"
+        )
+    extras = case.tensors("cpu").extras
+    outputs, upstream = "outs[0]", inputs.named(extras.d_out)
+    if recorder.lse_has_gradient and extras.d_lse is not None:
+        outputs, upstream = f"{outputs}, results[0][1]", f"{upstream}, {inputs.named(extras.d_lse)}"
+    return [
+        f"(gradient,) = torch.autograd.grad([{outputs}], {inputs.input_of(worst.name)}, [{upstream}])",
+        *_comparison(worst, "gradient"),
     ]
 
 

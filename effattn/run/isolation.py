@@ -6,6 +6,8 @@ how, and another worker takes over. Workers are forked from a process that has e
 
 Each worker has a connection of its own, so one that is killed in the middle of a message leaves no lock and no half
 message to any other.
+
+The file is long: a worker and its two users, for one method and for any function, share how a process begins and ends.
 """
 
 from __future__ import annotations
