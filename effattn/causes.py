@@ -281,7 +281,12 @@ def _multiple(part: Part, case: Case) -> str | None:
         left = np.where(good, got - factor * exact, 0.0)
     if _beyond(left, part, 2.0 * max(1.0, abs(factor))):
         return None
-    return f"{part.title} is {factor:.4g} times what it should be{_called(factor, part, case)}"
+    # A factor next to 1 is told with the digits that make it another, or not at all.
+    shown = f"{factor:.4g}" if abs(factor - 1.0) > 0.01 else f"{factor:.7g}"
+    if shown == "1":
+        return None
+    called = _called(factor, part, case) if abs(factor - 1.0) > 0.01 else ""
+    return f"{part.title} is {shown} times what it should be{called}"
 
 
 def _called(factor: float, part: Part, case: Case) -> str:

@@ -342,7 +342,9 @@ def gate(
     console.print(f"Written to {folder}/", markup=False, soft_wrap=True)
     as_before = True
     if committed is not None and baseline_file is not None:
-        as_before = cli_baseline.report(committed, result.verdicts, file=baseline_file, folder=folder)
+        as_before = cli_baseline.report(
+            committed, result.verdicts, file=baseline_file, folder=folder, passed=result.exit_code == 0
+        )
     if with_report:
         made = cli_report.write_report(folder, against, baseline_file)
         console.print(f"Report: {made}", markup=False, soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,8 +74,8 @@ def load(file: Path, *, method: str, facts: Mapping[str, Any]) -> Section:
     )
 
 
-def report(section: Section, verdicts: Iterable[Verdict], *, file: Path, folder: Path) -> bool:
-    """Print what changed; whether nothing became worse."""
+def report(section: Section, verdicts: Sequence[Verdict], *, file: Path, folder: Path, passed: bool) -> bool:
+    """Print what changed; whether nothing became worse. `passed`: whether the run did, and may be recorded."""
     from effattn.tolerances import baselines
 
     found = baselines.compare(section, verdicts)
@@ -84,8 +84,12 @@ def report(section: Section, verdicts: Iterable[Verdict], *, file: Path, folder:
     _list("in the baseline, but not judged now", [str(key) for key in found.gone])
     _list("judged now, but not in the baseline", [str(key) for key in found.new])
     if not (found.worse or found.better or found.gone or found.new):
-        click.echo(f"Baseline: as {file} has it, {len(section.rows)} rows.")
+        dtypes = {verdict.case.dtype for verdict in verdicts}
+        rows = sum(key.dtype in dtypes for key in section.rows)
+        click.echo(f"Baseline: as {file} has it, {rows} rows.")
         return True
+    if not passed:
+        return found.passed
     command = f"effattn baseline {shlex.quote(str(folder))} --file {shlex.quote(str(file))}"
     click.echo(f"To record these errors: {command}" + ("" if found.passed else " --reason TEXT"))
     return found.passed

@@ -77,6 +77,11 @@ def _judge_method(
     if reason is not None:
         return _short(case, method, Outcome.NOT_SUPPORTED, f"not supported: {reason}", seconds)
     numerics = as_run(method.numerics(case), device)
+    if numerics.input != case.dtype:
+        raise RequestError(
+            f"{method.name}: numerics {numerics.name!r} declares input {numerics.input!r}, and Q, K and V of the case are"
+            f" {case.dtype}; declare the numerics of each dtype, such as for_dtype(case.dtype)"
+        )
     if case.backward and numerics.quantised:
         message = (
             f"not judged: no bound of gradients is known for quantised operands (numerics {numerics.name!r})"

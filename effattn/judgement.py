@@ -469,6 +469,11 @@ class Judgement:
         hint = ""
         if part.name == "lse" and abs(q.got * math.log(2.0) - q.exact) <= q.allowed:
             hint = "\nit would be right in base 2; expected the natural logarithm"
+        if q.allowed == 0.0:
+            return (
+                f"{part.at(q.worst)}: the error is {error:.3g}, and none is allowed\n"
+                f"{self._allowance(part, q.worst)}{hint}"
+            )
         return (
             f"{part.at(q.worst)}: the error {error:.3g} is {_times(q.fraction)} what is allowed, {q.allowed:.3g}\n"
             f"{self._allowance(part, q.worst)}{hint}"

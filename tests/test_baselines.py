@@ -132,6 +132,7 @@ HEAD = 'schema=1\nmethod="mine"\n'
         (HEAD + ROW + GOOD.replace("[1,1,1", "[2,1,1"), "numbers that do not fall"),
         (HEAD + ROW + GOOD.replace("cases=3", "cases=0"), "cases is 0"),
         (HEAD + ROW + GOOD + "[[run.row]]\n" + GOOD, "fp16 all out is there twice"),
+        (HEAD + ROW + GOOD.replace("fp16", "bf17"), "has the dtype 'bf17'; expected fp16, bf16, fp32"),
         (HEAD + "run=3\n", "run is no list of tables"),
         ("schema=1\n", "method is None"),
         ("schema=", "no TOML"),

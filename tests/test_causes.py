@@ -157,6 +157,10 @@ def test_a_constant_factor_is_named() -> None:
         "out is -1 times what it should be (the sign is wrong)" in verdict(lambda p: {"v": -p["v"]}).message
     )
     assert "out is 1.5 times what it should be\n" in verdict(lambda p: {"v": 1.5 * p["v"]}).message + "\n"
+    # A factor next to 1 is told with its digits, and no name is made up for it: at head_dim 1, 1 / scale is 1.
+    close = verdict(lambda p: {"v": 1.002 * p["v"]}, "fp32").message
+    assert "likely cause: out is 1.002 times what it should be" in close
+    assert "is missing" not in close
     assert "likely cause: out is 0 everywhere" in verdict(lambda p: {"v": 0 * p["v"]}).message
 
 

@@ -16,6 +16,8 @@ import torch
 from effattn import exact, methods
 from effattn.case import Case
 from effattn.errors import RequestError
+from effattn.judge import judge
+from effattn.methods.user import UserFunction
 from effattn.tolerances import numerics
 
 REFERENCE = """
@@ -257,6 +259,42 @@ def test_what_is_wrong_with_a_function_is_said(
     with pytest.raises(RequestError, match=message) as caught:
         methods.get(f"{file}:{function}")
     assert "mine.py" in str(caught.value)
+
+
+NUMERICS = """
+import effattn
+from effattn.tolerances.numerics import for_dtype
+
+@effattn.method(numerics=NUMERICS)
+def f(q, k, v, *, causal=False, scale=None):
+    return v[:, :, :1].expand(q.shape)
+"""
+
+
+@pytest.mark.parametrize(
+    ("numerics", "message"),
+    [
+        ("lambda case: 1 / 0", "its `numerics` function raised ZeroDivisionError: division by zero"),
+        ("lambda case: 3", "its `numerics` function returned"),
+        ("lambda case: for_dtype('fp16')", "declares input 'fp16', and Q, K and V of the case are fp32"),
+    ],
+)
+def test_numerics_that_cannot_be_are_refused(write: Callable[..., Path], numerics: str, message: str) -> None:
+    method = methods.get(f"{write(NUMERICS.replace('NUMERICS', numerics))}:f")
+    with pytest.raises(RequestError, match=message):
+        judge(case(kv_len=5, v_dim=8), method)
+
+
+def test_a_keyword_that_no_case_gives_is_named(write: Callable[..., Path]) -> None:
+    method = methods.get(
+        f"{write('def f(q, k, v, *, is_causal=False, sm_scale=None, block=64): return q')}:f"
+    )
+    assert isinstance(method, UserFunction)
+    assert method.notes == (
+        "no case gives its keyword `is_causal`, which effattn does not know (did you mean 'causal'?)",
+        "no case gives its keyword `sm_scale`, which effattn does not know (did you mean 'scale'?)",
+        "no case gives its keyword `block`, which effattn does not know; it keeps its default",
+    )
 
 
 def test_a_module_that_failed_is_tried_again(write: Callable[..., Path]) -> None:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from effattn.case import DTYPES
 from effattn.errors import RequestError
 
 if TYPE_CHECKING:
@@ -398,6 +399,8 @@ def _read_rows(tables: Iterable[dict[str, Any]]) -> Iterator[tuple[Key, Row]]:
         names = ("dtype", "option", "quantity")
         _only(data, (*names, "cases", *STATISTICS), "[[run.row]]")
         key = Key(*(_text(data.get(name), name) for name in names))
+        if key.dtype not in DTYPES:
+            raise _Invalid(f"the row {key} has the dtype {key.dtype!r}; expected {', '.join(DTYPES)}")
         if key in seen:
             raise _Invalid(f"the row {key} is there twice")
         seen.add(key)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from effattn.errors import RequestError
+from effattn.errors import EffattnError, RequestError
 from effattn.methods import arguments, backward
 from effattn.methods.base import Method, Output, kind, triton_on
 from effattn.methods.declare import declaration
@@ -72,7 +72,14 @@ class UserFunction(Method):
         self.same_bits, self.nan_safe = declared.same_bits, declared.nan_safe
         self.declares = declared.numerics is not None
         # A case that names no scale is there to see that the function's own, for None, is the right one.
-        scale = _signature(function).parameters.get("scale")
+        signature = _signature(function)
+        #: keywords with a default that no case gives, which may be known ones under other names
+        self.unknown = tuple(
+            p.name
+            for p in list(signature.parameters.values())[3:]
+            if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in KEYWORDS
+        )
+        scale = signature.parameters.get("scale")
         self._own_scale = scale is not None and scale.default is None
         if declared.causal_alignment is not None and "causal_alignment" in self.keywords:
             raise RequestError(
@@ -90,12 +97,28 @@ class UserFunction(Method):
             return for_dtype(case.dtype, declared)
         if isinstance(declared, Numerics):
             return declared
-        found = declared(case)
+        try:
+            found = declared(case)
+        except EffattnError:
+            raise
+        except Exception as error:
+            raise RequestError(
+                f"{self.spec!r}: its `numerics` function raised {type(error).__name__}: {error}; expected a Numerics for"
+                f" each case, here {case.describe()}"
+            ) from error
         if not isinstance(found, Numerics):
             raise RequestError(
                 f"{self.spec!r}: its `numerics` function returned {kind(found)}; expected a Numerics"
             )
         return found
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of a gate should know of the function."""
+        return tuple(
+            f"no case gives its keyword `{name}`, which effattn does not know{_close([name]) or '; it keeps its default'}"
+            for name in self.unknown
+        )
 
     def unsupported(self, case: Case) -> str | None:
         if case.causal != "none":
@@ -205,8 +228,14 @@ def _keywords(function: Callable[..., Any], spec: str) -> frozenset[str]:
     return frozenset(KEYWORDS) & taken
 
 
+def _matches(name: str) -> list[str]:
+    """Known keywords that are spelt like this one, or are a part of it."""
+    inside = [known for known in KEYWORDS if known in name.split("_")]
+    return inside or difflib.get_close_matches(name, KEYWORDS, n=1)
+
+
 def _close(names: list[str]) -> str:
-    close = [match for name in names for match in difflib.get_close_matches(name, KEYWORDS, n=1)]
+    close = [match for name in names for match in _matches(name)]
     return f" (did you mean {', '.join(map(repr, close))}?)" if close else ""
 
 

@@ -76,7 +76,8 @@ def laws(result: Result) -> list[str]:
         return []
     lines = ["## Laws", ""]
     for row in result.laws:
-        more = f"; {row.not_judged} not judged" if row.not_judged else ""
+        more = f"; {row.not_supported} not supported" if row.not_supported else ""
+        more += f"; {row.not_judged} not judged" if row.not_judged else ""
         lines.append(f"- {row.dtype}: {row.held} of {row.judged} hold, on {row.cases} cases{more}")
     for group in result.unjudged_laws:
         named = ", ".join(text.code(name) for name in group.names)

@@ -123,8 +123,9 @@ def print_laws(out: Console, rows: Sequence[LawRow], unjudged: Sequence[Unjudged
     """One line for each dtype, and one for each reason why laws were not judged; summary.md has all their names."""
     for row in rows:
         line = Text.assemble(f"laws {row.dtype}: {row.held} of {row.judged} hold, on {row.cases} cases")
-        if row.not_judged:
-            line.append(f"; {row.not_judged} not judged", "yellow")
+        for count, words in ((row.not_supported, "not supported"), (row.not_judged, "not judged")):
+            if count:
+                line.append(f"; {count} {words}", "yellow")
         out.print(line)
     # What no case of the profile could show is a hole in the gate, and named whatever its length.
     holes = [group for group in unjudged if group.outcome == "not judged"]

@@ -22,6 +22,8 @@ def number(x: float | None, *, digits: int = 2) -> str:
         return MISSING
     if math.isnan(x) or math.isinf(x):
         return str(x)
+    if abs(x) > 1e100:  # an error where none is allowed
+        return "inf" if x > 0.0 else "-inf"
     magnitude = abs(x)
     if x == 0 or 10**-digits <= magnitude < 100:
         return f"{x + 0.0:.{digits}f}"  # no minus before 0.00
