@@ -279,13 +279,12 @@ def _multiple(part: Part, case: Case) -> str | None:
         return f"{part.title} is 0 everywhere"
     with np.errstate(invalid="ignore", over="ignore"):
         left = np.where(good, got - factor * exact, 0.0)
-    if _beyond(left, part, 2.0 * max(1.0, abs(factor))):
+    # A factor next to 1 has to explain all of the errors.
+    near = abs(factor - 1.0) <= 0.01
+    if _beyond(left, part, 1.0 if near else 2.0 * max(1.0, abs(factor))):
         return None
-    # A factor next to 1 is told with the digits that make it another, or not at all.
-    shown = f"{factor:.4g}" if abs(factor - 1.0) > 0.01 else f"{factor:.7g}"
-    if shown == "1":
-        return None
-    called = _called(factor, part, case) if abs(factor - 1.0) > 0.01 else ""
+    shown = f"{factor:.7g}" if near else f"{factor:.4g}"
+    called = "" if near else _called(factor, part, case)
     return f"{part.title} is {shown} times what it should be{called}"
 
 
