@@ -151,7 +151,7 @@ def _mask(case: Case, inputs: Inputs) -> torch.Tensor | None:
 
 
 def fused(case: Case) -> bool:
-    """Whether torch runs its fused kernel on the CPU: for one head_dim, some keys, consecutive elements.
+    """Whether torch may run its fused kernel on the CPU: for one head_dim, and some keys.
 
     Strides do not count: laws call a method with tensors that have others than the case, and what the fused kernel may be off
     by, its formula in fp32 may too.
