@@ -318,7 +318,7 @@ def gradient_envelopes(
         # Any order is granted; most are trees.
         square = size.one * gradients.sinks.square()
         noise, less = heads["var"] + ((n + 1.0) / 3.0) * square, heads["less"]
-        less = less + max(0.0, (n + 1.0) / 3.0 - math.log2(n) - 1.0) * square
+        less = less + max(0.0, (n + 1.0) / 3.0 - math.log2(max(n, 1.0)) - 1.0) * square
         out["sinks"] = _rounded(
             gradients.sinks, numerics.format("lse"), heads["reach"], noise, noise, everything, less=less
         )
