@@ -76,12 +76,7 @@ def _judge_method(
     reason = method.unsupported(case)
     if reason is not None:
         return _short(case, method, Outcome.NOT_SUPPORTED, f"not supported: {reason}", seconds)
-    numerics = as_run(method.numerics(case), device)
-    if numerics.input != case.dtype:
-        raise RequestError(
-            f"{method.name}: numerics {numerics.name!r} declares input {numerics.input!r}, and Q, K and V of the case are"
-            f" {case.dtype}; declare the numerics of each dtype, such as for_dtype(case.dtype)"
-        )
+    numerics = declared(method, case, device)
     if case.backward and numerics.quantised:
         message = (
             f"not judged: no bound of gradients is known for quantised operands (numerics {numerics.name!r})"
@@ -413,8 +408,17 @@ def replay_line(
     return line if model == models.DEFAULT else f"{line} --dot-model {shlex.quote(model)}"
 
 
-def as_run(numerics: Numerics, device: str) -> Numerics:
-    """What a method declares, under the dot model that the CPU backend multiplies by."""
+def declared(method: Method, case: Case, device: str) -> Numerics:
+    """What a method declares of a case, under the dot model that the CPU backend multiplies by.
+
+    RequestError where that is about inputs of another dtype.
+    """
+    numerics = method.numerics(case)
+    if numerics.input != case.dtype:
+        raise RequestError(
+            f"{method.name}: numerics {numerics.name!r} declares input {numerics.input!r}, and Q, K and V of the case are"
+            f" {case.dtype}; declare the numerics of each dtype, such as for_dtype(case.dtype)"
+        )
     if device != "cpu":
         return numerics
     # Variants of a unit differ in how operands become tf32, which a method declares as its `operand`.

@@ -221,9 +221,9 @@ class Trial:
 
     def numerics(self, case: Case) -> Numerics:
         """What the method declares, under the dot model that is in force."""
-        from effattn.judge import as_run
+        from effattn.judge import declared
 
-        return as_run(self.method.numerics(case), self.device)
+        return declared(self.method, case, self.device)
 
     # -- comparisons ------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from effattn import cli_baseline
 from effattn.case import Case
 from effattn.errors import RequestError
 from effattn.tolerances import baselines
@@ -84,6 +85,29 @@ def test_a_row_that_is_judged_no_more_fails_and_a_new_one_is_named() -> None:
     assert found.new == (Key("fp16", "window", "out"),)
     # A run of one dtype says nothing of the others.
     assert baselines.compare(section, verdicts(0, 10, dtype="bf16")).gone == ()
+
+
+def test_a_case_whose_roundings_are_known_has_a_bound_all_the_same() -> None:
+    known = [replace(v, quantities=(replace(v.quantities[0], z_rms=None),)) for v in verdicts(1, 40)]
+    section = record(known).sections[0]
+    assert section.rows[OUT].cases == 40
+    assert section.rows[OUT].values["z_rms"] == (0.0,) * 5
+    worse = [
+        replace(v, quantities=(replace(v.quantities[0], z_rms=None),)) for v in verdicts(2, 40, factor=2.0)
+    ]
+    assert {change.statistic for change in baselines.compare(section, worse).worse} == {"fraction"}
+
+
+def test_a_failed_run_is_not_offered_as_a_record_and_rows_are_those_of_its_dtypes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    both = record(verdicts(1, 40) + verdicts(1, 40, dtype="bf16")).sections[0]
+    assert cli_baseline.report(both, verdicts(1, 40), file=tmp_path / "b", folder=tmp_path, passed=True)
+    assert ", 2 rows." in capsys.readouterr().out, "all, and those without an option"
+    for passed in (True, False):
+        worse = verdicts(2, 40, factor=2.0)
+        assert not cli_baseline.report(both, worse, file=tmp_path / "b", folder=tmp_path, passed=passed)
+        assert ("To record these errors" in capsys.readouterr().out) == passed
 
 
 def test_a_looser_entry_needs_a_reason_and_a_stricter_one_does_not() -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -231,6 +232,18 @@ def test_a_method_that_rounds_less_than_it_declares_passes_and_is_told(
     assert summary.understated(few) == [], "ten cases say nothing"
 
 
+def test_nearly_all_elements_right_to_the_bit_say_that_weights_are_not_rounded() -> None:
+    cases = [c for c in profiles.cases("smoke", dtype="fp16") if not c.backward][:30]
+    (row,) = summary.rows(
+        [judge(case, zoo.get("flash").method()) for case in cases], by=lambda v: (v.case.dtype,)
+    )
+    assert summary.understated([row]) == []
+    assert len(summary.understated([replace(row, bit_equal=0.99)])) == 1
+    assert summary.understated([replace(row, bit_equal=0.99, label=("fp32",))]) == [], (
+        "nothing rounds P there"
+    )
+
+
 def test_rows_add_up() -> None:
     from effattn.verdict import Quantity
 
@@ -301,6 +314,7 @@ def test_nan_is_shown_and_never_the_smaller_one() -> None:
         (123.4, "123"),
         (1e-9, "1.0e-09"),
         (4.1e7, "4.1e+07"),
+        (7.3e299, "inf"),
     ],
 )
 def test_numbers(given: float, shown: str) -> None:

@@ -240,6 +240,25 @@ def test_options_that_change_nothing_leave_the_envelope_nearly_as_it_is(dtype: s
     assert np.allclose(general.out_sigma, plain.out_sigma, rtol=0.01)
 
 
+def test_a_sink_alone_is_known_as_well_as_any_log_sum_exp() -> None:
+    """Rows that see no key have the sink's logit for theirs: its noise is a few roundings, as in the other rows."""
+    case = Case(
+        heads=2,
+        q_len=24,
+        kv_len=8,
+        head_dim=16,
+        dtype="fp32",
+        causal="bottom-right",
+        sinks=True,
+        backward=True,
+    )
+    _, found, forward = envelopes_of(case, for_dtype("fp32", "flash"))
+    alone, others = np.sqrt(forward.lse_noise[:, :, :16]), np.sqrt(forward.lse_noise[:, :, 16:])
+    assert alone.max() < 3.0 * others.max()
+    assert forward.lse_typical[:, :, :16].max() < 3.0 * forward.lse_typical[:, :, 16:].max()
+    assert (found["sinks"].typical <= found["sinks"].sigma).all()
+
+
 def test_rows_that_are_not_judged_set_their_gradients_aside() -> None:
     case = Case(batch=2, heads=2, q_len=4, kv_len=8, head_dim=64, dtype="fp32", scale=2.0**12, backward=True)
     _, found, forward = envelopes_of(case, for_dtype("fp32"))

@@ -157,6 +157,7 @@ def test_rows_without_keys_are_zero_and_minus_infinity_exactly() -> None:
     assert judge(EMPTY_ROWS, Altered(lambda out, lse: out)).outcome == Outcome.PASS
     tiny = judge(EMPTY_ROWS, Altered(lambda out, lse: put(out, 2.0**-24, 0, 0, 1, 0)))
     assert tiny.outcome == Outcome.INACCURATE
+    assert "the error is 5.96e-08, and none is allowed" in tiny.message
     assert "the row sees no key, so its output is 0 and its lse -inf, exactly" in tiny.message
     finite = judge(EMPTY_ROWS, Altered(lambda out, lse: Output(out, put(lse, 0.0, 0, 1, 0))))
     assert finite.outcome == Outcome.NON_FINITE

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from effattn import exact, methods
+from effattn import exact, laws, methods
 from effattn.case import Case
 from effattn.errors import RequestError
 from effattn.judge import judge
 from effattn.methods.user import UserFunction
+from effattn.properties.law import get
 from effattn.tolerances import numerics
 
 REFERENCE = """
@@ -281,8 +282,11 @@ def f(q, k, v, *, causal=False, scale=None):
 )
 def test_numerics_that_cannot_be_are_refused(write: Callable[..., Path], numerics: str, message: str) -> None:
     method = methods.get(f"{write(NUMERICS.replace('NUMERICS', numerics))}:f")
+    given = case(kv_len=5, v_dim=8)
     with pytest.raises(RequestError, match=message):
-        judge(case(kv_len=5, v_dim=8), method)
+        judge(given, method)
+    with pytest.raises(RequestError, match=message):
+        laws.judge_law(get("output_lies_between_the_smallest_and_the_largest_value"), given, method)
 
 
 def test_a_keyword_that_no_case_gives_is_named(write: Callable[..., Path]) -> None:

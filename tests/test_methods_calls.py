@@ -16,7 +16,7 @@ import effattn
 from effattn import exact, methods
 from effattn.case import Case
 from effattn.errors import NotSupported, RequestError, WrongReturn
-from effattn.judge import judge
+from effattn.judge import Outcome, judge
 from effattn.methods import torch_sdpa
 from effattn.methods.base import Output, as_output
 from effattn.methods.user import KEYWORDS, UserFunction
@@ -342,6 +342,17 @@ def test_torch_says_which_of_its_kernels_runs() -> None:
         if layout in ("bhsd", "bshd", "bhsd+pad", "bhsd+offset", "bhsd+expand-h", "bshd+expand-b"):
             assert (choice == 1) == torch_sdpa.fused(given), given.describe()
     assert len(answers) == 2
+
+
+@pytest.mark.parametrize("bias", ["none", "bhqk"])
+@pytest.mark.parametrize("seed", [3, 4])
+def test_the_coarse_exp_of_torch_is_granted_with_and_without_a_bias(bias: str, seed: int) -> None:
+    """It errs alike over the keys, so that the output is off along itself; torch's fused kernel declares as much."""
+    given = Case(
+        batch=3, heads=6, kv_heads=3, q_len=63, kv_len=33, head_dim=80, dtype="fp16", scale=0.5, bias=bias, seed=seed
+    )  # fmt: skip
+    verdict = judge(given, methods.get("torch"))
+    assert verdict.outcome == Outcome.PASS, verdict.message
 
 
 def test_torch_negative_scale_under_a_causal_mask_is_really_wrong() -> None:

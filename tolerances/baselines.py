@@ -155,12 +155,13 @@ def collect(verdicts: Iterable[Verdict]) -> dict[Key, dict[str, list[float]]]:
             continue
         options = options_of(verdict.case) or ("plain",)
         for quantity in verdict.quantities:
-            if not quantity.count or quantity.fraction is None or quantity.z_rms is None:
+            if not quantity.count or quantity.fraction is None:
                 continue
             for option in (ALL, *options):
                 values = found.setdefault(Key(verdict.case.dtype, option, quantity.name), _Values())
                 values.fraction.append(_short(quantity.fraction))
-                values.z_rms.append(_short(quantity.z_rms))
+                # None: all roundings are known, and none is off by more than that.
+                values.z_rms.append(_short(quantity.z_rms or 0.0))
     return {key: vars(values) for key, values in found.items()}
 
 

@@ -24,6 +24,8 @@ The noise replaces each rounding by its variance, as in `envelope`. Roundings of
 their variance is that of their spacing, ulp^2 / 12. Errors of the log-sum-exp and of delta are common to a row: they add
 up over the keys, in dQ, and are independent from row to row, in dK and dV; there they are in all keys at once, so
 `common` says which part of the variance they are.
+
+The file is a little long: bound and noise of a gradient are made from the same sums, and read side by side.
 """
 
 from __future__ import annotations

@@ -216,6 +216,7 @@ class EqualKeys:
             per_head = torch.from_numpy(x).to(q.device).repeat_interleave(q.shape[1] // k.shape[1], 1)
             return per_head[:, :, None].expand(q.shape[:3])
 
+        # Measured on the values near-ties: with all of them, and with none, z is far from 1. Nothing is granted by it.
         share = 1.0 if equal else 0.75
         return cls(torch.from_numpy(summed).to(q.device), rows(same_keys), rows(same_pairs), share)
 
@@ -445,7 +446,8 @@ def _fine(
     b.mul_(0.5 * errors.dot + errors.factors).add_(s.abs(), alpha=0.5 * errors.dot + errors.rounded)
     b.sub_(gap, alpha=errors.shifted)
     if numerics.normalise != "any":
-        # The maximum so far is taken off, not the log-sum-exp; hidden pairs have no weight.
+        # The maximum so far is taken off, not the log-sum-exp. One that grows later makes these weights so small that the
+        # larger gap does not count. Hidden pairs have no weight.
         highest = more["top"] if top is None else torch.maximum(more["top"], top)
         gap.sub_(highest.clamp(min=1e-300).log().to(dtype))
     # Variances in units of that of one rounding: their own size is too small for float32.

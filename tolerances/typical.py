@@ -9,10 +9,13 @@ side, constants with unlucky mantissas. Most kernels need less, and this is what
    with (m / 2) / (1 - 1/8): 0.47 m times their variance.
 3. fl(a + b) is off by at most min(|a|, |b|), since both are numbers of the format. So sums with one dominant term are off by no
    more than all others together.
-4. Equal keys have equal errors, and those that differ in the last places three quarters of them. exp(0) = 1 is exact.
+4. Equal keys have equal errors, and those that differ in the last places a part of them. exp(0) = 1 is exact.
 5. A last rounding of something that is known far better than to its spacing is known as well. It is spread evenly else.
    Where output and accumulators have one format, the division by l is the last rounding.
 6. A constant, rounded once, has the variance of any rounding.
+
+The part in 4 (`sums.EqualKeys.share`) and the width of the limit in `_scores` are estimates from measured errors; the rest is
+derived.
 """
 
 from __future__ import annotations
@@ -35,8 +38,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-#: spacings to which something is known whose rounding is known: it would have to be twenty times worse to be rounded otherwise
-#: and no further than twenty of them from the middle between two numbers, where both are as far away
+#: spacings: what is known to within this is rounded to one number, or lies in the middle between two, as far from either
 _KNOWN = 0.01
 
 

@@ -13,6 +13,8 @@ import effattn
 from effattn.errors import NotSupported
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from effattn.case import Case
@@ -60,93 +62,38 @@ def _mask(
     return seen if bias is None else torch.where(seen, bias, -torch.inf)
 
 
-def _call(
-    backend: str,
-    q: Any,
-    k: Any,
-    v: Any,
-    causal: bool,
-    alignment: str,
-    scale: float | None,
-    mask: Any,
-    bias: Any,
-) -> Any:
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+def _by(backend: str, note: str, **declared: Any) -> Callable[..., torch.Tensor]:
+    """Attention by one backend, which nothing else may take the place of."""
 
-    given = _mask(q, k, causal, alignment, mask, bias)
-    try:
-        with warnings.catch_warnings(), sdpa_kernel(getattr(SDPBackend, backend)):
-            warnings.simplefilter("ignore")  # torch warns of each reason why a backend does not take the case
-            return torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=given, is_causal=causal and given is None, scale=scale,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )  # fmt: skip
-    except RuntimeError as error:
-        if "No available kernel" in str(error) or "No viable backend" in str(error):
-            raise NotSupported(f"torch's {backend} does not take this case here") from None
-        raise
+    def attention(
+        q: Any, k: Any, v: Any, *, causal: bool = False, causal_alignment: str = "bottom-right",
+        scale: float | None = None, mask: Any = None, bias: Any = None,
+    ) -> torch.Tensor:  # fmt: skip
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
 
+        given = _mask(q, k, causal, causal_alignment, mask, bias)
+        try:
+            with warnings.catch_warnings(), sdpa_kernel(getattr(SDPBackend, backend)):
+                warnings.simplefilter(
+                    "ignore"
+                )  # torch warns of each reason why a backend does not take the case
+                return torch.nn.functional.scaled_dot_product_attention(
+                    q, k, v, attn_mask=given, is_causal=causal and given is None, scale=scale,
+                    enable_gqa=q.shape[1] != k.shape[1],
+                )  # fmt: skip
+        except RuntimeError as error:
+            if "No available kernel" in str(error) or "No viable backend" in str(error):
+                raise NotSupported(f"torch's {backend} does not take this case here") from None
+            raise
 
-@effattn.method(same_bits=False, nan_safe=False, numerics="torch-math", supports=_supports)
-def math(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    causal: bool = False,
-    causal_alignment: str = "bottom-right",
-    scale: float | None = None,
-    mask: Any = None,
-    bias: Any = None,
-) -> Any:
-    """SDPBackend.MATH."""
-    return _call("MATH", q, k, v, causal, causal_alignment, scale, mask, bias)
+    attention.__doc__ = f"SDPBackend.{backend}{note}."
+    return effattn.method(same_bits=False, nan_safe=False, **declared)(attention)
 
 
-@effattn.method(same_bits=False, nan_safe=False, numerics=_fused, supports=_supports_flash)
-def flash(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    causal: bool = False,
-    causal_alignment: str = "bottom-right",
-    scale: float | None = None,
-    mask: Any = None,
-    bias: Any = None,
-) -> Any:
-    """SDPBackend.FLASH_ATTENTION; with a mask or a bias on a CPU only."""
-    return _call("FLASH_ATTENTION", q, k, v, causal, causal_alignment, scale, mask, bias)
-
-
-@effattn.method(same_bits=False, nan_safe=False, supports=_supports)
-def efficient(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    causal: bool = False,
-    causal_alignment: str = "bottom-right",
-    scale: float | None = None,
-    mask: Any = None,
-    bias: Any = None,
-) -> Any:
-    """SDPBackend.EFFICIENT_ATTENTION; on a GPU."""
-    return _call("EFFICIENT_ATTENTION", q, k, v, causal, causal_alignment, scale, mask, bias)
-
-
-@effattn.method(same_bits=False, nan_safe=False, supports=_supports)
-def cudnn(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    causal: bool = False,
-    causal_alignment: str = "bottom-right",
-    scale: float | None = None,
-    mask: Any = None,
-    bias: Any = None,
-) -> Any:
-    """SDPBackend.CUDNN_ATTENTION; on a GPU."""
-    return _call("CUDNN_ATTENTION", q, k, v, causal, causal_alignment, scale, mask, bias)
+math = _by("MATH", "", numerics="torch-math", supports=_supports)
+flash = _by(
+    "FLASH_ATTENTION", "; with a mask or a bias on a CPU only", numerics=_fused, supports=_supports_flash
+)
+efficient = _by("EFFICIENT_ATTENTION", "; on a GPU", supports=_supports)
+cudnn = _by("CUDNN_ATTENTION", "; on a GPU", supports=_supports)

@@ -48,6 +48,11 @@ class Method(ABC):
     #: whether `numerics` is somebody's statement about this method, or what is held against any
     declares: bool = False
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of a gate should know of the method."""
+        return ()
+
     @abstractmethod
     def numerics(self, case: Case) -> Numerics:
         """What the method declares about its arithmetic on this case: what it is judged by."""

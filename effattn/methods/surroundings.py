@@ -76,7 +76,7 @@ def _set_environment(before: dict[str, str]) -> None:
 
 
 def _set_filters(before: list[Any]) -> None:
-    warnings.filters[:] = before  # type: ignore[index]
+    warnings.filters[:] = before  # type: ignore[index] a list, which the stub calls a Sequence
     warnings._filters_mutated()  # type: ignore[attr-defined] what the warnings module itself calls after a change
 
 
@@ -123,7 +123,7 @@ def _numpy_state() -> tuple[Any, ...]:
     import numpy as np
 
     name, key, *rest = np.random.get_state(legacy=True)
-    return (name, key.tobytes(), *rest)  # type: ignore[union-attr]
+    return (name, key.tobytes(), *rest)  # type: ignore[union-attr] a tuple, as legacy=True asks for
 
 
 def _set_numpy_state(state: tuple[Any, ...]) -> None:
@@ -273,7 +273,7 @@ def _listening() -> Iterator[list[bytes]]:
         return
     before = sys.stdout, sys.stderr
     ours = tuple(_Heard(stream, heard) for stream in before)
-    sys.stdout, sys.stderr = ours  # type: ignore[assignment]
+    sys.stdout, sys.stderr = ours  # type: ignore[assignment] streams to whoever prints, by __getattr__
     try:
         yield heard
     finally:

@@ -114,7 +114,7 @@ class UserFunction(Method):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of a gate should know of the function."""
+        """A sentence for each keyword that no case gives."""
         return tuple(
             f"no case gives its keyword `{name}`, which effattn does not know{_close([name]) or '; it keeps its default'}"
             for name in self.unknown

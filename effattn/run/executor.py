@@ -46,7 +46,7 @@ class Local:
         self.time_limit = None
         with surroundings.noted_import() as notes:
             self._method = methods.get(spec)
-        self.notes = (*notes, *getattr(self._method, "notes", ()))
+        self.notes = (*notes, *self._method.notes)
         self.name, self.spec = self._method.name, self._method.spec
 
     def judge(self, case: Case, law: str | None = None, *, weigh: str = "", explain: bool = False) -> Verdict:

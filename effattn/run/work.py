@@ -113,7 +113,7 @@ def _loaded(spec: str, folder: str) -> tuple[Method, tuple[str, ...]]:
 def describe(spec: str) -> dict[str, Any]:
     """Load the method: its name, how the command line names it, and what loading it did to the process."""
     loaded, notes = _loaded(spec, os.getcwd())
-    return {"name": loaded.name, "spec": loaded.spec, "notes": [*notes, *getattr(loaded, "notes", ())]}
+    return {"name": loaded.name, "spec": loaded.spec, "notes": [*notes, *loaded.notes]}
 
 
 def check_device(device: str) -> None:
