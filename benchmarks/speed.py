@@ -28,7 +28,7 @@ def judge(rounds: int) -> list[dict[str, Any]]:
     """One judged small case, warm: tensors, kernel, reference, envelope, verdict."""
     from effattn import methods
     from effattn.case import Case
-    from effattn.run.executor import judge as judge_case
+    from effattn.judge import judge as judge_case
 
     print("A judged case: 2 heads, 64 x 64, d = 32, causal; kernel, reference and verdict together, warm")
     method = methods.get("flash")

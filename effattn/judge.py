@@ -60,9 +60,10 @@ def judge(
     device that is not there, numerics that contradict themselves, no C compiler, a kernel with an operation that the
     CPU backend does not offer.
     """
+    from effattn import threads
     from effattn.methods import surroundings
 
-    with surroundings.noted() as notes:
+    with surroundings.noted() as notes, threads.fitted(case):
         verdict = _judge_method(case, method, device, checks, weigh, explain)
     return replace(verdict, notes=tuple(notes)) if notes else verdict
 

@@ -43,9 +43,10 @@ def judge_law_and_why(
     law: Law, case: Case, method: Method, *, device: str = "cpu"
 ) -> tuple[Verdict, Difference | None]:
     """`judge_law`, with the two answers that differ where that broke the law."""
+    from effattn import threads
     from effattn.methods import surroundings
 
-    with surroundings.noted() as notes:
+    with surroundings.noted() as notes, threads.fitted(case):
         verdict, difference = _judge_law(law, case, method, device)
     return replace(verdict, notes=tuple(notes)) if notes else verdict, difference
 
@@ -171,18 +172,18 @@ def try_accuracy(
     method: Method, *, dtype: str, profile: str = "smoke", device: str = "cpu", shrinking: bool = True
 ) -> Tried:
     """Hold the method against exact attention on the cases of a profile, up to the first failure."""
+    from effattn import judge as judging
     from effattn.properties import profiles
-    from effattn.run import executor
     from effattn.run.shrink import shrink
 
     verdicts: list[Verdict] = []
     for case in profiles.cases(profile, dtype=dtype):
-        verdict = executor.judge(case, method, device=device)
+        verdict = judging.judge(case, method, device=device)
         verdicts.append(verdict)
         if failed(verdict):
             small = verdict
             if shrinking:
-                small = shrink(verdict, lambda case: executor.judge(case, method, device=device)).verdict
+                small = shrink(verdict, lambda case: judging.judge(case, method, device=device)).verdict
             return Tried(law=ACCURACY, dtype=dtype, verdicts=tuple(verdicts), failure=small, found=verdict)
     return Tried(law=ACCURACY, dtype=dtype, verdicts=tuple(verdicts), failure=None, found=None)
 

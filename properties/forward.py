@@ -27,7 +27,7 @@ def output_is_within_what_rounding_explains(case: Case, method: Method, *, devic
             and the line that repeats it.
     """
     from effattn.report import summary
-    from effattn.run.executor import judge
+    from effattn.judge import judge
 
     for name in regimes.of(case):
         event(f"regime: {name}")

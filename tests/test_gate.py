@@ -15,11 +15,11 @@ from effattn import gate, zoo
 from effattn.case import Case
 from effattn.errors import RequestError
 from effattn.gate import Request
-from effattn.judge import Outcome, Verdict
+from effattn.judge import Outcome, Verdict, judge
 from effattn.properties import profiles
 from effattn.report import markdown, summary, text
 from effattn.run import store
-from effattn.run.executor import Local, judge
+from effattn.run.executor import Local
 
 Command = Callable[..., tuple[int, str, str]]
 

@@ -102,17 +102,17 @@ def script(case: Case, method: UserFunction, *, law: str | None = None, device: 
         RequestError: the case does not fail, or in what is no element of an output or of a gradient, or under a law of
             gradients; the function cannot be found by a script; the tensors are too large for a bug report.
     """
+    from effattn import judge as judging
     from effattn import laws
     from effattn.properties.law import get
     from effattn.report import summary
-    from effattn.run import executor
     from effattn.verdict import Outcome
 
     recorder = _Recorder(method.function)
     kept, method.function = method.function, recorder
     try:
         if law is None:
-            verdict, difference = executor.judge(case, method, device=device), None
+            verdict, difference = judging.judge(case, method, device=device), None
         else:
             verdict, difference = laws.judge_law_and_why(get(law), case, method, device=device)
     finally:

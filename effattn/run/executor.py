@@ -6,21 +6,15 @@ What is effattn's own fault is not caught.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from effattn.case import Case
     from effattn.gate import Question
     from effattn.judge import Verdict
-    from effattn.methods.base import Method
 
 T = TypeVar("T")
-
-#: Multiplications of a case below which torch gets one thread. Threads gain little there, and where other
-#: programs want the cores too, waiting for each other makes a case ten times slower.
-SMALL = 1 << 27
 
 
 class Local:
@@ -51,15 +45,16 @@ class Local:
 
     def judge(self, case: Case, law: str | None = None, *, weigh: str = "", explain: bool = False) -> Verdict:
         """Compare one case with exact attention, or try a law on it; `weigh` and `explain` as in `effattn.judge`."""
-        if law is None:
-            return judge(
-                case, self._method, device=self.device, checks=self.checks, weigh=weigh, explain=explain
-            )
+        from effattn import judge as judging
         from effattn import laws
         from effattn.properties.law import get
 
-        with _threads(case):
-            return laws.judge_law(get(law), case, self._method, device=self.device)
+        if law is None:
+            return judging.judge(
+                case, self._method, device=self.device, checks=self.checks, weigh=weigh, explain=explain
+            )
+
+        return laws.judge_law(get(law), case, self._method, device=self.device)
 
     def judge_all(self, questions: Sequence[Question]) -> Generator[tuple[int, Verdict], None, None]:
         """Judge all of them, one after the other: the number of a question and its verdict."""
@@ -86,35 +81,3 @@ class Local:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def judge(
-    case: Case,
-    method: Method,
-    *,
-    device: str = "cpu",
-    checks: Sequence[str] = (),
-    weigh: str = "",
-    explain: bool = False,
-) -> Verdict:
-    """Judge one case, with the number of threads that suits its size: the same for a gate and for a replay."""
-    from effattn import judge as judging
-
-    with _threads(case):
-        return judging.judge(case, method, device=device, checks=checks, weigh=weigh, explain=explain)
-
-
-@contextlib.contextmanager
-def _threads(case: Case) -> Iterator[None]:
-    work = case.batch * case.heads * case.q_len * case.kv_len * max(case.head_dim, case.v_dim)
-    if work >= SMALL:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

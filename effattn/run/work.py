@@ -152,11 +152,11 @@ def judged(
     explain: bool = False,
 ) -> Verdict:
     """Judge one case within the time limit, in seconds."""
-    from effattn.run import executor
+    from effattn import judge as judging
 
     loaded = method(spec)
     with time_limit(limit):
-        return executor.judge(case, loaded, device=device, checks=checks, weigh=weigh, explain=explain)
+        return judging.judge(case, loaded, device=device, checks=checks, weigh=weigh, explain=explain)
 
 
 def judge_law(spec: str, device: str, case: dict[str, Any], limit: float | None, law: str) -> dict[str, Any]:
