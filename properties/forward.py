@@ -26,8 +26,8 @@ def output_is_within_what_rounding_explains(case: Case, method: Method, *, devic
         AssertionError: the verdict is a failure. The message has the outcome, where, got, expected, allowed
             and the line that repeats it.
     """
-    from effattn.report import summary
     from effattn.judge import judge
+    from effattn.report import summary
 
     for name in regimes.of(case):
         event(f"regime: {name}")
