@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import effattn
 from effattn import laws, methods
 from effattn.case import DTYPES, Case
 from effattn.errors import RequestError
 from effattn.expected import ACCURACY, expected_failures
+from effattn.judge import judge
 from effattn.methods.user import UserFunction
 from effattn.properties import catalogue, law_draws
 from effattn.properties.law import FAMILIES, LAWS, Law, get
@@ -497,3 +499,26 @@ def test_replay_tries_a_law(effattn_command: Callable[..., tuple[int, str, str]]
     assert code == 1
     code, out, _ = effattn_command("replay", case.to_json(), "flash", "--law", law.name)
     assert code == 0
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(16, 1), (2048, 2)], ids=["small", "large"])
+def test_small_cases_get_one_thread_from_the_judge_and_from_laws_alike(rows: int, expected: int) -> None:
+    seen: list[int] = []
+
+    class Counting(Dense):
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+            seen.append(torch.get_num_threads())
+            return super().__call__(*arguments, **keywords)
+
+    case = Case(q_len=rows, kv_len=rows, head_dim=32, dtype="fp32")
+    method = dense(Counting, "counting")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert judge(case, method).outcome == Outcome.PASS
+        verdict = laws.judge_law(get("the_same_call_twice_gives_the_same_bits"), case, method)
+        assert verdict.outcome == Outcome.PASS
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert len(seen) >= 3 and set(seen) == {expected}
