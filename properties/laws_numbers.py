@@ -142,6 +142,7 @@ def _reaches(
     case = it.case
     group = case.heads // case.kv_heads
     seen = visible(case, plain)[b, h * group : (h + 1) * group, :, j]
+    it.hid |= it.nan_safe and not bool(seen.all())
     one, other = it(plain), it(dirty)
     want = one.out.clone()
     part = want[b, h * group : (h + 1) * group]

@@ -260,6 +260,18 @@ def test_a_difference_in_bits_that_is_rounding_says_what_to_declare() -> None:
     assert effattn.check(declared, laws=names, dtypes=["fp32"], accuracy=False)
 
 
+@pytest.mark.parametrize(
+    "name", ["keys_beyond_the_length_have_no_influence", "nan_in_a_value_reaches_the_rows_that_see_it"]
+)
+def test_nan_of_a_hidden_value_says_what_to_mend_or_declare(name: str) -> None:
+    kernel = "hidden-values-times-zero"
+    function = lawless.function_of(lawless.LAWLESS[kernel], kernel)
+    with pytest.raises(AssertionError, match=r"a weight of 0 does not hide a value.*nan_safe=False"):
+        effattn.check(function, laws=[name], dtypes=["fp32"], profile="ci", accuracy=False)
+    declared = effattn.method(nan_safe=False)(function)
+    assert effattn.check(declared, laws=[name], dtypes=["fp32"], profile="ci", accuracy=False)
+
+
 TEST_FILE = """
 import effattn
 from kernel import attention
