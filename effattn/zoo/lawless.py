@@ -20,13 +20,15 @@ _C = TypeVar("_C", bound=type[Dense])
 LAWLESS: dict[str, type[Dense]] = {}
 
 
-def lawless(name: str) -> Callable[[_C], _C]:
-    """Register a kernel that breaks a law."""
+def lawless(name: str, *, breaks: str | None = None) -> Callable[[_C], _C]:
+    """Register a kernel that breaks a law, which BROKEN_LAW has if it is not given."""
 
     def add(kernel: _C) -> _C:
         assert name not in LAWLESS
         assert kernel.__doc__
         LAWLESS[name] = kernel
+        if breaks is not None:
+            BROKEN_LAW[name] = breaks
         return kernel
 
     return add
@@ -39,7 +41,10 @@ def function_of(kernel: type[Dense], name: str) -> Callable[..., Any]:
     def mask(
         batch: int, heads: int, q_len: int, kv_len: int, p: float, seed: int, offset: int, device: Any
     ) -> Any:
-        return keep_mask(torch.Size((batch, heads, q_len, kv_len)), p, seed, device)
+        asked = Asked(dropout_p=p, dropout_seed=seed, dropout_offset=offset)
+        kept = made.keep(torch.Size((batch, heads, q_len, kv_len)), asked, device)
+        assert kept is not None
+        return kept
 
     declare = method(dropout_mask=mask)
 
@@ -1108,3 +1113,6 @@ BROKEN_LAW: dict[str, str] = {
     "dropout-seed-ignored": "another_seed_drops_other_weights",
     "dropout-new-in-every-call": "the_same_seed_drops_the_same_weights",
 }
+
+# Registers itself here, so that whoever asks for LAWLESS has all of them.
+from effattn.zoo import lawless_quiet as lawless_quiet  # noqa: E402
