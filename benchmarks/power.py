@@ -1,6 +1,9 @@
 """Which law finds which wrong kernel: every kernel of `effattn.zoo.lawless` against every law.
 
     nice python benchmarks/power.py --processes 2 --out docs/measurements/power.json
+    nice python benchmarks/power.py --only NAME,NAME --out docs/measurements/power.json
+
+The second form keeps the other rows of the file; each row has the commit that it was recorded at.
 
 In one dtype, up to the first case of the profile `smoke` that a law finds the kernel by, and by the comparison with exact
 attention up to the first failure. What no law finds is tried on the cases of `ci` too, of which those of `smoke` are the first,
@@ -105,11 +108,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     names = given.only.split(",") if given.only else ["dense", *lawless.LAWLESS]
+    here = provenance.collect(device="cpu")
     rows: dict[str, Any] = {}
+    if given.only and given.out and given.out.exists():
+        rows = json.loads(given.out.read_text())["kernels"]
     with ProcessPoolExecutor(given.processes) as pool:
         waiting = {name: pool.submit(matrix_row, name, given.dtype, not given.own) for name in names}
         for name, row in waiting.items():
-            rows[name] = row.result()
+            rows[name] = {**row.result(), "commit": here["effattn"]["commit"]}
             count = len(rows[name]["smoke"])
             print(
                 f"{name}: {count} laws, accuracy {rows[name]['accuracy']}, {rows[name]['seconds']} s",
@@ -120,8 +126,8 @@ def main() -> None:
         "command": f"python benchmarks/power.py{' --own' if given.own else ''}",
         "dtype": given.dtype,
         "laws": "own" if given.own else "all",
-        **provenance.collect(device="cpu"),
-        "kernels": rows,
+        **here,
+        "kernels": {name: rows[name] for name in ("dense", *lawless.LAWLESS) if name in rows},
     }
     text = json.dumps(data, indent=1) + "\n"
     if given.out:

@@ -26,8 +26,8 @@ def render(measurement: Path = MEASUREMENT) -> str:
         f" {len(kernels) - only} on `smoke` in {dtype}; {only} are found by laws alone. The case made small has in the"
         f" median {sizes[0]:g} {heads} and {sizes[1]:g} keys; at most 2 heads and 33 keys in {within} of {len(small)}.",
         "",
-        "| wrong kernel | what is wrong | the law | accuracy | small case |",
-        "|---|---|---|---|---|",
+        "| wrong kernel | what is wrong | the law | laws that find it | accuracy | small case |",
+        "|---|---|---|---|---|---|",
     ]
     for name, row in kernels.items():
         size = row.get("small")
@@ -35,6 +35,7 @@ def render(measurement: Path = MEASUREMENT) -> str:
         where = "" if row["law"] in row["smoke"] else f" ({row['dtype']}, ci)"
         what = row["what"].replace("|", "\\|")
         lines.append(
-            f"| {name} | {what} | `{row['law']}`{where} | {'finds it' if row['accuracy'] else '**no**'} | {shape} |"
+            f"| {name} | {what} | `{row['law']}`{where} | {len(row['smoke']) or ''} |"
+            f" {'finds it' if row['accuracy'] else '**no**'} | {shape} |"
         )
     return "\n".join(lines)
