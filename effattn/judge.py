@@ -56,9 +56,9 @@ def judge(
     for the `evidence` of a pass: "quick", an upper limit, or "explained". `explain` adds the most likely cause of an
     inaccurate output to the message, see `effattn.causes`.
 
-    Never raises for what the method does, except KeyboardInterrupt. RequestError where the request itself is wrong: a
-    device that is not there, numerics that contradict themselves, no C compiler, a kernel with an operation that the
-    CPU backend does not offer.
+    Never raises for what the method does, except KeyboardInterrupt outside of a worker. RequestError where the request
+    itself is wrong: a device that is not there, numerics that contradict themselves, no C compiler, a kernel with an
+    operation that the CPU backend does not offer.
     """
     from effattn import threads
     from effattn.methods import surroundings
@@ -105,7 +105,9 @@ def _judge_method(
     except RequestError:
         # Not what the method does: no C compiler, an operation that the CPU backend does not offer.
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if surroundings.interrupted(error):
+            raise
         # What went wrong on the host may come from what a kernel did; the findings say it better.
         if report is None or not report.findings:
             return _short(case, method, Outcome.CRASHED, crash(error), seconds, checks)

@@ -189,8 +189,10 @@ class Trial:
             return output
         except (NotSupported, NotImplementedError, WrongReturn, RequestError):
             raise
-        except (Exception, SystemExit) as error:
-            raise Raised(str(error)) from error
+        except BaseException as error:
+            if surroundings.interrupted(error):
+                raise
+            raise Raised(type(error).__name__) from error  # its text may be what raises next
 
     @property
     def same_bits(self) -> bool:

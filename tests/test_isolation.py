@@ -13,6 +13,7 @@ import pytest
 
 from effattn.case import Case
 from effattn.errors import RequestError
+from effattn.methods import surroundings
 from effattn.run import isolation, work
 from effattn.run.isolation import Isolated, IsolatedExecutor, Worker, WorkerDied, WorkerFault
 from effattn.verdict import Outcome
@@ -83,7 +84,15 @@ def leaves_a_child():
     os._exit(4)
 
 
-for act in (dereferences_null, calls_abort, exits_at_once, is_killed, loops_in_python, loops_in_c,
+def forks():
+    os.fork()
+
+
+def interrupts():
+    raise KeyboardInterrupt("of the method")
+
+
+for act in (forks, interrupts, dereferences_null, calls_abort, exits_at_once, is_killed, loops_in_python, loops_in_c,
             blocks_the_signal_of_the_limit, takes_all_memory, leaves_a_child):
     globals()["sometimes_" + act.__name__] = when_seed_is_one(act)
 """
@@ -127,6 +136,46 @@ def test_what_kills_the_process_is_the_outcome_of_one_case(
         assert word in verdicts[1].message
     assert "mine.py" in verdicts[1].replay
     assert verdicts[0].quantities == verdicts[2].quantities
+
+
+def test_a_child_that_comes_back_from_the_method_judges_nothing(methods_file: Path) -> None:
+    cases = [MARKED, RIGHT, MARKED, RIGHT, RIGHT]
+    with Isolated(f"{methods_file}:sometimes_forks") as judge:
+        pid = judge.call("effattn.run.isolation:_own_pid")
+        verdicts = [judge.judge(case) for case in cases]
+        # An answer of a child would be taken for one to the next question.
+        assert [judge.call("effattn.run.isolation:_own_pid") for _ in range(3)] == 3 * [pid]
+    assert [v.case for v in verdicts] == cases
+    assert {v.outcome for v in verdicts} == {Outcome.PASS}
+    assert [v.notes for v in verdicts] == [(surroundings.FORKED,) if case == MARKED else () for case in cases]
+
+
+def test_a_child_that_comes_back_from_a_function_of_effattn_does_not_answer(
+    effattn_command: Command, methods_file: Path
+) -> None:
+    # Not in the method's call, where it would have been ended: whether it supports a case is asked before.
+    methods_file.write_text(
+        "import effattn, os, torch\n"
+        "@effattn.method(supports=lambda case: os.fork() >= 0)\n"
+        "def zeros(q, k, v):\n"
+        "    return torch.zeros_like(q)\n"
+    )
+    with Isolated(f"{methods_file}:zeros") as judge:
+        verdicts = [judge.judge(case) for case in (RIGHT, MARKED, RIGHT)]
+    assert [v.case for v in verdicts] == [RIGHT, MARKED, RIGHT]
+    assert {v.notes for v in verdicts} == {(surroundings.FORKED,)}
+    code, out, _ = effattn_command("replay", RIGHT.to_json(), "mine.py:zeros", "--no-isolation")
+    assert code == 1
+    assert out.count("inaccurate") == 1
+
+
+def test_an_interruption_that_the_method_raises_in_a_worker_is_a_crash(methods_file: Path) -> None:
+    with Isolated(f"{methods_file}:sometimes_interrupts") as judge:
+        verdicts = [judge.judge(case) for case in (MARKED, RIGHT)]
+        law = judge.judge(MARKED, "columns_of_v_do_not_mix")
+    assert [v.outcome for v in verdicts] == [Outcome.CRASHED, Outcome.PASS]
+    for verdict in (verdicts[0], law):
+        assert verdict.message.startswith("the method raised KeyboardInterrupt: of the method\nat mine.py:")
 
 
 def test_memory_has_a_limit_that_the_verdict_names(methods_file: Path) -> None:

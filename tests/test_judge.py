@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from effattn import zoo
+from effattn import laws, zoo
 from effattn.case import DTYPES, Case, Inputs
 from effattn.errors import NotSupported, RequestError
 from effattn.judge import judge, judge_output
 from effattn.methods.base import Method, Output
 from effattn.methods.user import UserFunction
+from effattn.properties.law import get
 from effattn.tolerances.numerics import Numerics, for_dtype
 from effattn.verdict import Outcome, Quantity, Verdict
 from effattn.zoo.tiled import Flash
@@ -210,6 +211,9 @@ def test_gradients_strides_and_a_missing_log_sum_exp_do_not_matter(change: Any) 
         SystemExit(3),
         MemoryError(),
         RecursionError("deep"),
+        GeneratorExit(),
+        type("Own", (BaseException,), {"__module__": "builtins"})("mine"),
+        type("Dumb", (BaseException,), {"__module__": "builtins", "__str__": lambda self: 1 / 0})(),
     ],
 )
 def test_whatever_is_raised_is_a_crash_with_its_name(error: BaseException) -> None:
@@ -218,6 +222,9 @@ def test_whatever_is_raised_is_a_crash_with_its_name(error: BaseException) -> No
     assert verdict.message.startswith(f"the method raised {type(error).__name__}")
     assert "in __call__" in verdict.message
     assert verdict.quantities == ()
+    law = laws.judge_law(get("columns_of_v_do_not_mix"), CASE, Raising(error))
+    assert law.outcome == Outcome.CRASHED
+    assert law.message.splitlines()[0] == verdict.message.splitlines()[0]
 
 
 @pytest.mark.parametrize("error", [NotSupported("odd head_dim"), NotImplementedError("odd head_dim")])
@@ -230,6 +237,8 @@ def test_what_is_not_supported_is_no_failure(error: Exception) -> None:
 def test_the_user_may_interrupt() -> None:
     with pytest.raises(KeyboardInterrupt):
         judge(CASE, Raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        laws.judge_law(get("columns_of_v_do_not_mix"), CASE, Raising(KeyboardInterrupt()))
 
 
 def test_numerics_that_contradict_themselves_are_the_requests_fault() -> None:

@@ -289,6 +289,29 @@ def test_numerics_that_cannot_be_are_refused(write: Callable[..., Path], numeric
         laws.judge_law(get("output_lies_between_the_smallest_and_the_largest_value"), given, method)
 
 
+@pytest.mark.parametrize(
+    ("supports", "message"),
+    [
+        (
+            "lambda case: case.nothing",
+            r"mine\.py:f': its `supports` function raised AttributeError: .*'nothing'; expected True, False or a reason",
+        ),
+        ("lambda: True", "its `supports` function raised TypeError: .* takes 0 positional arguments"),
+        ("lambda case: 1", "its `supports` returned an int; expected True, False or a reason"),
+    ],
+)
+def test_supports_that_cannot_answer_is_refused(
+    write: Callable[..., Path], supports: str, message: str
+) -> None:
+    declared = NUMERICS.replace("numerics=NUMERICS", f"supports={supports}")
+    method = methods.get(f"{write(declared)}:f")
+    given = case(kv_len=5, v_dim=8)
+    with pytest.raises(RequestError, match=message):
+        judge(given, method)
+    with pytest.raises(RequestError, match=message):
+        laws.judge_law(get("output_lies_between_the_smallest_and_the_largest_value"), given, method)
+
+
 def test_a_keyword_that_no_case_gives_is_named(write: Callable[..., Path]) -> None:
     method = methods.get(
         f"{write('def f(q, k, v, *, is_causal=False, sm_scale=None, block=64): return q')}:f"

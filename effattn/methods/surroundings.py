@@ -3,7 +3,8 @@
 `watched` goes around one call of a method or the import of its file. What it changed there of the process is what it was
 again before anything else runs, so that neither exact attention nor the next case computes under another default dtype,
 and is among the `notes` of the verdict. `noted` goes around a verdict: random states, which a method may move on from one
-call to the next, are what they were before it, and what the method printed is taken.
+call to the next, are what they were before it, and what the method printed is taken. A process that a method forked ends
+where it would leave either: it is a second one that would judge, answer and write as the first does.
 """
 
 from __future__ import annotations
@@ -155,6 +156,37 @@ STATED = ("the working directory", "the default dtype", "the default device", "g
 
 #: what was changed since it was last taken -> the change in words
 _changes: dict[str, str] = {}
+#: how often this process was forked by Python code; `subprocess` does it without
+_forks = 0
+#: whether Ctrl-C cannot reach this process
+_uninterrupted = False
+FORKED = "it forked the process; a child that comes back from the method is ended"
+
+
+def _forked() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_parent=_forked)
+
+
+def end_of_child(pid: int) -> None:
+    """End this process at once, without a word, where it is not the one of this pid: somebody forked it."""
+    if os.getpid() != pid:
+        os._exit(0)
+
+
+def ignore_interrupts() -> None:
+    """Leave Ctrl-C to the process that asked this one: a KeyboardInterrupt is from then on the method's own."""
+    global _uninterrupted
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _uninterrupted = True
+
+
+def interrupted(error: BaseException) -> bool:
+    """Whether it is the user who wants to stop, and not the method that raised."""
+    return isinstance(error, KeyboardInterrupt) and not _uninterrupted
 
 
 def _words(thing: _Thing, before: Any, now: Any) -> str:
@@ -173,10 +205,12 @@ def watched(*, importing: bool = False) -> Iterator[dict[str, str]]:
     things = (*_of_torch(), *_OF_THE_PROCESS, *(RANDOM if importing else _OF_CALLS))
     before = [thing.read() for thing in things]
     modules = len(sys.modules)
+    pid = os.getpid()
     found: dict[str, str] = {}
     try:
         yield found
     finally:
+        end_of_child(pid)
         for thing, was in zip(things, before, strict=True):
             if thing in _OF_CALLS and len(sys.modules) != modules:
                 continue
@@ -192,15 +226,18 @@ def noted() -> Iterator[list[str]]:
     before = [thing.read() for thing in RANDOM]
     _changes.clear()
     notes: list[str] = []
+    pid, forks = os.getpid(), _forks
     with _listening() as heard:
         try:
             yield notes
         finally:
+            end_of_child(pid)
             for thing, was in zip(RANDOM, before, strict=True):
                 if thing.read() != was:
                     thing.write(was)
                     _changes[thing.name] = ""
     notes += [f"it changed {what}{words}; set back after the call" for what, words in _changes.items()]
+    notes += [FORKED] if _forks != forks else []
     notes += _said(b"".join(heard))
 
 
@@ -208,9 +245,15 @@ def noted() -> Iterator[list[str]]:
 def noted_import() -> Iterator[list[str]]:
     """Around the import of a file: what `watched` and `noted` do, for all that is no setting for imports of its own."""
     notes: list[str] = []
+    forks = _forks
     with _listening() as heard, watched(importing=True) as found:
         yield notes
     notes += [f"importing it changed {what}{words}; set back" for what, words in found.items()]
+    notes += (
+        ["importing it forked the process; a child that comes back from it is ended"]
+        if _forks != forks
+        else []
+    )
     notes += [note.replace("it printed", "importing it printed", 1) for note in _said(b"".join(heard))]
     _changes.clear()
 

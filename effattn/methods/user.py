@@ -152,7 +152,15 @@ class UserFunction(Method):
                 return f"the preset {preset!r} is for {', '.join(dtypes_of(preset))}"
         if self._declared.supports is None:
             return None
-        answer = self._declared.supports(case)
+        try:
+            answer = self._declared.supports(case)
+        except EffattnError:
+            raise
+        except Exception as error:
+            raise RequestError(
+                f"{self.spec!r}: its `supports` function raised {type(error).__name__}: {error}; expected True, False or a"
+                f" reason for each case, here {case.describe()}"
+            ) from error
         if isinstance(answer, str) and answer:
             return answer
         if answer is True:

@@ -6,6 +6,7 @@ What is effattn's own fault is not caught.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -63,9 +64,14 @@ class Local:
 
     def call(self, function: str, *arguments: Any) -> Any:
         """Call a function of effattn, `module:function`."""
+        from effattn.methods import surroundings
         from effattn.run import work
 
-        return work.find(function)(*arguments)
+        pid = os.getpid()
+        try:
+            return work.find(function)(*arguments)
+        finally:
+            surroundings.end_of_child(pid)
 
     def call_all(
         self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]

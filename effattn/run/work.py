@@ -58,7 +58,10 @@ def _exactly(connection: socket.socket, count: int) -> bytes | None:
 
 def serve(connection: socket.socket) -> int:
     """Answer requests until the connection closes. Returns the exit code of the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked; it ends this one
+    from effattn.methods import surroundings
+
+    surroundings.ignore_interrupts()  # Ctrl-C is for the process that asked; it ends this one
+    pid = os.getpid()
     while (request := receive(connection)) is not None:
         try:
             reply = {"result": find(request["call"])(*request["arguments"])}
@@ -67,6 +70,7 @@ def serve(connection: socket.socket) -> int:
         except Exception:
             # Not silenced: the side that asked raises it as `WorkerFault`, with this traceback.
             reply = {"fault": traceback.format_exc()}
+        surroundings.end_of_child(pid)  # it would answer in place of the worker, and take requests from it
         sys.stdout.flush()  # what the method printed stands before what is printed about it
         send(connection, reply)
     return 0
