@@ -242,6 +242,55 @@ def test_slices_of_averages_that_are_not_rescaled_are_found_by_values_of_one() -
     assert float((out - 1).abs().max()) > 0.02
 
 
+@pytest.mark.parametrize("kind", ["mean-pooling", "convolution"])
+def test_a_module_of_averages_gives_one_for_values_of_one_under_padding(kind: str) -> None:
+    q, k, v = problem(dtype=torch.float32)
+    attention = LinformerAttention(LinformerProjections(N, 8, kind=kind))
+    out = attention(q, k, torch.ones_like(v), padding_mask=padding())
+    assert float((out.detach() - 1).abs().max()) <= 1e-6
+    e, _ = attention.projections()
+    bare = linformer_attention(q, k, torch.ones_like(v), Projection(e.matrix), padding_mask=padding())
+    assert float((bare.detach() - 1).abs().max()) > 0.02
+
+
+def test_trained_averages_are_not_divided_by_what_is_left_of_trained_weights() -> None:
+    """Present weights that cancel, or nearly, leave output and gradients as large as the weights are."""
+    q, k, v = problem(dtype=torch.float32)
+    projections = LinformerProjections(N, 8, kind="mean-pooling")
+    attention = LinformerAttention(projections)
+    mask = torch.ones(2, N, dtype=torch.bool)
+    mask[:, 2:6] = False  # two of six tokens of the first window are left
+    with torch.no_grad():
+        projections.e[0] = 0.0
+        projections.e[0, :4] = torch.tensor([1.0, -1.0 + 1e-6, 1.0, 1.0])
+    out = attention(q, k, v, padding_mask=mask)
+    out.square().sum().backward()
+    assert float(out.detach().abs().max()) < 9 * float(v.abs().max())
+    assert projections.e.grad is not None
+    assert float(projections.e.grad.abs().max()) < 1e4
+    share = projections.e.detach()[0, mask[0]].sum() / projections.e.detach()[0].sum()
+    assert 0 < abs(float(share)) < 1e-6  # what dividing by it would have made of it
+
+
+def test_a_slot_whose_window_is_absent_stays_absent_when_training_has_filled_its_row() -> None:
+    q, k, v = problem(dtype=torch.float32)
+    projections = LinformerProjections(N, 8, kind="mean-pooling")
+    mask = torch.ones(2, N, dtype=torch.bool)
+    mask[:, :6] = False
+    attention = LinformerAttention(projections)
+    before = attention(q, k, v, padding_mask=mask).detach()
+    with torch.no_grad():
+        projections.e += 1e-7
+    after = attention(q, k, v, padding_mask=mask)
+    torch.testing.assert_close(after.detach(), before, rtol=1e-4, atol=1e-4)
+    unmasked = Projection(projections.e.detach())
+    other = linformer_attention(q, k, v, unmasked, padding_mask=mask)
+    assert float((other - before).abs().max()) > 1e-2  # it is attended to there
+    after.sum().backward()
+    assert projections.e.grad is not None
+    assert bool(projections.e.grad.isfinite().all())
+
+
 def test_a_row_does_not_depend_on_the_batch() -> None:
     q, k, v = problem()
     e = gaussian(16, N, generator=generator())
@@ -321,6 +370,10 @@ BAD = [
     (
         lambda q, k, v: linformer_attention(q, k, v, Projection(torch.ones(3, 8, N))),
         r"\(k, n\) or \(2, k, n\)",
+    ),
+    (
+        lambda q, k, v: linformer_attention(q, k, v, Projection(torch.ones(8, N), pooling=-torch.ones(8, N))),
+        "no negative entries",
     ),
     (lambda q, k, v: LinformerProjections(N, 8, sharing="none", generator=generator()), "kv_heads goes with"),
     (lambda q, k, v: LinformerProjections(N, 8), "drawn from a generator"),

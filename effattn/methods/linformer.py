@@ -41,8 +41,9 @@ def linformer_attention(
 
     Absent tokens
         Those that padding_mask (batch, kv_len; True where there is a token) hides, and those from kv_len to n. They
-        have no influence. A slot that no token goes to isn't attended to. Rows of an averaging projection are
-        divided by the share of their weight that is present, so that they stay averages. Without a token, out is 0.
+        have no influence. A slot that no token goes to isn't attended to. Rows of a projection that pools are
+        divided by the share of the pooling's weight that is present, so that averages stay averages: by k/n at least
+        for windows of n/k tokens, whatever training has made of the weights. Without a token, out is 0.
 
     Cost: O(N k d) time, O(N k) memory for the weights.
 
@@ -97,10 +98,14 @@ def _present(
     if mask is not None:
         matrix = matrix.masked_fill(~mask[:, None, None, :], 0.0)
     there = (matrix.detach() != 0).any(-1)
-    if projection.averaging and (mask is not None or kv_len < full.shape[-1]):
-        weight = full.sum(-1) if full.dim() == 3 else full.sum(-1)[None]
-        share = matrix.sum(-1) / weight
-        matrix = matrix / share.masked_fill(~there, 1.0)[..., None]
+    if projection.pooling is not None and (mask is not None or kv_len < full.shape[-1]):
+        pooling = projection.pooling.detach().to(device=device, dtype=dtype)
+        present = pooling[None, None, :, :kv_len]
+        if mask is not None:
+            present = present.masked_fill(~mask[:, None, None, :], 0.0)
+        share = present.sum(-1) / pooling.sum(-1)
+        there = there & (share > 0)
+        matrix = (matrix / share.masked_fill(~there, 1.0)[..., None]).masked_fill(~there[..., None], 0.0)
     return matrix, there
 
 
@@ -120,6 +125,16 @@ def _check_projections(e: Projection, f: Projection, sizes: checks.Sizes) -> Non
                 f"{name} projects {matrix.shape[-1]} tokens, but there are {sizes.kv_len} keys; Linformer has a"
                 " longest length. Cut the input or make a longer projection"
             )
+        pooling = projection.pooling
+        if pooling is None:
+            continue
+        if pooling.shape != matrix.shape[-2:] or not bool(
+            (pooling >= 0).all() and (pooling.sum(-1) > 0).all()
+        ):
+            raise ArgumentError(
+                f"the pooling of {name} must have the shape (k, n) = {tuple(matrix.shape[-2:])}, no negative entries and"
+                f" no empty row, got {tuple(pooling.shape)}"
+            )
     if e.matrix.shape[-2] != f.matrix.shape[-2]:
         raise ArgumentError(
             f"e and f must have as many slots as each other, got {e.matrix.shape[-2]} and {f.matrix.shape[-2]}"
@@ -130,8 +145,9 @@ class LinformerProjections(torch.nn.Module):
     """E and F as parameters. Hand one instance to all layers for `sharing="layerwise"`.
 
     kind "gaussian" starts from N(0, 1/k) and "mean-pooling" from averages, both trained as full matrices;
-    "convolution" trains one kernel of n/k weights for E and one for F, starting from averages. kv_heads is needed
-    for sharing "none", where each head has its own. Raises ArgumentError, ArgumentTypeError.
+    "convolution" trains one kernel of n/k weights for E and one for F, starting from averages. What starts from
+    averages keeps their windows: where tokens are absent, the rest of a slot's window makes up for them. kv_heads is
+    needed for sharing "none", where each head has its own. Raises ArgumentError, ArgumentTypeError.
     """
 
     def __init__(
@@ -174,6 +190,11 @@ class LinformerProjections(torch.nn.Module):
             matrix = mean_pooling(k, n).matrix
             return torch.nn.Parameter(matrix.expand(kv_heads, -1, -1).clone() if kv_heads else matrix)
 
+        self.pooling: torch.Tensor | None
+        # Not part of the state: n and k say it.
+        self.register_buffer(
+            "pooling", None if kind == "gaussian" else mean_pooling(k, n).matrix, persistent=False
+        )
         self.e = start()
         self.f = self.e if sharing in ("key-value", "layerwise") else start()
 
@@ -183,10 +204,8 @@ class LinformerProjections(torch.nn.Module):
         return e, e if self.f is self.e else self._projection(self.f)
 
     def _projection(self, parameter: torch.Tensor) -> Projection:
-        if self.kind == "convolution":
-            return convolution(self.k, self.n, parameter)
-        # Averages that training moves away from averages are still meant as such when tokens are absent.
-        return Projection(parameter, averaging=self.kind == "mean-pooling")
+        matrix = convolution(self.k, self.n, parameter).matrix if self.kind == "convolution" else parameter
+        return Projection(matrix, pooling=self.pooling)
 
 
 class LinformerAttention(torch.nn.Module):

@@ -31,8 +31,9 @@ class Projection(NamedTuple):
     """A projection of n tokens to k slots."""
 
     matrix: torch.Tensor  #: (k, n), or (kv_heads, k, n) for one per head
-    #: its rows are averages: where some tokens are absent, the rest of a window has to make up for them
-    averaging: bool = False
+    #: (k, n), none negative: the averages that its rows are, or that training started them from. Where tokens are
+    #: absent, the others make up for their share of these weights; a slot of whose share nothing is left is absent
+    pooling: torch.Tensor | None = None
 
 
 def gaussian(
@@ -58,7 +59,8 @@ def mean_pooling(k: int, n: int, *, dtype: torch.dtype = torch.float32) -> Proje
     slot = torch.arange(n) * k // n
     matrix = torch.zeros(k, n, dtype=torch.float64)
     matrix[slot, torch.arange(n)] = 1.0
-    return Projection((matrix / matrix.sum(-1, keepdim=True)).to(dtype), averaging=True)
+    averages = (matrix / matrix.sum(-1, keepdim=True)).to(dtype)
+    return Projection(averages, pooling=averages)
 
 
 def convolution(k: int, n: int, weight: torch.Tensor) -> Projection:
