@@ -16,6 +16,8 @@ from effattn.errors import RequestError
 if TYPE_CHECKING:
     from effattn.run.sweep import Result
 
+INTERRUPTED = 130
+
 
 @click.command()
 @click.argument("spec", type=click.Path(path_type=Path))
@@ -60,7 +62,8 @@ def sweep(
     memory_limit: float | None,
 ) -> int:
     """Judge what SPEC, a TOML file, asks for: methods x dtypes x shapes x values x options x seeds."""
-    from effattn.run import provenance, store
+    from effattn.report import text
+    from effattn.run import provenance, records, store
     from effattn.run import spec as specs
     from effattn.run.sweep import Sweep
 
@@ -70,20 +73,29 @@ def sweep(
     folder = (
         out if out is not None else store.DEFAULT_FOLDER / f"{store.file_name(spec.stem)}-{wanted.id[:8]}"
     )
-    with _executor(executor, device=device, jobs=jobs, memory_limit=memory_limit) as (pool, parallel):
-        origin = {
-            "command": provenance.command_line(click.get_current_context().obj),
-            "started": provenance.now(),
-            "specification": spec.read_text(encoding="utf-8"),
-            **provenance.collect(device=device, facts={}),
-            "executor": executor,
-            "workers": parallel,
-        }
-        with Sweep(folder, wanted, device=device, time_limit=time_limit, provenance=origin) as taken:
-            if out is None:
-                store.ignore_in_git(store.DEFAULT_FOLDER)
-            with _progress(wanted.count) as progress:
-                result = taken.run(pool, parallel=parallel, progress=progress)
+    try:
+        with _executor(executor, device=device, jobs=jobs, memory_limit=memory_limit) as (pool, parallel):
+            origin = {
+                "command": provenance.command_line(click.get_current_context().obj),
+                "started": provenance.now(),
+                "specification": spec.read_text(encoding="utf-8"),
+                **provenance.collect(device=device, facts={}),
+                "executor": executor,
+                "workers": parallel,
+            }
+            with Sweep(folder, wanted, device=device, time_limit=time_limit, provenance=origin) as taken:
+                if out is None:
+                    store.ignore_in_git(store.DEFAULT_FOLDER)
+                with _progress(wanted.count) as progress:
+                    result = taken.run(pool, parallel=parallel, progress=progress)
+    except KeyboardInterrupt:
+        there = sum(1 for file in store.verdict_files(folder) for _ in records.lines(file))
+        click.echo(
+            f"effattn: interrupted; {there} of {wanted.count} verdicts are recorded in {text.plain(str(folder))}/, and the "
+            "same command goes on from there",
+            err=True,
+        )
+        raise click.exceptions.Exit(INTERRUPTED) from None
     _print(result, folder)
     return result.exit_code
 

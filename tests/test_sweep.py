@@ -307,6 +307,31 @@ def test_another_sweep_or_anything_else_in_the_folder_is_refused(
         sweep.Sweep(folder / "mine.py", small())
 
 
+def test_method_that_was_edited_since_is_refused(folder: Path) -> None:
+    """By the file itself and by a neighbour of a neighbour that it imports; the edit of another file is no matter."""
+    (folder / "neighbour.py").write_text("import deeper\n")
+    for other in ("deeper.py", "other.py"):
+        (folder / other).write_text("x = 1\n")
+    (folder / "mine.py").write_text(f"import neighbour\n{METHODS}")
+    wanted = small(methods=["mine.py:right", "torch"])
+    # Of its own, since workers look for files where they were started.
+    with IsolatedExecutor(1) as executor:
+        run(folder / "run", wanted, executor)
+        (folder / "other.py").write_text("x = 2\n")
+        assert run(folder / "run", wanted, executor).resumed == 24
+        before = {path: path.read_bytes() for path in (folder / "run").iterdir()}
+        for edited in ("mine.py", "deeper.py"):
+            was = (folder / edited).read_text()
+            (folder / edited).write_text(f"{was}\ny = 2\n")
+            with pytest.raises(RequestError, match=r"^'mine.py:right' was edited since.*--out"):
+                run(folder / "run", wanted, executor)
+            after = {path: path.read_bytes() for path in (folder / "run").iterdir()}
+            del after[folder / "run" / sweep.LOCK]
+            assert after == before
+            (folder / edited).write_text(was)
+        assert run(folder / "run", wanted, executor).added == 0
+
+
 def test_second_supervisor_in_a_folder_is_refused(folder: Path) -> None:
     with (
         sweep.Sweep(folder / "run", small()),
@@ -455,6 +480,26 @@ def test_supervisor_is_killed_again_and_again(folder: Path) -> None:
     assert keys(folder / "run") == Counter(expected(wanted))
     assert {record.verdict["outcome"] for record in store.read_records(folder / "run")} == {"pass"}
     assert len(store.read_provenance(folder / "run")["resumed"]) == 3
+
+
+def test_interrupted_sweep_says_what_is_recorded_and_how_to_go_on(folder: Path) -> None:
+    os.mkfifo(folder / "told")
+    (folder / "s.toml").write_text(toml("tells", 3000))
+    told = os.open(folder / "told", os.O_RDWR)
+    main = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {MAIN}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", main, "sweep", "s.toml", "--out", "run", "--jobs", "1"],
+        cwd=folder, env={**os.environ, "TOLD": str(folder / "told")}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for _ in range(5):
+        assert os.read(told, 1) == b"."
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate()
+    os.close(told)
+    recorded = sum(keys(folder / "run").values())
+    assert process.returncode == 130
+    assert f"{recorded} of 6000 verdicts are recorded in run/, and the same command goes on" in complaint
+    assert 4 <= recorded < 6000
 
 
 def test_workers_are_killed_while_they_work(folder: Path) -> None:

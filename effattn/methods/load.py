@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
 import hashlib
@@ -46,6 +47,66 @@ def load_function(spec: str) -> Callable[..., Any]:
         except AttributeError:
             raise RequestError(_no_such_function(where, path, found, name, top=i == 0)) from None
     return _checked_function(found, where, path)
+
+
+def source_digest(spec: str) -> str:
+    """A digest of the source that a method is made of, to tell whether it was edited since.
+
+    Of `path/to/file.py:function` the file's bytes and those of the neighbours that it imports, directly or through each
+    other; of `package.module:function` those of the module's file; of a method of effattn's the package's kernels and
+    methods. A preset at the end is part of the method's name, not of its source. Other packages, torch and Triton among
+    them, aren't looked at. Loads no file; raises `RequestError` where one can't be read.
+    """
+    method, at, preset = spec.rpartition("@")
+    where = (method if at and not set("/:.") & set(preset) else spec).rpartition(":")[0]
+    try:
+        files = sorted(_sources(where))
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    except OSError as error:
+        raise RequestError(
+            f"cannot read {error.filename!r}, the source of the method {spec!r}: {error.strerror}"
+        ) from None
+    return digest.hexdigest()
+
+
+def _sources(where: str) -> set[Path]:
+    if not where:
+        package = Path(__file__).resolve().parent.parent
+        return {file for part in ("kernels", "methods") for file in (package / part).rglob("*.py")}
+    if where.endswith(".py") or "/" in where or os.sep in where:
+        return _with_neighbours(Path(where).expanduser().resolve())
+    file = getattr(_load_module(where), "__file__", None)
+    return {Path(file).resolve()} if file else set()
+
+
+def _with_neighbours(file: Path) -> set[Path]:
+    """The file, and what it imports of its folder."""
+    found, left = {file}, [file]
+    while left:
+        for name in _imported(left.pop()):
+            top = file.parent / name
+            package = set(top.rglob("*.py")) if (top / "__init__.py").exists() else set()
+            new = (package or {path for path in [top.with_suffix(".py")] if path.is_file()}) - found
+            found |= new
+            left += sorted(new)
+    return found
+
+
+def _imported(file: Path) -> set[str]:
+    """The top names of the modules that a file imports."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # loading it says so
+        return set()
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
 
 
 def load_file(path: str | Path) -> ModuleType:

@@ -4,7 +4,7 @@ It runs over any `concurrent.futures.Executor`. Each case is recorded exactly on
 file of that worker's own; the supervisor writes only the verdicts on cases that killed their worker. What it knows is
 in the run folder:
 
-    provenance.json    which specification, started, and at the end ended
+    provenance.json    which specification, digests of the methods' sources, started, and at the end ended
     lock               held by the supervisor: a second one in the same folder is refused
     work/              the session and the chunks that were begun (`effattn.run.chunk`); gone at the end
 
@@ -133,6 +133,8 @@ class Sweep:
         self.folder, self.spec, self.device, self.time_limit = folder.absolute(), spec, device, time_limit
         self._provenance = dict(provenance or {})
         self.damaged: list[Damage] = []
+        #: the folder's provenance.json as it was before
+        self._found: str | None = None
         self._session = uuid.uuid4().hex
         self._lock = -1
         self._own: records.Appender | None = None
@@ -179,6 +181,8 @@ class Sweep:
                 )
             self._provenance["resumed"] = [*found.get("resumed", []), self._provenance.get("started")]
             self._provenance["started"] = found.get("started")
+            self._found = (folder / PROVENANCE).read_text(encoding="utf-8")
+            self._provenance["sources"] = found.get("sources", {})
         self._write_provenance()
         place = folder / chunk.WORK
         shutil.rmtree(place, ignore_errors=True)
@@ -215,8 +219,11 @@ class Sweep:
             "device": self.device,
             **self._provenance,
         }
+        self._replace_provenance(store.to_json(described, indent=2) + "\n")
+
+    def _replace_provenance(self, text: str) -> None:
         temporary = self.folder / f".{PROVENANCE}.tmp"
-        temporary.write_text(store.to_json(described, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(self.folder / PROVENANCE)
 
     def run(
@@ -234,10 +241,12 @@ class Sweep:
             progress: called with the number of cases that are done, and of all.
 
         Raises:
-            RequestError: the machine cannot run a method, or the folder cannot be written. What is recorded is kept.
+            RequestError: the machine cannot run a method, a method whose verdicts are recorded was edited since, or the
+                folder cannot be written. What is recorded is kept.
         """
         names = self._load_methods(executor)
         done = {record.key: None for record in store.read_records(self.folder, self.damaged)}
+        self._check_sources(executor, {key.spec for key in done})
         resumed = len(done)
         state = _State(self, executor, names, done)
         begun: set[Key] = set()
@@ -272,6 +281,24 @@ class Sweep:
                     f"loading the method {spec!r} killed the process: it {isolation.how_it_ended(died.code)}"
                 ) from None
         return names
+
+    def _check_sources(self, executor: concurrent.futures.Executor, recorded: set[str]) -> None:
+        """Record what each method is made of; refuse to add verdicts to those of another version of it."""
+        sources = {spec: executor.submit(work.source, spec).result() for spec in self.spec.methods}
+        before = self._provenance.get("sources", {})
+        edited = [
+            spec for spec in sources if spec in recorded and before.get(spec, sources[spec]) != sources[spec]
+        ]
+        if edited:
+            assert self._found is not None
+            self._replace_provenance(self._found)
+            shutil.rmtree(self.folder / chunk.WORK, ignore_errors=True)
+            raise RequestError(
+                f"{' and '.join(map(repr, edited))} was edited since its verdicts in {str(self.folder)!r} were recorded;"
+                " verdicts of two versions are never mixed. Name another folder with --out, delete this one, or undo the"
+                " edit"
+            )
+        self._write_provenance(sources=sources)
 
     def _missing(self, done: Mapping[Key, None], begun: set[Key]) -> Iterator[Item]:
         """The cases that are not recorded yet, each once; their keys go into `begun`."""

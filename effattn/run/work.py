@@ -120,6 +120,13 @@ def describe(spec: str) -> dict[str, Any]:
     return {"name": loaded.name, "spec": loaded.spec, "notes": [*notes, *loaded.notes]}
 
 
+def source(spec: str) -> str:
+    """A digest of what the method is made of."""
+    from effattn.methods.load import source_digest
+
+    return source_digest(spec)
+
+
 def check_device(device: str) -> None:
     """Raise RequestError where the device is not here."""
     if device == "cuda":
