@@ -223,6 +223,9 @@ _WITHOUT: dict[str, object] = {
     "dropout": 0.0,
 }  # fmt: skip
 
+#: the options that a case may have, as `options_of` names them
+OPTIONS = tuple(_WITHOUT)
+
 #: option -> what else a case with it must have, to show a mistake in it
 _SHOWN: dict[str, Callable[[Case], bool]] = {
     "window": lambda case: case.window is not None and cuts(case.window, case.q_len, case.kv_len),

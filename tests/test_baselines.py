@@ -149,12 +149,22 @@ HEAD = 'schema=1\nmethod="mine"\n'
     [
         ("schema=2\n", "schema 2; this effattn reads schema 1"),
         ('method="mine"\n', "schema None"),
+        ("", "it is empty"),
+        ("# a remark\n", "it is empty"),
         (HEAD + "colour=1\n", "the file has the unknown key 'colour'"),
         (HEAD + ROW + GOOD + "shape=1\n", "unknown key 'shape'"),
         (HEAD + ROW + GOOD.replace("[1,1", "[nan,1"), "z_rms has nan; expected finite numbers"),
         (HEAD + ROW + GOOD.replace("[1,1,1", "[1,1"), "expected 5 numbers"),
         (HEAD + ROW + GOOD.replace("[1,1,1", "[2,1,1"), "numbers that do not fall"),
-        (HEAD + ROW + GOOD.replace("cases=3", "cases=0"), "cases is 0"),
+        (
+            HEAD + ROW + GOOD.replace("cases=3", "cases=0"),
+            "cases is 0; expected how many there were, 1 to 1000000000",
+        ),
+        (HEAD + ROW + GOOD.replace("cases=3", "cases=1000000001"), "cases is 1000000001; expected"),
+        (
+            HEAD + ROW + GOOD.replace('"all"', '"windw"'),
+            "has the option 'windw'; expected all, plain, window, softcap",
+        ),
         (HEAD + ROW + GOOD + "[[run.row]]\n" + GOOD, "fp16 all out is there twice"),
         (HEAD + ROW + GOOD.replace("fp16", "bf17"), "has the dtype 'bf17'; expected fp16, bf16, fp32"),
         (HEAD + "run=3\n", "run is no list of tables"),

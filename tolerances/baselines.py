@@ -39,8 +39,10 @@ ALARM = 1e-6
 STATISTICS = ("fraction", "z_rms")
 #: the shares of cases that lie at or below the order statistics that are kept
 QUANTILES = (0.25, 0.5, 0.75, 0.9, 1.0)
-#: a row of this name has all cases of its dtype
-ALL = "all"
+#: a row of this name has all cases of its dtype, one of the other name those without options
+ALL, PLAIN = "all", "plain"
+#: more cases than any run has; tests of so many would be of numbers that nobody can hold
+MOST_CASES = 10**9
 #: a quantile that grows by no more than this is not looser: another machine's exp may do as much
 SAME = 0.02
 
@@ -153,7 +155,7 @@ def collect(verdicts: Iterable[Verdict]) -> dict[Key, dict[str, list[float]]]:
     for verdict in verdicts:
         if verdict.law is not None:
             continue
-        options = options_of(verdict.case) or ("plain",)
+        options = options_of(verdict.case) or (PLAIN,)
         for quantity in verdict.quantities:
             if not quantity.count or quantity.fraction is None:
                 continue
@@ -371,6 +373,10 @@ class _Invalid(Exception):
 
 
 def _read(data: dict[str, Any]) -> Baseline:
+    if not data:
+        raise _Invalid(
+            "it is empty; `effattn baseline RUN --file FILE` writes a new one where there is no file"
+        )
     schema = data.get("schema")
     if schema != SCHEMA or isinstance(schema, bool):
         raise _Invalid(
@@ -395,6 +401,9 @@ def _read_section(data: dict[str, Any]) -> Section:
 
 
 def _read_rows(tables: Iterable[dict[str, Any]]) -> Iterator[tuple[Key, Row]]:
+    from effattn.properties import regimes
+
+    known = (ALL, PLAIN, *regimes.OPTIONS)
     seen = set()
     for data in tables:
         names = ("dtype", "option", "quantity")
@@ -402,12 +411,14 @@ def _read_rows(tables: Iterable[dict[str, Any]]) -> Iterator[tuple[Key, Row]]:
         key = Key(*(_text(data.get(name), name) for name in names))
         if key.dtype not in DTYPES:
             raise _Invalid(f"the row {key} has the dtype {key.dtype!r}; expected {', '.join(DTYPES)}")
+        if key.option not in known:
+            raise _Invalid(f"the row {key} has the option {key.option!r}; expected {', '.join(known)}")
         if key in seen:
             raise _Invalid(f"the row {key} is there twice")
         seen.add(key)
         cases = data.get("cases")
-        if isinstance(cases, bool) or not isinstance(cases, int) or cases < 1:
-            raise _Invalid(f"{key}: cases is {cases!r}; expected how many there were, at least 1")
+        if isinstance(cases, bool) or not isinstance(cases, int) or not 1 <= cases <= MOST_CASES:
+            raise _Invalid(f"{key}: cases is {cases!r}; expected how many there were, 1 to {MOST_CASES}")
         yield (
             key,
             Row(

@@ -23,6 +23,8 @@ DELTA_OF = ("rounded", "unrounded", "any")
 GROUP_SUM = ("acc", "input", "any")
 #: what the error of tanh is relative to
 TANH_OF = ("tanh", "one")
+#: below it lie the errors of exp and tanh that can be declared: from there on nothing that is computed means anything
+LARGEST_ERROR = 1 << 20
 #: what the normaliser sums
 SUM_OF = ("unrounded", "rounded")
 
@@ -107,6 +109,11 @@ class Numerics:
     dot: str = dots.ANY
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and self.name.isprintable()):
+            raise RequestError(
+                f"numerics {self.name!r}: its name goes into reports and terminals; expected a string without control"
+                " characters"
+            )
         for field in ("input", "output", "score", "acc", "p", "lse", "dp", "ds"):
             formats.get(getattr(self, field))
         if self.operand is not None:
@@ -130,15 +137,15 @@ class Numerics:
                 raise RequestError(
                     f"numerics {self.name!r}: {field} is {getattr(self, field)!r}; expected {' or '.join(words)}"
                 )
-        if not 1.0 <= self.tanh_error < 2.0**20:
+        if not 1.0 <= self.tanh_error < LARGEST_ERROR:
             raise RequestError(
                 f"numerics {self.name!r}: tanh_error is {self.tanh_error!r}; expected the largest error of tanh in unit "
-                "roundoffs, at least 1"
+                f"roundoffs, at least 1 and below {LARGEST_ERROR}"
             )
-        if not 0.5 <= self.exp_ulps < 2.0**20:
+        if not 0.5 <= self.exp_ulps < LARGEST_ERROR:
             raise RequestError(
                 f"numerics {self.name!r}: exp_ulps is {self.exp_ulps!r}; expected the largest error of exp in units "
-                "in the last place, at least 0.5 (correct rounding)"
+                f"in the last place, at least 0.5 (correct rounding) and below {LARGEST_ERROR}"
             )
         for field in ("smallest_block", "sum_block", "product_block", "stored_keys", "stored_queries"):
             size = getattr(self, field)

@@ -72,6 +72,11 @@ def method(
     for what, value, types in (("name", name, str), ("causal_alignment", causal_alignment, str)):
         if value is not None and not (isinstance(value, types) and value):
             raise RequestError(f"@effattn.method: {what} is {value!r}; expected a string")
+    if name is not None and not name.isprintable():
+        raise RequestError(
+            f"@effattn.method: name is {name!r}; it goes into reports and terminals, expected a string without control"
+            " characters"
+        )
     if causal_alignment is not None and causal_alignment not in ALIGNMENTS:
         raise RequestError(
             f"@effattn.method: causal_alignment is {causal_alignment!r};"
