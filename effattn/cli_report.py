@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -154,5 +155,6 @@ def write(file: Path, content: str) -> None:
         temporary.write_text(content, encoding="utf-8")
         temporary.replace(file)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a file system that can't be written, say
+            temporary.unlink(missing_ok=True)
         raise RequestError(f"cannot write {str(file)!r}: {error.strerror or error}") from error

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from effattn.errors import RequestError
+
+if TYPE_CHECKING:
+    from effattn.run.records import Damage
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -29,11 +32,12 @@ def list_runs(folder: Path) -> int:
     from effattn.report import text
     from effattn.run import catalog
 
-    found = catalog.runs_in(folder)
+    damaged: list[Damage] = []
+    found = catalog.runs_in(folder, damaged)
     if not found:
-        raise RequestError(f"there is no run in {str(folder)!r}; `effattn gate METHOD` makes one")
+        unread = "; ".join(damage.reason for damage in damaged)
+        raise RequestError(unread or f"there is no run in {str(folder)!r}; `effattn gate METHOD` makes one")
     rows = []
-    damaged = []
     for run in found:
         entry = catalog.entry(run)
         damaged += entry.damaged
@@ -134,9 +138,13 @@ def query(sql: str, run: tuple[str, ...], as_json: bool) -> int:
     Columns: run, case_id, spec, device, method, outcome, message, the fields of a case (dtype, q_len, ...), fraction
     (error/bound), bit_equal, ulp_p50, ulp_p99, ulp_max, z_rms, z_max, z_mean, seconds, ... : DESCRIBE has them all.
     """
+    from effattn.report import text
     from effattn.run import catalog, store, tables
 
-    folders = [catalog.resolve(name) for name in run] or catalog.runs_in(store.DEFAULT_FOLDER)
+    damaged: list[Damage] = []
+    folders = [catalog.resolve(name) for name in run] or catalog.runs_in(store.DEFAULT_FOLDER, damaged)
+    for damage in damaged:
+        click.echo(f"effattn: {text.plain(str(damage))}", err=True)
     if not folders:
         raise RequestError("there is no run in effattn-runs/; name a run folder")
     names, rows = tables.query(sql, folders)

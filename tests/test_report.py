@@ -80,6 +80,15 @@ def test_rows_come_worst_first_and_count_everything(run: Path) -> None:
     assert [v.case.seed for v in material.worst[:3]] == [23, 22, 21]
 
 
+def test_worst_cases_have_one_of_each_kind_first(tmp_path: Path) -> None:
+    crashes = [verdict(3 * s, 0.5, outcome=Outcome.CRASHED, quantities=()) for s in range(30)]
+    others = [verdict(1, 3.0), verdict(2, 2.0), verdict(4, 2.5)]
+    worst = gather.gather([write(tmp_path / "run", [*crashes, *others])]).worst
+    assert len(worst) == gather.MOST_WORST
+    assert [(v.case.seed, str(v.outcome)) for v in worst[-2:]] == [(1, "inaccurate"), (2, "inaccurate")]
+    assert {str(v.outcome) for v in worst[:-2]} == {"crashed"}
+
+
 def test_options_are_counted_by_dtype(tmp_path: Path) -> None:
     items = [verdict(s, 0.5) for s in range(3)]
     causal = [replace(v, case=replace(v.case, causal="top-left")) for v in items]
@@ -126,6 +135,11 @@ def test_history_marks_the_first_bad_commit(tmp_path: Path) -> None:
     moments = gather.moments(tmp_path)
     assert [moment.commit[0] for moment in moments] == list("abcdef")
     assert [moment.commit[0] for moment in moments if moment.first_bad] == ["c", "f"]
+    file = tmp_path / "run0" / "provenance.json"
+    file.write_text(file.read_text().replace('"schema": 2', '"schema": 3'))
+    material = gather.gather([tmp_path / "run1"], history=tmp_path)
+    assert [moment.commit[0] for moment in material.history] == list("bcdef")
+    assert ["run0" in str(damage) and "schema 3" in str(damage) for damage in material.damaged] == [True]
     (tmp_path / "empty").mkdir()
     with pytest.raises(RequestError, match="there is no run"):
         gather.moments(tmp_path / "empty")

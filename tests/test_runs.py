@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,26 @@ def test_runs_are_listed_with_what_is_wrong_with_them(
     assert first.split()[-2:] == ["6", "1"]
     assert second.split()[-4:] == ["5", "1", "1", "damaged"]
     assert "verdicts.jsonl, line 6 is damaged: it is cut off" in err
+
+
+def test_run_of_a_newer_schema_is_named_and_the_others_are_listed(
+    effattn_command: Command, two_runs: tuple[Path, Path]
+) -> None:
+    identity = store.content_id(two_runs[0])
+    file = two_runs[1] / "provenance.json"
+    file.write_text(file.read_text().replace('"schema": 2', '"schema": 3'))
+    code, out, err = effattn_command("runs", "list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[2:]] == ["first"]
+    assert "second/provenance.json: the run" in err
+    assert "has schema 3, this effattn reads 1 to 2" in err
+    assert catalog.resolve(identity[:6]).resolve() == two_runs[0].resolve()
+    with pytest.raises(RequestError, match="has schema 3"):
+        catalog.entry(two_runs[1])
+    shutil.rmtree(two_runs[0])
+    code, _, err = effattn_command("runs", "list")
+    assert code == 2
+    assert "has schema 3" in err
 
 
 def test_folder_without_runs_is_refused(effattn_command: Command, tmp_path: Path) -> None:

@@ -172,6 +172,44 @@ def test_a_folder_keeps_to_one_study(tmp_path: Path) -> None:
         Store(tmp_path / "b", {"seed": 1}, ["error"])
 
 
+def test_a_second_study_in_a_folder_is_refused_while_one_writes(tmp_path: Path) -> None:
+    jobs = _jobs()
+    store = Store(tmp_path / "s", {"study": "x"}, ("error",))
+
+    def measure(job: Job) -> dict[str, float]:
+        if job == jobs[0]:
+            with pytest.raises(RequestError, match="another study is writing into"):
+                Store(tmp_path / "s", {"study": "x"}, ("error",)).run(jobs, lambda job: {"error": 2.0})
+        return {"error": 1.0}
+
+    assert {row.measures["error"] for row in store.run(jobs, measure)} == {1.0}
+    # One that was opened before sees what the other has written since.
+    late = Store(tmp_path / "t", {"study": "x"}, ("error",))
+    Store(tmp_path / "t", {"study": "x"}, ("error",)).run(jobs, lambda job: {"error": 1.0})
+    assert {row.measures["error"] for row in late.run(jobs, lambda job: {"error": 2.0})} == {1.0}
+
+
+def test_an_empty_study_file_of_a_full_disk_is_none(tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text("")
+    jobs = _jobs()
+    assert len(Store(tmp_path, {"study": "x"}, ("error",)).run(jobs, lambda job: {"error": 1.0})) == len(jobs)
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(RequestError, match="cannot use the folder"):
+        Store(tmp_path, {"study": "x"}, ("error",))
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, effattn_command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "effattn-runs").write_text("in the way")
+    code, _, err = effattn_command("study", "performer", "--n", "16", "--size", "8", "--draws", "1")
+    assert code == 2
+    assert "Traceback" not in err
+    assert "effattn-runs" in err
+    assert "--out" in err
+
+
 def test_an_interrupted_command_says_so_and_goes_on(tmp_path: Path) -> None:
     script = textwrap.dedent(
         """
@@ -279,8 +317,25 @@ def test_the_smallest_size_is_found_between_two() -> None:
 
 
 def test_sizes_go_up_to_the_length() -> None:
-    assert inverse.sizes_up_to(100) == (8, 16, 32, 64, 100)
-    assert inverse.sizes_up_to(65)[-1] == 64
+    assert inverse.sizes_up_to(100, pairs=False) == (1, 2, 4, 8, 16, 32, 64, 100)
+    assert inverse.sizes_up_to(65, pairs=True) == (2, 4, 8, 16, 32, 64)
+    assert inverse.sizes_up_to(1, pairs=False) == (1,)
+    assert inverse.sizes_up_to(1, pairs=True) == (2,)
+
+
+def test_a_size_is_the_smallest_only_if_smaller_ones_were_tried() -> None:
+    good = [[0.1], [0.05]]
+    assert inverse.answer(_curve(good, [8, 16]), 0.2).open_below
+    assert not inverse.answer(_curve(good, [1, 16]), 0.2).open_below
+    assert not inverse.answer(_curve(good, [8, 16]), 0.07).open_below
+    assert not inverse.answer(_curve(good, [8, 16]), 0.01).open_below
+
+
+def test_a_profiles_sizes_are_cut_to_the_length() -> None:
+    plan = plans.profile("linformer", "smoke")
+    assert plan.sizes == (16, 64, 256)
+    assert plans.adapt(plan, n=(64,)).sizes == (16, 64)
+    assert plans.adapt(plan, n=(9,)).sizes == (9,)
 
 
 # -- the command -------------------------------------------------------------------------------------------
@@ -325,19 +380,47 @@ def test_charts_are_the_same_for_the_same_data(tmp_path: Path) -> None:
 def test_the_answer_is_printed_with_its_cost(tmp_path: Path, effattn_command) -> None:
     code, out, err = effattn_command(
         "study", "performer", "--n", "64", "--head-dim", "8", "--input-scale", "0.25", "--method", "positive, orthogonal",
-        "--method", "relu, orthogonal", "--draws", "6", "--size", "8,64", "--target-error", "0.2", "--out", tmp_path / "s",
+        "--method", "relu, orthogonal", "--draws", "6", "--size", "8,512", "--target-error", "0.1", "--out", tmp_path / "s",
     )  # fmt: skip
     assert code == 0, err
     found = {line.split("  ")[0]: line for line in out.splitlines()}
     assert "MB" in found["positive, orthogonal"]
     _, low, high = _numbers_in(found["positive, orthogonal"])
-    assert 8 <= low <= high <= 64
+    assert 8 < low <= high <= 512
+    assert "| positive, orthogonal |" in (tmp_path / "s" / "summary.md").read_text().partition("## error")[0]
+    assert "positive, orthogonal,512,error" in (tmp_path / "s" / "summary.csv").read_text().replace('"', "")
+    assert "12 of 24 draws" in err
     code, out, err = effattn_command(
         "study", "performer", "--n", "64", "--head-dim", "8", "--input-scale", "1", "--method", "relu, orthogonal",
         "--size", "8,64", "--draws", "6", "--target-error", "0.02", "--out", tmp_path / "t",
     )  # fmt: skip
     assert code == 0, err
-    assert "none below 64, error" in out
+    assert "none up to 64, error" in out
+
+
+def test_an_answer_at_the_smallest_size_says_that_none_below_was_tried(
+    tmp_path: Path, effattn_command
+) -> None:
+    asked = (
+        "study",
+        "linformer",
+        "--n",
+        "16",
+        "--head-dim",
+        "8",
+        "--values",
+        "normal",
+        "--method",
+        "mean pooling",
+    )
+    asked = (*asked, "--draws", "2", "--target-error", "5")
+    code, out, err = effattn_command(*asked, "--size", "8,16", "--out", tmp_path / "s")
+    assert code == 0, err
+    assert "8 or fewer; none below was tried" in out
+    code, out, err = effattn_command(*asked, "--out", tmp_path / "t")
+    assert code == 0, err
+    assert "or fewer" not in out
+    assert next(line for line in out.splitlines() if line.startswith("mean pooling")).split()[2] == "1"
 
 
 def _numbers_in(line: str) -> tuple[int, int, int]:
@@ -364,6 +447,11 @@ BAD = [
     (["performer", "--values", "real:smollm2/12", "--head-dim", "32"], "expected 64, the model's"),
     (["performer", "--target-error", "1e-9"], "below 6e-08, the unit roundoff of fp32"),
     (["performer", "--target-error", "-1"], "expected a positive number"),
+    (
+        ["linformer", "--target-error", "nan", "--size", "300"],
+        "--target-error nan: expected a positive number",
+    ),
+    (["linformer", "--target-error", "0", "--n", "64,128"], "--target-error 0: expected a positive number"),
     (["linformer", "--size", "300"], "expected k up to n"),
     (["linformer", "--causal"], "Linformer can't be causal"),
     (["complexity", "--draws", "3"], "takes no options but --profile and --out"),

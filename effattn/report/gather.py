@@ -156,7 +156,7 @@ def gather(
         rows=rows,
         options=_options(compared),
         laws=_groups("law", [v for v in verdicts if v.law is not None], lambda v: v.law or ""),
-        worst=sorted(verdicts, key=lambda v: _badness(v), reverse=True)[:MOST_WORST],
+        worst=_worst(verdicts),
         shrunk=_shrunk(folders, {v.case.id for v in verdicts}),
         damaged=damaged,
     )
@@ -168,13 +168,28 @@ def gather(
                 f"the run {str(against)!r} has no case in common with the others; nothing to compare"
             )
     if history is not None:
-        material.history = moments(history)
+        material.history = moments(history, damaged)
     if baseline is not None:
         members = [[found[key] for key, of in origins.items() if of == i] for i in range(len(folders))]
         facts = [facts for _, facts in material.runs]
         material.beside = beside.compare(baseline, list(zip(facts, members, strict=True)))
     material.studies = [read_study(folder, number) for number, folder in enumerate(studies)]
     return material
+
+
+def _worst(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """The worst of each method, dtype and kind first, so that one crash of many doesn't hide the rest; then others."""
+    order = sorted(verdicts, key=_badness, reverse=True)
+    first: dict[tuple[str, ...], Verdict] = {}
+    for verdict in order:
+        if summary.failed(verdict.outcome):
+            first.setdefault(
+                (verdict.method, verdict.case.dtype, str(verdict.outcome), verdict.law or ""), verdict
+            )
+    chosen = list(first.values())
+    taken = {id(verdict) for verdict in chosen}
+    chosen += [verdict for verdict in order if id(verdict) not in taken]
+    return sorted(chosen[:MOST_WORST], key=_badness, reverse=True)
 
 
 def _badness(verdict: Verdict) -> tuple[bool, float]:
@@ -364,13 +379,14 @@ def pairs(material: Material) -> tuple[str, list[dict[str, Any]]]:
     return reference, found[:MOST_POINTS]
 
 
-def moments(folder: Path) -> list[Moment]:
-    """Each method and dtype of each run in a folder, the oldest first, with the first bad one of each line marked.
+def moments(folder: Path, damaged: list[Damage] | None = None) -> list[Moment]:
+    """Each method and dtype of each run in a folder, the oldest first, with the first bad one of each line marked. `damaged`
+    takes the runs that this effattn cannot read, which are left out; without it, such a run is an error.
 
     Raises:
         RequestError: there is no such folder, or no run in it.
     """
-    runs = catalog.runs_in(folder)
+    runs = catalog.runs_in(folder, damaged)
     if not runs:
         raise RequestError(f"there is no run in {str(folder)!r}; --history takes a folder of run folders")
     found: list[Moment] = []

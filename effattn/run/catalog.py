@@ -73,16 +73,28 @@ def entry(folder: Path) -> Entry:
     )
 
 
-def runs_in(folder: Path) -> list[Path]:
+def runs_in(folder: Path, damaged: list[Damage] | None = None) -> list[Path]:
     """The run folders directly inside a folder, the first started first.
 
+    Args:
+        folder: the folder.
+        damaged: takes the runs that cannot be read, such as those of a newer schema, which are left out; without it, the
+            first is an error.
+
     Raises:
-        RequestError: there is no such folder.
+        RequestError: there is no such folder, or a run cannot be read and `damaged` is None.
     """
     if not folder.is_dir():
         raise RequestError(f"there is no folder {str(folder)!r}; expected one that has run folders in it")
-    found = [inner for inner in folder.iterdir() if store.is_run(inner)]
-    return sorted(found, key=lambda run: (str(store.read_provenance(run).get("started", "")), run.name))
+    started: dict[Path, str] = {}
+    for run in sorted(inner for inner in folder.iterdir() if store.is_run(inner)):
+        try:
+            started[run] = str(store.read_provenance(run).get("started", ""))
+        except RequestError as error:
+            if damaged is None:
+                raise
+            damaged.append(Damage(run / store.PROVENANCE, 0, f"{error}; it is left out"))
+    return sorted(started, key=lambda run: (started[run], run.name))
 
 
 def resolve(given: str, among: Path = store.DEFAULT_FOLDER) -> Path:
@@ -96,7 +108,7 @@ def resolve(given: str, among: Path = store.DEFAULT_FOLDER) -> Path:
             return path
     found: list[Path] = []
     if len(given) >= 4 and all(c in "0123456789abcdef" for c in given) and among.is_dir():
-        found = [run for run in runs_in(among) if store.content_id(run).startswith(given)]
+        found = [run for run in runs_in(among, []) if store.content_id(run).startswith(given)]
     if len(found) == 1:
         return found[0]
     if found:

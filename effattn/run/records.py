@@ -38,15 +38,16 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Damage:
-    """A line that cannot be used."""
+    """A line that cannot be used, or a run."""
 
     file: Path
-    #: from 1
+    #: from 1; 0 where it is no single line
     line: int
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.file}, line {self.line} is damaged: {self.reason}"
+        where = f", line {self.line} is damaged" if self.line else ""
+        return f"{self.file}{where}: {self.reason}"
 
 
 @dataclass(frozen=True)

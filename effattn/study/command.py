@@ -33,9 +33,22 @@ _SIZE = {"performer": "m", "linformer": "k"}
 
 
 def run(name: str, *, out: Path | None, profile: str, target_error: float | None, **changes: Any) -> None:
-    """One study. Raises RequestError for what can't be run."""
+    """One study. Raises RequestError for what can't be run, and where its folder can't be written."""
+    try:
+        _run(name, out=out, profile=profile, target_error=target_error, **changes)
+    except OSError as error:
+        where = error.filename or out or runs.DEFAULT_FOLDER
+        raise RequestError(
+            f"cannot write {str(where)!r}: {error.strerror or error}; what is measured is kept. Name a folder that can be"
+            " written with --out, or make room and give the same command again"
+        ) from error
+
+
+def _run(name: str, *, out: Path | None, profile: str, target_error: float | None, **changes: Any) -> None:
     if name not in STUDIES:
         raise RequestError(f"unknown study {name!r}; expected one of {', '.join(STUDIES)}")
+    if target_error is not None:
+        inverse.check_target(target_error)
     folder = out if out is not None else runs.DEFAULT_FOLDER / f"study-{name}-{profile}"
     if out is None:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -78,38 +91,63 @@ def _inverse(
         raise RequestError("--target-error answers for one length; name it with --n")
     (n,) = plan.n
     if not changes.get("sizes"):
-        plan = plans.adapt(plan, sizes=inverse.sizes_up_to(n))
+        pairs = any(method.startswith(("trigonometric", "hyperbolic")) for method in plan.methods)
+        plan = plans.adapt(plan, sizes=inverse.sizes_up_to(n, pairs=pairs))
     folder = folder if named else folder.with_name(f"{folder.name}-inverse")
-    rows = _measure(plan, folder, [job for job in plans.jobs(plan) if job.point.part == "error"])
     known = performer.METHODS if name == "performer" else linformer.METHODS
-    letter = _SIZE[name]
+    # Baselines and divergences would take most of the time, and the answer has neither.
+    jobs = [job for job in plans.jobs(plan) if job.point.part == "error" and job.point.method in known]
+    measure = partial(_MEASURES[name], seed=plan.seed)
+    if name == "performer":
+        measure = partial(measure, divergence=False)
+    kept = Store(folder, {**plan.request(), "question": "smallest size"}, plans.ERROR_COLUMNS)
+    with _bar(len(jobs)) as progress:
+        rows = kept.run(jobs, measure, progress)
+    _write_provenance(folder)
+    said: list[str] = []
     for where, of_setting in results.curves(rows).items():
-        click.echo(f"{where.words()}: the smallest {letter} with a relative error of at most {target:g}")
-        lines = [f"| method | {letter} | CPU time | memory |", "|---|---|---|---|"]
-        for curve in of_setting:
-            if curve.method not in known:
-                continue
-            got = inverse.answer(curve, target)
-            if got.smallest is None:
-                error = results.cell(got.at_limit)
-                lines.append(f"| {curve.method} | none below {got.limit}, error {error} there | - | - |")
-                continue
-            size = int(got.smallest.median)
-            cost = probe.measure(
-                method=name if name == "linformer" or not where.causal else "performer, causal",
-                n=(n,), head_dim=where.head_dim, size=size,
-            )[0]  # fmt: skip
-            low, high = (_whole(x, got.limit) for x in (got.smallest.low, got.smallest.high))
-            spread = f" ({low} to {high})" if low != high else ""
-            lines.append(
-                f"| {curve.method} | {size}{spread} | {text.seconds(cost['seconds'])} | {_bytes(cost['bytes'])} |"
-            )
-        exact = probe.measure(method="standard", n=(n,), head_dim=where.head_dim, size=1)[0]
-        lines.append(f"| exact | - | {text.seconds(exact['seconds'])} | {_bytes(exact['bytes'])} |")
-        _print_table(lines)
+        title = f"{where.words()}: the smallest {_SIZE[name]} with a relative error of at most {target:g}"
+        table = _answers(name, where, of_setting, target)
+        click.echo(title)
+        _print_table(table)
         click.echo()
-    click.echo("Time and memory: one head, float32, positive features or averages, one thread.")
-    _say_where(folder, [])
+        said += [f"## {title}", "", *table, ""]
+    note = "Time and memory: one head, float32, positive features or averages, one thread."
+    click.echo(note)
+    charts = results.write(
+        rows, folder, plans.ERROR_COLUMNS, title=f"Study {name}: which {_SIZE[name]} for an error of {target:g}?",
+        size=_SIZE[name], lead=[*said, note, ""],
+    )  # fmt: skip
+    _say_where(folder, charts)
+
+
+def _answers(
+    name: str, where: results.Setting, of_setting: Sequence[results.Curve], target: float
+) -> list[str]:
+    """What each method needs, with its cost, as a table of Markdown."""
+    letter, n = _SIZE[name], where.n
+    lines = [f"| method | {letter} | CPU time | memory |", "|---|---|---|---|"]
+    for curve in of_setting:
+        got = inverse.answer(curve, target)
+        if got.smallest is None:
+            error = results.cell(got.at_limit)
+            lines.append(f"| {curve.method} | none up to {got.limit}, error {error} there | - | - |")
+            continue
+        size = int(got.smallest.median)
+        cost = probe.measure(
+            method=name if name == "linformer" or not where.causal else "performer, causal",
+            n=(n,), head_dim=where.head_dim, size=size,
+        )[0]  # fmt: skip
+        low, high = (_whole(x, got.limit) for x in (got.smallest.low, got.smallest.high))
+        spread = f" ({low} to {high})" if low != high else ""
+        if got.open_below:
+            spread = " or fewer; none below was tried"
+        lines.append(
+            f"| {curve.method} | {size}{spread} | {text.seconds(cost['seconds'])} | {_bytes(cost['bytes'])} |"
+        )
+    exact = probe.measure(method="standard", n=(n,), head_dim=where.head_dim, size=1)[0]
+    lines.append(f"| exact | - | {text.seconds(exact['seconds'])} | {_bytes(exact['bytes'])} |")
+    return lines
 
 
 def _whole(size: float, limit: int) -> str:
@@ -188,9 +226,9 @@ def _write_provenance(folder: Path) -> None:
 
 @contextmanager
 def _bar(total: int) -> Iterator[Callable[[Job], None] | None]:
-    """A progress bar on stderr where that is a terminal, nothing elsewhere."""
+    """A progress bar on stderr where that is a terminal; a line at each tenth elsewhere, such as in a log."""
     if not sys.stderr.isatty():
-        yield None
+        yield _tenths(total)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -200,3 +238,19 @@ def _bar(total: int) -> Iterator[Callable[[Job], None] | None]:
     with Progress(*columns, console=terminal.console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring", total=total)
         yield lambda job: bar.update(task, advance=1, description=job.point.method or "measuring")
+
+
+def _tenths(total: int) -> Callable[[Job], None]:
+    """Says on stderr when another tenth of the draws is there."""
+    done = 0
+
+    def progress(job: Job) -> None:
+        nonlocal done
+        before, done = done, done + 1
+        if total >= 10 and done * 10 // total > before * 10 // total:
+            click.echo(
+                f"effattn: {done} of {total} draws, the last of {job.point.method or job.point.part}",
+                err=True,
+            )
+
+    return progress

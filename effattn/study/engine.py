@@ -2,12 +2,13 @@
 
 A study is a list of jobs and a function that measures one. A job's row is written and flushed when it is measured;
 a row that an interruption cut short is dropped and measured again. So no draw is lost and none is repeated. The
-folder remembers what was asked for, and refuses to mix it with something else.
+folder remembers what was asked for, and refuses to mix it with something else and to be written by two at once.
 """
 
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import os
@@ -96,30 +97,37 @@ class Store:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             before = folder / STUDY
-            if before.exists():
+            # An empty one is what a full disk has left.
+            if before.exists() and before.stat().st_size:
                 if json.loads(before.read_text(encoding="utf-8")) != json.loads(json.dumps(asked)):
                     raise RequestError(
                         f"{folder} holds the draws of another study, see {before}. Name another folder with --out, or"
                         " delete this one"
                     )
-            elif any(folder.iterdir()):
+            elif any(path != before for path in folder.iterdir()):
                 raise RequestError(f"{folder} holds something already; name an empty folder with --out")
             else:
-                before.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+                temporary = folder / f".{STUDY}.{os.getpid()}.tmp"
+                try:
+                    temporary.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+                    temporary.replace(before)
+                finally:
+                    temporary.unlink(missing_ok=True)
         except (OSError, json.JSONDecodeError) as error:
             raise RequestError(
                 f"cannot use the folder {folder} ({error}); name another one with --out"
             ) from None
         self.rows = self._load()
 
-    def _load(self) -> dict[tuple[str, ...], Row]:
+    def _load(self, *, mend: bool = False) -> dict[tuple[str, ...], Row]:
+        """The whole rows. `mend` cuts off what is left of a last one: for whoever holds the lock."""
         path = self.folder / DRAWS
         if not path.exists():
             return {}
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):  # the last row was cut short
-            path.write_bytes(whole)
+        if mend and len(whole) < len(data):
+            os.truncate(path, len(whole))
         lines = list(csv.reader(io.StringIO(whole.decode("utf-8"))))
         if lines and tuple(lines[0]) != self._header:
             raise RequestError(
@@ -135,8 +143,15 @@ class Store:
     def _writer(self) -> Iterator[Callable[[Row], None]]:
         path = self.folder / DRAWS
         with path.open("a", encoding="utf-8", newline="") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RequestError(
+                    f"another study is writing into {self.folder}; wait for it, or name another folder with --out"
+                ) from None
+            self.rows = self._load(mend=True)
             writer = csv.writer(file, lineterminator="\n")
-            if file.tell() == 0:
+            if path.stat().st_size == 0:
                 writer.writerow(self._header)
 
             def write(row: Row) -> None:

@@ -20,17 +20,18 @@ class Answer(NamedTuple):
     """What one method needs."""
 
     method: str
-    smallest: (
-        Interval | None
-    )  #: size with its interval over draws; None where no size up to the largest suffices
+    #: size with its interval over draws; None where no size up to the largest suffices
+    smallest: Interval | None
+    #: whether a smaller size, which was not tried, may suffice too: the smallest that was tried does
+    open_below: bool
     limit: int  #: the largest size that was looked at
     at_limit: Interval  #: the error there
 
 
-def check_target(target: float, dtypes: Sequence[str]) -> None:
-    """RequestError for a target that isn't an error, or that rounding alone exceeds."""
+def check_target(target: float, dtypes: Sequence[str] = ()) -> None:
+    """RequestError for a target that isn't an error, or that rounding to one of the dtypes alone exceeds."""
     if not 0 < target < math.inf:
-        raise RequestError(f"--target-error {target!r}: expected a positive number, such as 0.05")
+        raise RequestError(f"--target-error {target:g}: expected a positive number, such as 0.05")
     for dtype in dtypes:
         if target < _ROUNDOFF[dtype]:
             raise RequestError(
@@ -39,10 +40,11 @@ def check_target(target: float, dtypes: Sequence[str]) -> None:
             )
 
 
-def sizes_up_to(n: int) -> tuple[int, ...]:
-    """Powers of two from 8 on, and n."""
-    found = [2**i for i in range(3, 30) if 2**i < n]
-    return (*found, n - n % 2 or 1) if n > 1 else (1,)
+def sizes_up_to(n: int, *, pairs: bool) -> tuple[int, ...]:
+    """Powers of two and n; even ones where features come in pairs."""
+    least = 2 if pairs else 1
+    last = max(least, n - n % least)
+    return (*(2**i for i in range(least - 1, 30) if 2**i < last), last)
 
 
 def answer(curve: Curve, target: float) -> Answer:
@@ -51,7 +53,8 @@ def answer(curve: Curve, target: float) -> Answer:
     found = [_crossing(curve.sizes, errors, target) for errors in zip(*curve.samples, strict=True)]
     interval = median_interval(found)
     smallest = interval if math.isfinite(interval.median) else None
-    return Answer(curve.method, smallest, curve.sizes[-1], curve.intervals[-1])
+    open_below = smallest is not None and smallest.median <= curve.sizes[0] and curve.sizes[0] > 1
+    return Answer(curve.method, smallest, open_below, curve.sizes[-1], curve.intervals[-1])
 
 
 def _crossing(sizes: Sequence[int], errors: Sequence[float], target: float) -> float:

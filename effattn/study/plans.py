@@ -109,6 +109,10 @@ def adapt(plan: Plan, **changes: Any) -> Plan:
         given.setdefault("n", (512,) if plan.study == "linformer" else (1024,))
         given.setdefault("input_scale", (1.0,))
     plan = replace(plan, **given)
+    if plan.study == "linformer" and "sizes" not in given:
+        # The profile's sizes are a proposal: of them those that the length has.
+        least = min(plan.n)
+        plan = replace(plan, sizes=tuple(k for k in plan.sizes if k <= least) or (max(1, least),))
     _check(plan)
     return plan
 

@@ -98,8 +98,19 @@ def _interval(sample: Sequence[float], part: str) -> Interval:
     return constant(sample[0]) if len(sample) == 1 else median_interval(sample)
 
 
-def write(rows: Sequence[Row], folder: Path, columns: Sequence[str], *, title: str, size: str) -> list[Path]:
-    """summary.csv, summary.md and one chart for each setting. Returns the charts; none without matplotlib."""
+def write(
+    rows: Sequence[Row],
+    folder: Path,
+    columns: Sequence[str],
+    *,
+    title: str,
+    size: str,
+    lead: Sequence[str] = (),
+) -> list[Path]:
+    """summary.csv, summary.md and one chart for each setting. Returns the charts; none without matplotlib.
+
+    `lead` are lines of Markdown that stand first in summary.md.
+    """
     with (folder / SUMMARY_CSV).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         fields = [*Setting._fields, "method", "size", "measure", "median", "low", "high", "coverage", "draws"]
@@ -110,7 +121,7 @@ def write(rows: Sequence[Row], folder: Path, columns: Sequence[str], *, title: s
                     for number, got in zip(curve.sizes, curve.intervals, strict=True):
                         writer.writerow([*where, curve.method, number, measure, *got])
     drawn = []
-    parts = [f"# {title}", ""]
+    parts = [f"# {title}", "", *lead]
     for where, of_setting in curves(rows).items():
         parts += [f"## {where.part}: {where.words()}", ""]
         if charts.available() and any(len(curve.sizes) > 1 for curve in of_setting):
