@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import effattn
 from effattn import laws, zoo
 from effattn.case import DTYPES, Case, Inputs
 from effattn.errors import NotSupported, RequestError
@@ -21,6 +22,8 @@ from effattn.methods.user import UserFunction
 from effattn.properties.law import get
 from effattn.tolerances.numerics import Numerics, for_dtype
 from effattn.verdict import Outcome, Quantity, Verdict
+from effattn.zoo import lawless
+from effattn.zoo.dense import Asked, Dense
 from effattn.zoo.tiled import Flash
 
 CASE = Case(heads=2, q_len=33, kv_len=40, head_dim=16, dtype="fp16", seed=3)
@@ -415,3 +418,45 @@ def test_an_output_of_another_dtype_than_declared_is_a_wrong_request() -> None:
         judge(case, UserFunction(declared))
     right = effattn.method(numerics=for_dtype("fp16").replace(output="fp32", p="fp32"))(single)
     assert judge(case, UserFunction(right)).outcome == Outcome.PASS
+
+
+def _scores_kept(steps: str, kept: torch.dtype) -> UserFunction:
+    """A kernel that rounds its scores after the named steps, and declares fp16 for them."""
+
+    def rounded(x: torch.Tensor, step: str) -> torch.Tensor:
+        return x.to(kept).float() if step in steps.split() else x
+
+    class Kept(Dense):
+        def capped(self, s: torch.Tensor, asked: Asked) -> torch.Tensor:
+            return rounded(super().capped(rounded(s, "product"), asked), "cap")
+
+        def biased(self, s: torch.Tensor, *rest: Any) -> torch.Tensor:
+            return rounded(super().biased(s, *rest), "added")
+
+    function = lawless.function_of(Kept, "kept")
+    declared = effattn.method(
+        numerics=lambda case: for_dtype(case.dtype).replace(score="fp16"),
+        dropout_mask=lambda *_: None,
+    )(function)
+    return UserFunction(declared, spec="kept")
+
+
+KEPT = [
+    Case(heads=2, kv_heads=1, q_len=32, kv_len=48, head_dim=21, dtype="fp16", bias="bk", seed=1),
+    Case(heads=2, q_len=65, kv_len=97, head_dim=40, dtype="fp16", bias="qk", softcap=2.0, seed=2),
+    Case(heads=2, q_len=65, kv_len=97, head_dim=40, dtype="fp16", alibi="geometric", backward=True, seed=3),
+    Case(heads=2, q_len=65, kv_len=97, head_dim=40, dtype="fp16", sinks=True, softcap=2.0, seed=4),
+]
+
+
+@pytest.mark.parametrize("steps", ["product", "cap", "added", "product cap added"])
+@pytest.mark.parametrize("case", KEPT, ids=["bias", "softcap and bias", "alibi", "softcap and sinks"])
+def test_scores_that_are_kept_in_fp16_may_be_rounded_at_each_step(case: Case, steps: str) -> None:
+    verdict = judge(case, _scores_kept(steps, torch.float16))
+    assert verdict.outcome == Outcome.PASS, verdict.message
+
+
+@pytest.mark.parametrize("case", KEPT, ids=["bias", "softcap and bias", "alibi", "softcap and sinks"])
+def test_scores_that_are_kept_in_bf16_are_found_where_fp16_is_declared(case: Case) -> None:
+    verdict = judge(case, _scores_kept("product cap added", torch.bfloat16))
+    assert verdict.outcome in (Outcome.INACCURATE, Outcome.BIASED), verdict.message

@@ -4,7 +4,9 @@ Beside the errors of a product (`sums.ScoreErrors`), all relative to the unit ro
 
 - softcap c tanh(t / c): tanh is 1-Lipschitz, so errors of t pass at most as they are, and with the derivative as noise;
   its own error is `Numerics.tanh_error` u at most, absolute or relative, times c;
-- bias and ALiBi: a constant, its product with the distance, log2(e) folded in, one addition each.
+- bias and ALiBi: a constant, its product with the distance, log2(e) folded in, one addition each;
+- where scores are kept in a narrower format, each of these steps may round to it: after the product, the softcap, the bias,
+  ALiBi. The first is part of `sums.ScoreErrors`.
 
 A sink is a key without a value: it enters the normaliser, nothing else. Dropout's factor is one more product.
 
@@ -63,11 +65,20 @@ def pair_errors(
         square = 1.0 - block.slope if numerics.tanh_of == "tanh" else torch.ones_like(block.slope)
         bound.add_(square.sqrt(), alpha=options.softcap * numerics.tanh_error * u)
         variance.mul_(block.slope.square()).add_(square, alpha=one * numerics.tanh_error * options.softcap**2)
+        if errors.kept:
+            capped = (1.0 - block.slope).clamp(min=0.0)
+            bound.add_(capped.sqrt(), alpha=options.softcap * errors.kept)
+            variance.add_(capped, alpha=ROUNDING_VARIANCE * (options.softcap * errors.kept) ** 2)
     scores = block.scores.masked_fill(~block.visible, 0.0)
     if block.added is not None:
         size = size + block.added
-        bound.add_(size, alpha=errors.rounded + 2.0 * u)
+        steps = (options.bias is not None) + (options.alibi_slopes is not None)
+        bound.add_(size, alpha=errors.rounded + 2.0 * u + (steps - 1) * errors.kept)
         variance.add_(block.added.square() + scores.square(), alpha=2.0 * one)
+        if errors.kept:
+            # The first of two sums is at most as large as both summands.
+            variance.add_(scores.square(), alpha=ROUNDING_VARIANCE * errors.kept**2)
+            variance.add_(size.square(), alpha=(steps - 1) * ROUNDING_VARIANCE * errors.kept**2)
     gap = (scores - torch.where(lse == -math.inf, 0.0, lse)).abs()
     bound.add_(gap, alpha=errors.shifted)
     variance.add_(gap.square(), alpha=one).add_(errors.exp)
@@ -86,7 +97,8 @@ def sink_errors(
         return torch.zeros_like(lse), torch.zeros_like(lse)
     gap = (block.sink - torch.where(lse == -math.inf, 0.0, lse)).abs()
     bound = errors.rounded * block.sink.abs() + errors.shifted * gap
-    return bound, errors.gap * (3.0 * block.sink.square() + gap.square()) + errors.exp
+    square = (3.0 * errors.gap + ROUNDING_VARIANCE * errors.kept**2) * block.sink.square()
+    return bound, square + errors.gap * gap.square() + errors.exp
 
 
 def collect_with_options(

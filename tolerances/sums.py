@@ -84,6 +84,8 @@ class ScoreErrors:
     each: float
     gap: float
     exp: float
+    #: unit roundoff of the format that scores are kept in; 0 where it is that of the accumulators
+    kept: float
     #: d
     features: float
     #: spacing of products of two inputs, relative to the spacing of the accumulators at the same size
@@ -123,6 +125,7 @@ class ScoreErrors:
             + (0.25 * u_scales) ** 2,
             gap=one,
             exp=one * max(1.0, numerics.exp_ulps**2),
+            kept=u_keep,
             features=float(d),
             alike=ALIKE * (_repeats(q[:1, :1, :1].double() * k[:1, :1, :1].double()) - 1.0),
             quantum=2.0 ** (2 * numerics.format("input").precision - acc.precision - 1),

@@ -317,8 +317,10 @@ class OtherHeads(Dense):
 class HiddenInBackward(Dense):
     """Backward multiplies hidden keys by a dS of 0, which is NaN where they are NaN."""
 
-    def backward(self, saved: dict[str, Any], *rest: Any) -> dict[str, torch.Tensor | None]:
-        found = super().backward(saved, *rest)
+    def backward(
+        self, saved: dict[str, Any], asked: Asked, g: torch.Tensor, d_lse: torch.Tensor | None, kv_heads: int
+    ) -> dict[str, torch.Tensor | None]:
+        found = super().backward(saved, asked, g, d_lse, kv_heads)
         assert found["q"] is not None
         found["q"] = found["q"] + torch.zeros_like(saved["w"]) @ saved["k"].float()
         return found
