@@ -1,6 +1,6 @@
 """From an output of the right form to an outcome: each quantity beside what it should be, and the tests on its errors.
 
-One class holds what all steps share; its messages stand beside the numbers that they explain, so the file is long.
+One class holds what all steps share. Why so much is allowed is said by `effattn.reasons`.
 """
 
 from __future__ import annotations
@@ -78,6 +78,23 @@ class Part:
     def title(self) -> str:
         """Its name for people."""
         return TITLES.get(self.name, self.name)
+
+    @property
+    def wrong(self) -> NDArray[np.bool_]:
+        """Which of its judged elements are beyond the bound."""
+        import numpy as np
+
+        outside = ~(np.abs(self.error) <= self.bound)
+        return outside if self.judged is None else outside & self.judged
+
+    def wrong_is_right_times(self, factor: float) -> bool:
+        """Whether all elements that are beyond the bound would be within it if they were multiplied by this."""
+        import numpy as np
+
+        wrong = self.wrong
+        with np.errstate(invalid="ignore", over="ignore"):
+            other = np.abs(factor * self.got - self.exact) <= self.bound
+        return bool(wrong.any()) and bool(other[wrong].all())
 
     def at(self, index: tuple[int, ...]) -> str:
         """Where, got and exact, for a message."""
@@ -467,7 +484,7 @@ class Judgement:
         assert q.allowed is not None
         error = abs(q.got - q.exact)
         hint = ""
-        if part.name == "lse" and abs(q.got * math.log(2.0) - q.exact) <= q.allowed:
+        if part.name == "lse" and part.wrong_is_right_times(math.log(2.0)):
             hint = "\nit would be right in base 2; expected the natural logarithm"
         if q.allowed == 0.0:
             return (
@@ -480,49 +497,11 @@ class Judgement:
         )
 
     def _allowance(self, part: Part, index: tuple[int, ...]) -> str:
-        numerics, case = self.numerics, self.case
-        if part.name not in ("out", "lse"):
-            return self._allowance_of_gradient(part, index)
-        keys = self._keys_seen(index)
-        if keys == 0:
-            return "allowed is 0: the row sees no key, so its output is 0 and its lse -inf, exactly"
-        rounding = 0.5 * float(part.format.ulp(_one(part.exact[index]))[0])
-        rest = part.bound[index] - rounding
-        p = numerics.format("p")
-        codes = [
-            f"{name.upper()} as {codes.text}"
-            for name in "qkv"
-            if (codes := getattr(numerics, name)) is not None
-        ]
-        weights = (
-            f"weights rounded to {p.name} (u = {p.unit_roundoff_text})"
-            if numerics.rounds_p
-            else f"weights in {p.name}"
-        )
-        return (
-            f"allowed is {rounding:.2g} for rounding to {part.format.name} and {rest:.2g} for what goes before:"
-            f" scores of {case.head_dim} terms and sums over {keys} keys in {numerics.acc}, {weights}"
-            f"{'; exact is that of the codes: ' if codes else ''}{', '.join(codes)} (numerics {numerics.name!r})"
-        )
+        from effattn import reasons
 
-    def _allowance_of_gradient(self, part: Part, index: tuple[int, ...]) -> str:
-        numerics = self.numerics
-        if part.bound[index] == 0.0:
-            return "allowed is 0: nothing that is visible takes part in this gradient, so it is 0, exactly"
-        rounding = 0.5 * float(part.format.ulp(_one(part.exact[index]))[0])
-        rest = part.bound[index] - rounding
-        casts = [
-            f"{what} rounded to {numerics.format(field).name} (u = {numerics.format(field).unit_roundoff_text})"
-            for what, field, rounds in (("P", "p", numerics.rounds_p), ("dS", "ds", numerics.rounds_ds))
-            if rounds
-            and not (field == "ds" and part.name == "dv")
-            and not (field == "p" and part.name != "dv")
-        ]
-        return (
-            f"allowed is {rounding:.2g} for rounding to {part.format.name} and {rest:.2g} for what goes before: P from the"
-            f" log-sum-exp, dP and delta in {numerics.acc}{', ' if casts else ''}{', '.join(casts)}"
-            f" (numerics {numerics.name!r})"
-        )
+        if part.name in ("out", "lse"):
+            return reasons.of_output(part, index, self.numerics, self.case, self._keys_seen(index))
+        return reasons.of_gradient(part, index, self.numerics, self.case)
 
     def _keys_seen(self, index: tuple[int, ...]) -> int:
         from effattn.exact.scores import score_blocks
@@ -564,12 +543,6 @@ def _prediction(error: Floats, variance: Floats) -> Prediction:
     from effattn.tolerances.statistics import Prediction
 
     return Prediction(error, variance)
-
-
-def _one(x: Any) -> Any:
-    import numpy as np
-
-    return np.array([x], dtype=np.float64)
 
 
 #: what each direction stands for, in words

@@ -320,6 +320,34 @@ def test_messages_name_the_gradient_and_the_allowance() -> None:
     assert "the errors of dQ are not those of rounding" in verdict.message
 
 
+class Halved(Whole):
+    """All gradients are half of what they should be."""
+
+    def gradients(self, *arguments: Any) -> Any:
+        return [0.5 * x if isinstance(x, torch.Tensor) else x for x in super().gradients(*arguments)]
+
+
+def test_the_allowance_of_a_gradient_is_that_of_the_declared_numerics() -> None:
+    case = Case(heads=4, kv_heads=2, q_len=64, kv_len=64, head_dim=32, dtype="fp16", backward=True)
+    method = method_of(Halved())
+    declared = {"dp": "fp16", "stored_keys": 32, "stored_queries": 16, "group_sum": "input", "score": "fp16"}
+    method.numerics = lambda case: for_dtype("fp16", "flash").replace(**declared)  # type: ignore[method-assign]
+    title = ", ".join(
+        f"{name}={declared[name]}" for name in ("score", "dp", "group_sum", "stored_keys", "stored_queries")
+    )
+    lines = judge(case, method).message.splitlines()
+    start = "P from the log-sum-exp, scores kept in fp16 (u = 2^-11), "
+    dp = "dP kept in fp16 (u = 2^-11), delta in fp32, dS rounded to fp16 (u = 2^-11), "
+    group = ", that of each query head rounded to fp16 before they are added up"
+    for at, words in (
+        ("dQ[", f"{start}{dp}dQ kept in fp16, rounded after every 16 keys"),
+        ("dK[", f"{start}{dp}dK kept in fp16, rounded after every 32 queries{group}"),
+        ("dV[", f"{start}sums in fp32, P rounded to fp16 (u = 2^-11), dV kept in fp16, rounded after every 32 queries{group}"),
+    ):  # fmt: skip
+        (place,) = (i for i, line in enumerate(lines) if line.startswith(at))
+        assert lines[place + 1].endswith(f"{words} (numerics 'flash fp16' with {title})")
+
+
 @pytest.mark.parametrize("name", ["p", "ds", "dp"])
 def test_a_coarser_declaration_allows_more(name: str) -> None:
     case = Case(heads=2, q_len=32, kv_len=64, head_dim=32, dtype="fp16", backward=True)

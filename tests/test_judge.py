@@ -102,6 +102,24 @@ def test_an_inaccurate_element_is_named_with_what_is_allowed_and_why() -> None:
     assert verdict.replay == f"effattn replay '{CASE.to_json()}' altered"
 
 
+def test_the_allowance_is_that_of_the_declared_numerics() -> None:
+    flash = for_dtype("fp16", "flash")
+    for changes, words in (
+        ({}, "scores of 16 terms and sums over 40 keys in fp32, weights rounded to fp16 (u = 2^-11) (numerics 'flash fp16')"),
+        (
+            {"score": "fp16", "sum_of": "rounded"},
+            "scores of 16 terms kept in fp16 (u = 2^-11), sums over 40 keys in fp32, weights rounded to fp16 (u = 2^-11), whose"
+            " sum is that of the rounded ones (numerics 'flash fp16' with score=fp16, sum_of=rounded)",
+        ),
+        (
+            {"p": "fp32", "exp_ulps": 1024.0, "name": "mine"},
+            "sums over 40 keys in fp32, an exp within 1024 ulp, weights in fp32 (numerics 'mine')",
+        ),
+    ):  # fmt: skip
+        verdict = judge(CASE, Altered(lambda out, lse: put(out, 0.75, 0, 1, 5, 7), flash.replace(**changes)))
+        assert verdict.message.splitlines()[1].endswith(words)
+
+
 def test_the_worst_element_is_by_bound_not_by_size() -> None:
     verdict = judge(CASE, zoo.get("zeros").method())
     assert verdict.outcome == Outcome.INACCURATE
@@ -112,6 +130,23 @@ def test_a_log_sum_exp_in_base_2_is_told_so() -> None:
     verdict = judge(CASE, zoo.get("lse-in-base-2").method())
     assert verdict.outcome == Outcome.INACCURATE
     assert "it would be right in base 2; expected the natural logarithm" in verdict.message
+
+
+def test_base_2_is_told_only_where_all_wrong_elements_are_in_it() -> None:
+    def some(out: torch.Tensor, lse: torch.Tensor) -> Output:
+        lse[:, :, 7:] *= math.log2(math.e)
+        return Output(out, lse)
+
+    def and_another(out: torch.Tensor, lse: torch.Tensor) -> Output:
+        lse[:, :, 3] += 0.5  # not the largest error
+        return some(out, lse)
+
+    verdict = judge(CASE, Altered(some))
+    assert "it would be right in base 2" in verdict.message
+    verdict = judge(CASE, Altered(and_another))
+    assert verdict.outcome == Outcome.INACCURATE
+    assert verdict.quantities[1].worst[2] != 3
+    assert "base 2" not in verdict.message
 
 
 def test_a_bias_is_explained_with_its_probability() -> None:

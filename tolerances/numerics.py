@@ -200,6 +200,18 @@ class Numerics:
                 f" declare p_scale={p.largest:g}"
             )
 
+    @property
+    def title(self) -> str:
+        """Its quoted name, and what differs from the preset of that name: "'flash fp16' with score=fp16"."""
+        presets = (one for by_dtype in PRESETS.values() for one in by_dtype.values())
+        preset = next((one for one in presets if one.name == self.name), self)
+        changed = [
+            f"{field.name}={value.text if isinstance(value, Codes) else value}"
+            for field in fields(self)
+            if (value := getattr(self, field.name)) != getattr(preset, field.name)
+        ]
+        return f"{self.name!r}{' with ' if changed else ''}{', '.join(changed)}"
+
     def format(self, field: str) -> Format:
         """The format that a field names."""
         return formats.get(getattr(self, field))
