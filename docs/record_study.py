@@ -2,7 +2,8 @@
 
     python docs/record_study.py FOLDER NAME "effattn study ..."
 
-Then `python docs/update_tables.py` writes the tables anew.
+Then `python docs/update_tables.py` writes the tables anew. `python docs/record_study.py --charts` draws the charts of errors
+and spectra that are in docs/charts/ again, from what is recorded.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from effattn.study import complexity, model, plans, recorded, traffic
+from effattn.study import charts, complexity, model, plans, recorded, results, traffic
 
 ROOT = Path(__file__).resolve().parent
 
@@ -39,11 +40,25 @@ def main(folder: Path, name: str, command: str) -> None:
     target.write_text(
         f'{head},\n "points": [\n{points}\n ],\n "slopes": [\n{slopes}\n ]\n}}\n', encoding="utf-8"
     )
-    for chart in folder.glob("*.svg"):
-        shutil.copyfile(chart, ROOT / "charts" / f"{name}-{chart.name}")
+    for drawn in folder.glob("*.svg"):
+        shutil.copyfile(drawn, ROOT / "charts" / f"{name}-{drawn.name}")
+
+
+def redraw() -> None:
+    """The charts of errors and spectra that are there, from docs/measurements/."""
+    for file in sorted((ROOT / "measurements").glob("study-*.json")):
+        name = file.stem.removeprefix("study-")
+        size = "k" if name.startswith("linformer") else "m"
+        for where, curves in recorded.curves(recorded.load(file)).items():
+            target = ROOT / "charts" / f"{name}-{where.slug()}.svg"
+            if where.part in ("error", "spectrum") and target.exists():
+                charts.draw(results.chart(where, curves, size=size), target.parent).replace(target)
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--charts"]:
+        redraw()
+        raise SystemExit(0)
     if len(sys.argv) != 4:
         raise SystemExit(__doc__)
     main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -140,9 +140,24 @@ def test_history_marks_the_first_bad_commit(tmp_path: Path) -> None:
     material = gather.gather([tmp_path / "run1"], history=tmp_path)
     assert [moment.commit[0] for moment in material.history] == list("bcdef")
     assert ["run0" in str(damage) and "schema 3" in str(damage) for damage in material.damaged] == [True]
+    (drawn,) = [chart for chart in charts.charts(material) if chart.name == "history"]
+    assert drawn.rows is not None
+    assert [row["at"] for row in drawn.rows] == [letter * 8 for letter in "bcdef"]
+    material.history = [replace(moment, commit="c0ffee" * 2) for moment in material.history]
+    (drawn,) = [chart for chart in charts.charts(material) if chart.name == "history"]
+    assert [row["at"] for row in drawn.rows or []] == ["c0ffeec0", *(f"c0ffeec0 ({i})" for i in range(2, 6))]
     (tmp_path / "empty").mkdir()
     with pytest.raises(RequestError, match="there is no run"):
         gather.moments(tmp_path / "empty")
+
+
+def test_ticks_of_the_scale_are_numbers_that_the_scales_are(run: Path) -> None:
+    material = gather.gather([run])
+    verdicts = [replace(v, case=replace(v.case, scale=0.25)) for v in material.verdicts]
+    material.verdicts = verdicts
+    (chart,) = [chart for chart in charts.charts(material) if chart.name == "scale"]
+    ticks = re.findall(r">([-0-9.]+)</text>", charts.svg(chart, gather.points(material)))
+    assert "0.25" in ticks, ticks
 
 
 def test_points_of_a_large_run_are_the_worst_and_some_of_the_rest(

@@ -211,6 +211,29 @@ def test_settings_beyond_a_page_are_counted(tmp_path: Path, monkeypatch: pytest.
     assert (len(found.tables), found.more) == (2, 1)
 
 
+def test_the_axis_of_a_study_reaches_what_its_caption_says(tmp_path: Path) -> None:
+    errors = {("a", 16): [500.0], ("a", 64): [200.0], ("b", 16): [0.5], ("b", 64): [0.001]}
+    alt, _ = charts.load()
+
+    def drawn(folder: Path, **fields: object) -> tuple[str, float, dict]:
+        (table,) = studies.read(study(folder, errors, **fields)).tables
+        chart = charts._study(alt, table)
+        encoding = chart.spec["layer"][1]["encoding"]
+        return chart.words, encoding["y"]["scale"]["domain"][0], encoding
+
+    words, low, encoding = drawn(tmp_path / "s")
+    assert low <= 0.001
+    assert "below the axis" not in words
+    assert encoding["color"]["legend"]["orient"] == "bottom"
+    errors["exact", 64] = [1e-15]
+    words, low, _ = drawn(tmp_path / "t")
+    assert 1e-6 < low <= 0.001
+    assert "Errors under 1e-06 are below the axis" in words
+    words, _, encoding = drawn(tmp_path / "u", part="spectrum")
+    assert "uniform" not in words
+    assert encoding["y"]["title"] == "share of the sum of singular values"
+
+
 def test_studies_are_in_the_page(effattn_command: Command, tmp_path: Path) -> None:
     run = write(tmp_path / "run", verdicts())
     first, second = study(tmp_path / "<b>", ERRORS), study(tmp_path / "two", ERRORS, dtype="bf16")

@@ -7,7 +7,9 @@ import math
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -375,6 +377,51 @@ def test_charts_are_the_same_for_the_same_data(tmp_path: Path) -> None:
     first = charts.draw(chart, tmp_path).read_bytes()
     assert charts.draw(chart, tmp_path).read_bytes() == first
     assert b"<svg" in first
+
+
+def _drawn(tmp_path: Path, curves: Sequence[Any], **more: Any) -> str:
+    from effattn.study import charts
+
+    chart = charts.Chart(name="c", title="t", x_label="m", y_label="e", curves=curves, **more)
+    return charts.draw(chart, tmp_path).read_text()
+
+
+def test_every_line_of_a_chart_looks_different() -> None:
+    from effattn.study import charts
+
+    styles = ["method"] * 14 + ["theory", "floor"] + ["control"] * 3
+    looks = charts._looks([charts.Curve(label="a", x=[1], y=[1.0], style=style) for style in styles])
+    assert len({repr(look) for look in looks}) == len(styles)
+    # Without colours too.
+    grey = {
+        repr({name: x for name, x in look.items() if name != "color"}) for look in looks[:12] + looks[14:]
+    }
+    assert len(grey) == len(styles) - 2
+
+
+def test_what_is_exact_does_not_stretch_the_axis(tmp_path: Path) -> None:
+    from effattn.study import charts
+
+    curves = [
+        charts.Curve(label="a", x=[1, 2], y=[0.5, 0.02]),
+        charts.Curve(label="exact", x=[1, 2], y=[0.5, 3e-16]),
+    ]
+    svg = _drawn(tmp_path, curves, least=1e-6, below="under 1e-6")
+    assert "under 1e-6" in svg
+    assert "-16}" not in svg
+    whole = _drawn(tmp_path, curves)
+    assert "-15}" in whole or "-16}" in whole
+    assert "under 1e-6" not in _drawn(tmp_path, curves[:1], least=1e-6, below="under 1e-6")
+
+
+def test_axes_say_what_each_part_measures(tmp_path: Path) -> None:
+    from effattn.study import results
+
+    curve = _curve([[0.5], [0.9]], [8, 16])
+    spectrum = curve.setting._replace(part="spectrum")
+    assert results.chart(spectrum, [curve], size="k").y_label == "share of the sum of singular values"
+    assert results.chart(curve.setting, [curve], size="k").y_label == "relative error of the output"
+    assert results.chart(spectrum, [curve], size="k").least == 0.0
 
 
 def test_the_answer_is_printed_with_its_cost(tmp_path: Path, effattn_command) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from effattn.errors import RequestError
 from effattn.report import gather, studies
 from effattn.report.gather import Material
+from effattn.study import results
 
 #: The data that the filters of the page change.
 CASES = "cases"
@@ -180,12 +181,13 @@ def _against(
     """error/bound against a field of the case; on a logarithmic axis where a domain is given."""
     words = f"Each case by its {axis}. A slope says that the error grows with it faster than what is allowed does."
     scale = alt.Scale(type="log", base=2, domain=domain) if domain else alt.Scale(zero=False)
+    ticks = alt.Axis() if domain else alt.Axis(format=".3~g", tickCount=6)
     chart = (
         alt.Chart(alt.NamedData(name=CASES))
         .transform_filter(f"isValid(datum.drawn) && datum.{name} > 0" if domain else "isValid(datum.drawn)")
         .mark_point(filled=True, size=28, opacity=0.6)
         .encode(
-            x=alt.X(f"{name}:Q", scale=scale, title=axis),
+            x=alt.X(f"{name}:Q", scale=scale, title=axis, axis=ticks),
             y=alt.Y("drawn:Q", scale=alt.Scale(type="log", domain=drawn), title=_FRACTION),
             color=_colour(alt),
             tooltip=list(_TOOLTIP),
@@ -280,7 +282,6 @@ def _history(alt: Any, material: Material) -> Chart:
     words = "The largest error over bound of each run, a line for each method and dtype, the oldest left. Red: the first bad one."
     rows = [
         {
-            "number": i,
             "run": moment.run,
             "commit": moment.commit or moment.run,
             "line": f"{moment.method} · {moment.dtype}",
@@ -289,13 +290,21 @@ def _history(alt: Any, material: Material) -> Chart:
             "failed": moment.failed,
             "state": "first bad" if moment.first_bad else "failed" if moment.failed else "passed",
         }
-        for i, moment in enumerate(material.history)
+        for moment in material.history
     ]
-    order = list(dict.fromkeys(row["run"] for row in rows))
+    labels: dict[str, str] = {}
     for row in rows:
-        row["number"] = order.index(row["run"])
+        short = row["commit"][:8] if row["commit"] != row["run"] else row["run"]
+        same = sum(label.partition(" (")[0] == short for run, label in labels.items() if run != row["run"])
+        labels.setdefault(row["run"], f"{short} ({same + 1})" if same else short)
+        row["at"] = labels[row["run"]]
     base = alt.Chart(alt.NamedData(name="history")).encode(
-        x=alt.X("number:O", title="run, the oldest first"),
+        x=alt.X(
+            "at:O",
+            sort=list(labels.values()),
+            title="commit, the oldest first",
+            axis=alt.Axis(labelAngle=-40, labelLimit=120),
+        ),
         y=alt.Y(
             "drawn:Q",
             scale=alt.Scale(type="log", domain=_domain([row["drawn"] for row in rows], around=1.0)),
@@ -339,21 +348,29 @@ def _baseline(alt: Any, rows: list[dict[str, Any]]) -> Chart:
 
 
 def _study(alt: Any, table: studies.Table) -> Chart:
-    words = (
-        f"Medians over draws with their intervals, against {table.size}. Dashed: theory, floors, and controls that know "
-        "nothing; a method above uniform attention is of no use at that size. Below the axis: exact but for rounding."
-    )
+    words = f"Medians over draws with their intervals, against {table.size}."
+    medians = [point["median"] for point in table.points]
+    drawn = medians
+    if table.errors:
+        words += (
+            " Dashed: theory, floors, and controls that know nothing; a method above uniform attention is of no use at"
+            " that size."
+        )
+        drawn = [median for median in medians if median >= results.LEAST_DRAWN] or medians
+        if len(drawn) < len(medians):
+            words += f" {results.BELOW_THE_AXIS}"
     sizes = _domain([point["size"] for point in table.points])
-    # Intervals reach far where errors have heavy tails, and what is exact at the last size is rounding, at 1e-15:
-    # the axis is for the medians in between.
-    most = max(point["median"] for point in table.points)
-    errors = _domain([point["median"] for point in table.points if point["median"] > 1e-4 * most])
+    # Intervals reach far where errors have heavy tails: the axis is for the medians.
+    errors = _domain(drawn)
     methods = list(dict.fromkeys(point["method"] for point in table.points))
     base = alt.Chart(alt.NamedData(name=table.name)).encode(
         x=alt.X("size:Q", scale=alt.Scale(type="log", base=2, domain=sizes), title=table.size),
         color=alt.Color(
             "method:N", sort=methods, title="method", scale=alt.Scale(scheme="tableau20"),
-            legend=alt.Legend(symbolOpacity=1, labelLimit=260),
+            # Below the chart, in as many columns as fit: beside it, it would leave a narrow window no chart.
+            legend=alt.Legend(
+                symbolOpacity=1, labelLimit=240, orient="bottom", columns={"expr": "max(1, floor(width / 260))"}
+            ),
         ),
     )  # fmt: skip
     y = alt.Y("median:Q", scale=alt.Scale(type="log", domain=errors), title=table.measure)

@@ -36,6 +36,7 @@ class Table:
     name: str  #: of its chart
     heading: str
     measure: str
+    errors: bool  #: whether the measure is an error of the output, as opposed to a share or a ratio
     size: str
     sizes: list[int]
     #: method and its cells, the last of which is the slope of log(error) against log(size)
@@ -98,7 +99,9 @@ def read(folder: Path, number: int = 0) -> Study:
             called = model.SHOWN[_model(where.part)][1]
         else:
             heading = f"{where.part}: {where.words()}"
-        tables.append(_table(f"study-{number}-{i}", heading, called, size, of_setting))
+            called = results.MEASURES[where.part]
+        errors = called in (results.MEASURES["error"], *(words for _, words in model.SHOWN.values()))
+        tables.append(_table(f"study-{number}-{i}", heading, called, size, of_setting, errors=errors))
     return Study(folder=folder, name=name, tables=tables, more=len(found) - len(tables))
 
 
@@ -128,7 +131,9 @@ def _model(title: str) -> str:
     return next(name for name, called in model.MODELS.items() if called == title)
 
 
-def _table(name: str, heading: str, measure: str, size: str, of_setting: Sequence[results.Curve]) -> Table:
+def _table(
+    name: str, heading: str, measure: str, size: str, of_setting: Sequence[results.Curve], *, errors: bool
+) -> Table:
     sizes = sorted({n for curve in of_setting for n in curve.sizes if n})
     rows = []
     points: list[dict[str, Any]] = []
@@ -141,7 +146,7 @@ def _table(name: str, heading: str, measure: str, size: str, of_setting: Sequenc
         kind = results.STYLES.get(curve.method, "method")
         points += [point for n, got in ends if (point := _point(curve.method, kind, n, got)) is not None]
     return Table(
-        name=name, heading=heading, measure=measure, size=size, sizes=sizes, rows=rows,
+        name=name, heading=heading, measure=measure, errors=errors, size=size, sizes=sizes, rows=rows,
         sentences=results.comparisons(of_setting), points=points,
     )  # fmt: skip
 

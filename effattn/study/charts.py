@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from effattn.errors import RequestError
 
@@ -32,6 +35,36 @@ class Chart:
     curves: Sequence[Curve] = field(default_factory=tuple)
     x_log: bool = True
     y_log: bool = True
+    least: float = 0.0  #: smaller values lie below a logarithmic axis, if there are larger ones
+    below: str = ""  #: what is written where some do
+
+
+#: Of the curves of style "method" and of controls: each has a look of its own that needs no colour.
+_MARKERS = "os^Dv<>phX*d"
+_DASHES: tuple[Any, ...] = ("-", "--", "-.")
+_CONTROLS: tuple[Any, ...] = ("-.", (0, (1, 1)), (0, (6, 1, 1, 1, 1, 1)), (0, (8, 3)))
+
+
+def _looks(curves: Sequence[Curve]) -> list[dict[str, Any]]:
+    """How each curve is drawn."""
+    counts: Counter[str] = Counter()
+    found = []
+    for curve in curves:
+        i = counts[curve.style]
+        counts[curve.style] += 1
+        if curve.style == "theory":
+            look: dict[str, Any] = {"linestyle": "--", "color": "black", "linewidth": 1.2}
+        elif curve.style == "floor":
+            look = {"linestyle": ":", "color": "black", "linewidth": 1.2}
+        elif curve.style == "control":
+            look = {"linestyle": _CONTROLS[i % len(_CONTROLS)], "color": "0.55", "linewidth": 1.2}
+        else:
+            look = {
+                "color": f"C{i % 10}", "marker": _MARKERS[i % len(_MARKERS)], "markersize": 3.5,
+                "linestyle": _DASHES[i // 10 % len(_DASHES)],
+            }  # fmt: skip
+        found.append(look)
+    return found
 
 
 def available() -> bool:
@@ -58,13 +91,7 @@ def draw(chart: Chart, folder: Path) -> Path:
         # A figure of its own, without pyplot: no global state and no backend for a screen.
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         axes = figure.add_subplot()
-        looks = {
-            "theory": {"linestyle": "--", "color": "black", "linewidth": 1.2},
-            "floor": {"linestyle": ":", "color": "black", "linewidth": 1.2},
-            "control": {"linestyle": "-.", "color": "0.6", "linewidth": 1.0},
-        }
-        for number, curve in enumerate(chart.curves):
-            look = looks.get(curve.style, {"color": f"C{number % 10}", "marker": "o", "markersize": 3.5})
+        for curve, look in zip(chart.curves, _looks(chart.curves), strict=True):
             (line,) = axes.plot(curve.x, curve.y, label=curve.label, **look)
             if curve.low is not None and curve.high is not None and len(curve.x) > 1:
                 axes.fill_between(
@@ -74,6 +101,11 @@ def draw(chart: Chart, folder: Path) -> Path:
             axes.set_xscale("log", base=2)
         if chart.y_log:
             axes.set_yscale("log")
+        medians = [y for curve in chart.curves for y in curve.y if math.isfinite(y)]
+        drawn = [y for y in medians if y >= chart.least]
+        if drawn and len(drawn) < len(medians):
+            axes.set_ylim(min(drawn) / 1.5, max(drawn) * 1.5)
+            figure.supxlabel(chart.below, fontsize=7)
         axes.set(xlabel=chart.x_label, ylabel=chart.y_label, title=chart.title)
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
         path = folder / f"{chart.name}.svg"

@@ -74,6 +74,21 @@ def find(data: Mapping[str, Any], **fields: Any) -> list[dict[str, Any]]:
     return [p for p in data["points"] if all(p[name] == value for name, value in fields.items())]
 
 
+def curves(data: Mapping[str, Any]) -> dict[results.Setting, list[results.Curve]]:
+    """The curves of each setting, without their draws, in the order in which they were recorded."""
+    found: dict[tuple[results.Setting, str], list[tuple[int, Interval]]] = {}
+    for point in data["points"]:
+        got = interval(point.get("error"))
+        if got is not None:
+            where = results.Setting(*(point[name] for name in results.Setting._fields))
+            found.setdefault((where, point["method"]), []).append((point["size"], got))
+    made: dict[results.Setting, list[results.Curve]] = {}
+    for (where, method), points in found.items():
+        sizes, intervals = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+        made.setdefault(where, []).append(results.Curve(where, method, list(sizes), list(intervals), []))
+    return made
+
+
 def exponents(data: Mapping[str, Any], method: str) -> tuple[Interval, Interval]:
     """Of a method's time and memory in the length, from a recorded study of complexity."""
     time, memory = (interval(data["exponents"][method][name]) for name in ("seconds", "bytes"))

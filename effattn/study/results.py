@@ -23,6 +23,17 @@ STYLES = {
     "uniform": "control",
     "shuffled V": "control",
 }
+#: part of a study -> what its measure is called
+MEASURES = {
+    "error": "relative error of the output",
+    "construction": "relative error of the output",
+    "spectrum": "share of the sum of singular values",
+    "lemma": "share of pairs within the bound",
+    "moments": "measured / theoretical mean square error",
+}
+#: Relative errors below it are left off the axis of a chart: exact but for rounding, which would stretch it to 1e-15.
+LEAST_DRAWN = 1e-6
+BELOW_THE_AXIS = f"Errors under {LEAST_DRAWN:g} are below the axis."
 
 
 class Setting(NamedTuple):
@@ -133,9 +144,7 @@ def write(
     return drawn
 
 
-def chart(
-    where: Setting, of_setting: Sequence[Curve], *, size: str, y: str = "relative error of the output"
-) -> charts.Chart:
+def chart(where: Setting, of_setting: Sequence[Curve], *, size: str) -> charts.Chart:
     """The chart of one setting; what has no size is a horizontal line."""
     sizes = sorted({n for curve in of_setting for n in curve.sizes if n})
     drawn = []
@@ -149,7 +158,11 @@ def chart(
                 high=[p.high for p in points], style=STYLES.get(curve.method, "method"),
             )
         )  # fmt: skip
-    return charts.Chart(name=where.slug(), title=where.words(), x_label=size, y_label=y, curves=drawn)
+    errors = where.part in ("error", "construction")
+    return charts.Chart(
+        name=where.slug(), title=where.words(), x_label=size, y_label=MEASURES[where.part], curves=drawn,
+        least=LEAST_DRAWN if errors else 0.0, below=BELOW_THE_AXIS,
+    )  # fmt: skip
 
 
 def table(of_setting: Sequence[Curve], *, size: str) -> list[str]:
