@@ -4,6 +4,8 @@ A failed case is compared with exact attention of other questions: the other ali
 one key more, K and V of other heads, padding that is counted. Where the output lies within the bound of such a question
 everywhere, that is most likely the mistake. A gradient or a log-sum-exp that is a constant multiple of the exact one is
 told by its factor. It is a guess, said as such, and never part of the verdict.
+
+Nothing is named that explains little: of what is beyond the bound, most of the error must be gone with the mistake.
 """
 
 from __future__ import annotations
@@ -27,6 +29,13 @@ if TYPE_CHECKING:
 
 #: pairs of a query and a key from which on a case is not looked into: each question is exact attention once more
 MOST_PAIRS = 1 << 23
+#: a question whose answer hardly differs from the right one explains nothing: of the elements that are beyond the bound, it
+#: must leave at most this share of the error, root mean square
+MOST_LEFT = 0.5
+#: the same for a factor, of all elements
+MOST_LEFT_BY_FACTOR = 1.0 / 3.0
+#: elements that would be beyond the bound by the factor alone; of fewer, some number is nearly always a factor
+FEWEST_MULTIPLES = 8
 #: questions that are named where the output agrees with several
 MOST_NAMED = 3
 #: sizes of blocks whose last, partial one kernels forget, or fill with keys of zeros
@@ -50,7 +59,7 @@ def find(
     """
     if case.batch * case.heads * case.q_len * case.kv_len > MOST_PAIRS:
         return []
-    wrong = [part for part in parts if _beyond(part.error, part)]
+    wrong = [part for part in parts if part.wrong.any()]
     if any(part.name == "out" for part in wrong):
         (out,) = (part for part in wrong if part.name == "out")
         found = [
@@ -88,8 +97,20 @@ def _agrees(out: Part, question: Question, numerics: Numerics) -> bool:
         except RequestError:  # a window or a mask that this problem cannot have
             return False
         judged = envelope.judged[..., None]
-        close = np.abs(out.got - exact.out.cpu().numpy()) <= envelope.out_bound
-    return bool(judged.any()) and bool((close | ~judged).all())
+        left = out.got - exact.out.cpu().numpy()
+        close = np.abs(left) <= envelope.out_bound
+        wrong = out.wrong & judged
+        if not wrong.any() or not (close | ~judged).all():
+            return False
+        # What is not finite was, and is not now: all answers within a bound are.
+        before = np.where(np.isfinite(out.error), out.error, np.inf)[wrong]
+        return _rms(left[wrong]) <= MOST_LEFT * _rms(before)
+
+
+def _rms(x: Floats) -> float:
+    import numpy as np
+
+    return math.sqrt(float(np.mean(np.square(x)))) if x.size else 0.0
 
 
 # Questions
@@ -282,6 +303,11 @@ def _multiple(part: Part, case: Case) -> str | None:
     # A factor next to 1 has to explain all of the errors.
     near = abs(factor - 1.0) <= 0.01
     if _beyond(left, part, 1.0 if near else 2.0 * max(1.0, abs(factor))):
+        return None
+    with np.errstate(invalid="ignore", over="ignore"):
+        carried = good & (np.abs((factor - 1.0) * exact) > part.bound)
+        before = np.where(good, got - exact, 0.0)
+    if carried.sum() < FEWEST_MULTIPLES or _rms(left[good]) > MOST_LEFT_BY_FACTOR * _rms(before[good]):
         return None
     shown = f"{factor:.7g}" if near else f"{factor:.4g}"
     called = "" if near else _called(factor, part, case)

@@ -199,6 +199,74 @@ def test_factors_of_gradients_and_of_the_log_sum_exp_are_named() -> None:
     assert "dV is" not in found.message
 
 
+class Off(Mistaken):
+    """Right, but for `change`, made to the float64 output or log-sum-exp before they are rounded."""
+
+    def __init__(self, change: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        super().__init__(lambda p: {})
+        self.change = change
+
+    def __call__(self, case: Case, inputs: Inputs) -> Output:
+        from effattn.exact import attention
+
+        exact = attention(*inputs, causal=case.causal, scale=case.softmax_scale)
+        out, lse = exact.out.clone(), exact.lse.clone()
+        self.change(out, lse)
+        return Output(out.to(inputs.q.dtype), lse.float())
+
+
+def test_a_question_whose_answer_hardly_differs_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def last_column(out: torch.Tensor, lse: torch.Tensor) -> None:
+        out[..., -1] = out[..., -1].bfloat16().double()
+
+    # Keys of one score: another scale moves the answer by little, and allows a little more.
+    sizes = {"heads": 6, "kv_heads": 3, "q_len": 128, "kv_len": 257, "head_dim": 56, "v_dim": 24, "seed": 4}
+    case = Case(**sizes, dtype="fp16", values="repeated-max")
+    found = judge(case, Off(last_column), explain=True)
+    assert found.outcome == Outcome.INACCURATE
+    assert "likely cause" not in found.message
+    # It is how little it explains that keeps it from being named.
+    monkeypatch.setattr(causes, "MOST_LEFT", math.inf)
+    assert (
+        "with the scale of a head_dim that is a power of two"
+        in judge(case, Off(last_column), explain=True).message
+    )
+
+
+@pytest.mark.parametrize(("heads", "q_len", "named"), [(1, 2, False), (1, 7, False), (2, 8, True)])
+def test_a_factor_is_named_where_enough_elements_have_it(heads: int, q_len: int, named: bool) -> None:
+    def grow(out: torch.Tensor, lse: torch.Tensor) -> None:
+        lse *= 1.0001
+
+    case = Case(heads=heads, q_len=q_len, kv_len=40, head_dim=16, dtype="fp32", seed=1)
+    found = judge(case, Off(grow), explain=True)
+    assert found.outcome == Outcome.INACCURATE
+    assert ("likely cause: lse is 1.0001 times what it should be" in found.message) == named
+    assert ("likely cause" in found.message) == named
+
+
+def test_a_factor_that_explains_little_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from effattn.exact import attention
+    from effattn.tolerances.envelope import forward_envelope
+
+    case = Case(heads=2, q_len=33, kv_len=40, head_dim=16, dtype="fp32", seed=1)
+    inputs = case.tensors()
+    exact = attention(*inputs, scale=case.softmax_scale)
+    bound = torch.from_numpy(forward_envelope(*inputs, numerics=for_dtype("fp32"), exact=exact).lse_bound)
+
+    def noise_and_a_little(out: torch.Tensor, lse: torch.Tensor) -> None:
+        sign = 1.0 - 2.0 * (torch.arange(lse.numel()) % 2).view(lse.shape)
+        lse *= 1.0 + 0.4 * float((bound / lse).min())
+        lse += 0.7 * bound * sign
+
+    monkeypatch.setattr(causes, "FEWEST_MULTIPLES", 0)
+    found = judge(case, Off(noise_and_a_little), explain=True)
+    assert found.outcome == Outcome.INACCURATE
+    assert "likely cause" not in found.message
+    monkeypatch.setattr(causes, "MOST_LEFT_BY_FACTOR", 1.0)
+    assert "times what it should be" in judge(case, Off(noise_and_a_little), explain=True).message
+
+
 def test_large_cases_are_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(causes, "MOST_PAIRS", 2 * 4 * 21 * 37 - 1)
     assert "likely cause" not in verdict(lambda p: {"scale": 1.0}).message
