@@ -151,6 +151,19 @@ def test_history_marks_the_first_bad_commit(tmp_path: Path) -> None:
         gather.moments(tmp_path / "empty")
 
 
+def test_report_that_cannot_be_written_is_named(effattn_command: Command, run: Path) -> None:
+    """Nor can what was begun of it be removed: its name is too long, as all of a read-only file system is."""
+    name = "x" * 245 + ".html"
+    code, _, err = effattn_command("report", "run", "--out", name)
+    assert code == 2
+    assert "cannot write" in err
+    assert "Traceback" not in err
+    Path("m-charts").write_text("in the way")
+    code, _, err = effattn_command("report", "run", "--markdown", "m.md", "--pictures", "svg")
+    assert code == 2
+    assert "cannot write the pictures into 'm-charts'" in err
+
+
 def test_ticks_of_the_scale_are_numbers_that_the_scales_are(run: Path) -> None:
     material = gather.gather([run])
     verdicts = [replace(v, case=replace(v.case, scale=0.25)) for v in material.verdicts]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape, quoteattr
 
+from effattn.errors import RequestError
 from effattn.report import charts, gather, markdown, summary, text
 from effattn.report.gather import Material
 from effattn.run import catalog
@@ -118,18 +119,23 @@ def _difference(material: Material) -> list[str]:
 
 
 def pictures(material: Material, folder: Path, *, format: str = "svg") -> list[Path]:
-    """Write the charts that a summary shows into a folder; their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the charts that a summary shows into a folder; their paths. RequestError where that cannot be."""
     points = gather.points(material)
     made = []
-    for chart in charts.charts(material):
-        if chart.name in (*_SHOWN, "difference", "history"):
-            file = folder / f"{chart.name}.{format}"
-            if format == "svg":
-                file.write_text(charts.svg(chart, points), encoding="utf-8")
-            else:
-                file.write_bytes(charts.png(chart, points))
-            made.append(file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for chart in charts.charts(material):
+            if chart.name in (*_SHOWN, "difference", "history"):
+                file = folder / f"{chart.name}.{format}"
+                if format == "svg":
+                    file.write_text(charts.svg(chart, points), encoding="utf-8")
+                else:
+                    file.write_bytes(charts.png(chart, points))
+                made.append(file)
+    except OSError as error:
+        raise RequestError(
+            f"cannot write the pictures into {str(folder)!r}: {error.strerror or error}"
+        ) from error
     return made
 
 
