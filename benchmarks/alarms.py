@@ -52,7 +52,7 @@ def drawn(dtype: str, count: int, small: bool) -> list[Any]:
 def _cases(base: Any, changes: dict[str, Any], repeats: int, dtype: str) -> list[Any]:
     from effattn.properties import profiles
 
-    profile = replace(base, name="alarms", repeats=2 * repeats, option_repeats=repeats, **changes)
+    profile = replace(base, name="alarms", longest=(), repeats=2 * repeats, option_repeats=repeats, **changes)
     return list(profiles.cases(profile, dtype=dtype))
 
 

@@ -5,7 +5,8 @@ strategies. So the list is the same on every machine and with every version of H
 be repeated, and the shapes are the same in every dtype, which makes the rows of a report comparable.
 
 Each case is drawn for one regime, all regimes in turn, and every other field is drawn freely: so each mistake
-meets the cases made for it, and most of the other cases too.
+meets the cases made for it, and most of the other cases too. A long profile ends with a few cases of thousands of keys,
+each with few queries, for kernels that do something else beyond some length.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class Profile:
     option_lengths: tuple[int, ...] = ()
     option_dims: tuple[tuple[int, int | None], ...] = ()
     most_option_scores: int = 0
+    #: (q_len, kv_len) of the cases at the end, which are too long to be drawn; each plain and causal, in one head.
+    longest: tuple[tuple[int, int], ...] = ()
 
 
 SMOKE = Profile(
@@ -101,6 +104,7 @@ CI = Profile(
     option_lengths=(1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 97, 128, 129, 131, 193),
     option_dims=((64, None), (64, None), (40, None), (33, None), (128, None), (80, None), (48, 17), (32, 64)),
     most_option_scores=200_000,
+    longest=tuple((m, n) for n in (1031, 2053, 4099) for m in (1, 17, 65)),
 )  # fmt: skip
 
 PROFILES: dict[str, Profile] = {profile.name: profile for profile in (SMOKE, CI)}
@@ -129,7 +133,23 @@ def cases(profile: str | Profile, *, dtype: str) -> list[Case]:
     ]
     plain = [_draw_one(draw, profile, regime, seed, dtype) for seed, regime in enumerate(in_turn)]
     # In turn, so that the first cases of a long profile have seen every option and gradient.
-    return _in_turn(plain, _with_options(profile, dtype, len(plain)))
+    drawn = _in_turn(plain, _with_options(profile, dtype, len(plain)))
+    return drawn + _long(profile, dtype, max(case.seed for case in drawn) + 1)
+
+
+def _long(profile: Profile, dtype: str, first_seed: int) -> list[Case]:
+    """Cases with many keys for their queries: a loop that ends too early, keys that are split from some length on."""
+    from effattn.case import Case
+
+    wanted: list[Fields] = [
+        {"q_len": m, "kv_len": n, "causal": causal, "head_dim": (64, 40)[at % 2]}
+        for at, (m, n) in enumerate(profile.longest)
+        for causal in ("none", "bottom-right")
+    ]
+    if profile.longest:
+        m, n = max(profile.longest, key=lambda sizes: (-sizes[1], sizes[0]))
+        wanted.append({"q_len": m, "kv_len": n, "head_dim": 40, "backward": True})
+    return [Case(**fields, dtype=dtype, seed=seed) for seed, fields in enumerate(wanted, first_seed)]
 
 
 def _in_turn(first: Sequence[T], second: Sequence[T]) -> list[T]:

@@ -7,21 +7,26 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 
 from effattn.case import CAUSAL, DTYPES, Case
 from effattn.errors import RequestError
+from effattn.judge import judge
+from effattn.methods.user import UserFunction
 from effattn.properties import menus, profiles, regimes
 from effattn.properties.strategies import cases, head_dims, layouts, lengths
+from effattn.verdict import Outcome
 
 #: The list of cases of each profile. A change of the menus or of a profile changes it, and with it every
 #: recorded run and the figures in the README: such a change is meant, or it is a mistake.
-RECORDED = {"smoke": "bb7e152673d07b40", "ci": "db4945d44bce0cd6"}
+RECORDED = {"smoke": "bb7e152673d07b40", "ci": "4caac7d3a60ee885"}
 
 #: The same of the cases without options and gradients.
-RECORDED_PLAIN = {"smoke": "0c92cde23eea2422", "ci": "1b0e0caae9f46da6"}
+RECORDED_PLAIN = {"smoke": "0c92cde23eea2422", "ci": "f2986f7726e8876d"}
 
 
 def padded(dim: int) -> int:
@@ -101,6 +106,36 @@ def test_smoke_compiles_few_kernels() -> None:
         for case in profiles.cases("smoke", dtype="fp16")
     }
     assert len(kinds) <= 12
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_long_profile_ends_with_cases_of_thousands_of_keys(dtype: str) -> None:
+    drawn, count = profiles.cases("ci", dtype=dtype), 2 * len(profiles.CI.longest) + 1
+    before, long = drawn[:-count], drawn[-count:]
+    assert max(case.kv_len for case in before) < 1024 < min(case.kv_len for case in long)
+    assert {(case.q_len, case.kv_len) for case in long} == {
+        (m, n) for n in (1031, 2053, 4099) for m in (1, 17, 65)
+    }
+    assert {case.head_dim for case in long} == {64, 40}
+    assert [(case.q_len, case.kv_len) for case in long if case.backward] == [(65, 1031)]
+    assert max(case.heads * case.q_len * case.kv_len for case in long) <= profiles.CI.most_scores
+    assert profiles.cases(replace(profiles.CI, longest=()), dtype=dtype) == before
+
+
+def test_a_kernel_that_forgets_keys_beyond_some_length_is_found() -> None:
+    def short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k, v = (x[:, :, : short.end].repeat_interleave(q.shape[1] // x.shape[1], 1).double() for x in (k, v))
+        return ((q.double() @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v).to(q.dtype)
+
+    cases = [
+        case for case in profiles.cases("ci", dtype="fp16") if case.kv_len > 1024 and case.causal == "none"
+    ]
+    cases = [case for case in cases if not case.backward]
+    method = UserFunction(short, spec="made:short")
+    for short.end in (1024, 2048, 4090, 4099):  # type: ignore[attr-defined]
+        for case in cases:
+            right = judge(case, method).outcome == Outcome.PASS
+            assert right == (case.kv_len <= short.end), case  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("profile", profiles.PROFILES)
