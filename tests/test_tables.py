@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from effattn.properties import catalogue
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -38,3 +40,15 @@ def test_a_page_that_was_edited_is_named(
     monkeypatch.setattr(tables, "render", lambda name: "other\n")
     assert tables.main() == 1
     assert "docs/page.md: out of date" in capsys.readouterr().err
+
+
+def test_every_law_finds_what_accuracy_misses_or_says_why_it_is_kept() -> None:
+    spec = importlib.util.spec_from_file_location("law_power", ROOT / "docs" / "tables" / "law_power.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.found()
+    assert set(found) == set(catalogue.all_laws())
+    assert all(row["all"] for row in found.values())
+    assert {law for law, row in found.items() if not row["unseen"]} == set(catalogue.KEPT)
