@@ -13,7 +13,6 @@ def render(measurement: Path = MEASUREMENT) -> str:
     record = json.loads(measurement.read_text(encoding="utf-8"))
     figures, machine = record["figures"], record["machine"]
     gates = [*figures["gates"], *figures.get("ci", [])]
-    load = max(row["load_before"] for row in [*gates, *figures["laws"]])
     lines = ["| gate | cache of kernels | time | kernels compiled | cases |", "|---|---|---|---|---|"]
     for row in gates:
         empty = row["state"] != "warm"
@@ -27,7 +26,6 @@ def render(measurement: Path = MEASUREMENT) -> str:
             *lines,
             "",
             f"Cases a second in the forward laws, up to 128 queries and keys, in {figures['laws'][0]['processes']} processes:"
-            f" {rates}. {machine['cpu']}, {machine['cores']} cores"
-            + (f", shared: up to {load:.1f} other processes wanted them." if load > 1.0 else "."),
+            f" {rates}. {machine['cpu']}, {machine['cores']} cores.",
         ]
     )
