@@ -1,4 +1,7 @@
-"""Sweeps: what they run, that each case is recorded exactly once whatever is killed, and what they refuse."""
+"""Sweeps: what they run, that each case is recorded exactly once whatever is killed, and what they refuse.
+
+One file, longer than others: all tests run, kill, resume or refuse the same few methods and specification, which begin it.
+"""
 
 from __future__ import annotations
 

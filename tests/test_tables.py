@@ -14,14 +14,18 @@ from effattn.properties import catalogue
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("update_tables", ROOT / "docs" / "update_tables.py")
+def _load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "docs" / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def tables() -> ModuleType:
+    return _load("update_tables.py")
 
 
 def test_pages_hold_what_the_data_say(tables: ModuleType) -> None:
@@ -43,12 +47,7 @@ def test_a_page_that_was_edited_is_named(
 
 
 def test_every_law_finds_what_accuracy_misses_or_says_why_it_is_kept() -> None:
-    spec = importlib.util.spec_from_file_location("law_power", ROOT / "docs" / "tables" / "law_power.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = module.found()
+    found = _load("tables/law_power.py").found()
     assert set(found) == set(catalogue.all_laws())
     assert all(row["all"] for row in found.values())
     assert {law for law, row in found.items() if not row["unseen"]} == set(catalogue.KEPT)

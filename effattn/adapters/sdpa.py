@@ -75,9 +75,8 @@ def _by(backend: str, note: str, **declared: Any) -> Callable[..., torch.Tensor]
         given = _mask(q, k, causal, causal_alignment, mask, bias)
         try:
             with warnings.catch_warnings(), sdpa_kernel(getattr(SDPBackend, backend)):
-                warnings.simplefilter(
-                    "ignore"
-                )  # torch warns of each reason why a backend does not take the case
+                # torch warns of each reason why a backend does not take the case.
+                warnings.simplefilter("ignore")
                 return torch.nn.functional.scaled_dot_product_attention(
                     q, k, v, attn_mask=given, is_causal=causal and given is None, scale=scale,
                     enable_gqa=q.shape[1] != k.shape[1],

@@ -1,7 +1,7 @@
 """Kernels that break a law: each is the plain kernel of `dense` with one step got wrong, most after a bug that shipped.
 
-`LAWLESS` has them by name; `effattn gate effattn.zoo:NAME --laws all` judges one. They stand in one long file, since it is
-a list: each is a few lines beside the ones like it.
+`LAWLESS` has them by name, those of `effattn.zoo.lawless_quiet` too; `effattn gate effattn.zoo:NAME --laws all` judges one.
+They stand in one long file, since it is a list: each is a few lines beside the ones like it.
 """
 
 from __future__ import annotations
