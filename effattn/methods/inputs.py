@@ -36,8 +36,7 @@ class Sizes(NamedTuple):
 def check_tensors(q: Any, k: Any, v: Any) -> Sizes:
     """The sizes of q (batch, heads, q_len, head_dim), k and v (batch, kv_heads, kv_len, head_dim / v_dim).
 
-    Raises ArgumentTypeError for a wrong type, dtype or device, ArgumentError for a wrong shape, and for NaN or
-    infinity anywhere: an average over all keys would spread one to every row.
+    Raises ArgumentTypeError for a wrong type, dtype or device, ArgumentError for a wrong shape.
     """
     named = {"q": q, "k": k, "v": v}
     for name, x in named.items():
@@ -65,13 +64,64 @@ def check_tensors(q: Any, k: Any, v: Any) -> Sizes:
         raise ArgumentError(
             f"the heads of q ({q.shape[1]}) must be a positive multiple of those of k and v ({k.shape[1]}): {shapes}"
         )
-    for name, x in named.items():
+    return Sizes(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+
+
+def visible_only(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v with zeros at the tokens that `mask` (batch, kv_len) hides, whose gradients are zeros too.
+
+    Hidden memory may hold anything. A weight of 0 doesn't make it harmless, since 0 * NaN is NaN.
+
+    Raises ArgumentError for NaN or infinity in q or at a visible token: sums over all keys would spread one to every
+    row, and a row of q to the gradients of all keys.
+    """
+    if mask is not None:
+        hidden = ~mask[:, None, :, None]
+        k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+    if not bool(torch.isfinite(q.detach()).all()):
+        raise ArgumentError(
+            "q has NaN or infinite entries, which would reach the gradients of all keys. Replace them: padding_mask"
+            " hides keys and values, not rows of q"
+        )
+    for name, x in (("k", k), ("v", v)):
         if not bool(torch.isfinite(x.detach()).all()):
             raise ArgumentError(
-                f"{name} has NaN or infinite entries; an approximation mixes all keys, so that one would reach"
-                " every row. Replace them, and say with padding_mask which tokens to leave out"
+                f"{name} has NaN or infinite entries at visible tokens; an approximation mixes all keys, so that one"
+                " would reach every row. Replace them, or hide their tokens with padding_mask"
             )
-    return Sizes(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    return k, v
+
+
+def check_finite(name: str, x: torch.Tensor) -> None:
+    """Raises ArgumentError for NaN or infinity in projections."""
+    if not bool(torch.isfinite(x.detach()).all()):
+        raise ArgumentError(f"{name} has NaN or infinite entries; draw or fit the projections again")
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """True or False. Raises ArgumentTypeError."""
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_dtype(name: str, value: Any) -> torch.dtype:
+    """A floating dtype. Raises ArgumentTypeError."""
+    if value not in DTYPES:
+        raise ArgumentTypeError(f"{name} must be torch.float16, bfloat16, float32 or float64, got {value!r}")
+    return value
+
+
+def check_generator(value: Any) -> torch.Generator:
+    """Where projections are drawn from. Raises ArgumentTypeError."""
+    if not isinstance(value, torch.Generator):
+        raise ArgumentTypeError(
+            f"generator must be a torch.Generator, got {type(value).__name__}; projections never depend on data or on"
+            " a global state. Make one: torch.Generator().manual_seed(0)"
+        )
+    return value
 
 
 def check_scale(scale: Any, head_dim: int) -> float:
@@ -106,9 +156,7 @@ def compute_dtype(given: torch.dtype | None, inputs: torch.dtype) -> torch.dtype
     """The dtype of all that lies between inputs and output: float32 for inputs of 16 bits if None."""
     if given is None:
         return torch.float32 if inputs.itemsize == 2 else inputs
-    if given not in DTYPES:
-        raise ArgumentTypeError(f"compute_dtype must be a floating dtype of torch or None, got {given!r}")
-    return given
+    return check_dtype("compute_dtype", given)
 
 
 def check_count(name: str, value: Any, *, least: int = 1, most: int | None = None, why: str = "") -> int:

@@ -41,19 +41,19 @@ def linformer_attention(
 
     Absent tokens
         Those that padding_mask (batch, kv_len; True where there is a token) hides, and those from kv_len to n. They
-        have no influence. A slot that no token goes to isn't attended to. Rows of a projection that pools are
-        divided by the share of the pooling's weight that is present, so that averages stay averages: by k/n at least
-        for windows of n/k tokens, whatever training has made of the weights. Without a token, out is 0.
+        have no influence, whatever k and v hold there, NaN included, and gradients of 0. A slot that no token goes to
+        isn't attended to. Rows of a projection that pools are divided by the share of the pooling's weight that is
+        present, so that averages stay averages: by k/n at least for windows of n/k tokens, whatever training has made
+        of the weights. Without a token, out is 0.
 
     Cost: O(N k d) time, O(N k) memory for the weights.
 
     Raises
         NotSupported for `causal`: each slot mixes keys of all positions, so that a mask over slots would let later
-        tokens in. ArgumentError and ArgumentTypeError for what doesn't fit.
+        tokens in. ArgumentError for what doesn't fit, and for NaN or infinity in q, in a projection or at a visible
+        token of k and v. ArgumentTypeError.
     """
-    if not isinstance(causal, bool):
-        raise ArgumentTypeError(f"causal must be True or False, got {causal!r}")
-    if causal:
+    if checks.check_bool("causal", causal):
         raise NotSupported(
             "Linformer can't be causal: each of its slots is a sum over keys of all positions, so a mask over slots"
             " would still let later tokens into earlier rows; use Performer, or exact attention"
@@ -63,6 +63,7 @@ def linformer_attention(
     mask = checks.check_padding(padding_mask, sizes, q.device)
     f = e if f is None else f
     _check_projections(e, f, sizes)
+    k, v = checks.visible_only(q, k, v, mask)
     if sizes.kv_len == 0 or q.numel() == 0:
         return q.new_zeros((*q.shape[:3], sizes.v_dim))
 
@@ -125,6 +126,8 @@ def _check_projections(e: Projection, f: Projection, sizes: checks.Sizes) -> Non
                 f"{name} projects {matrix.shape[-1]} tokens, but there are {sizes.kv_len} keys; Linformer has a"
                 " longest length. Cut the input or make a longer projection"
             )
+        # What is beyond the keys isn't used, and may hold anything.
+        checks.check_finite(name, matrix[..., : sizes.kv_len])
         pooling = projection.pooling
         if pooling is None:
             continue
@@ -163,6 +166,14 @@ class LinformerProjections(torch.nn.Module):
         super().__init__()
         checks.check_choice("kind", kind, KINDS)
         checks.check_choice("sharing", sharing, SHARING)
+        checks.check_count("n", n)
+        checks.check_count(
+            "k", k, most=n, why=f", the number of tokens n = {n}: more slots than tokens save nothing"
+        )
+        if kv_heads is not None:
+            checks.check_count("kv_heads", kv_heads)
+        if generator is not None:
+            checks.check_generator(generator)
         if (kv_heads is None) == (sharing == "none"):
             raise ArgumentError(
                 f"kv_heads goes with sharing='none' and only with it, got {kv_heads} and {sharing!r}"
@@ -172,9 +183,6 @@ class LinformerProjections(torch.nn.Module):
                 "a gaussian projection is drawn from a generator: torch.Generator().manual_seed(0)"
             )
         self.n, self.k, self.kind, self.sharing = n, k, kind, sharing
-        checks.check_count(
-            "k", k, most=n, why=f", the number of tokens n = {n}: more slots than tokens save nothing"
-        )
 
         def start() -> torch.nn.Parameter:
             if kind == "gaussian":
@@ -214,11 +222,18 @@ class LinformerAttention(torch.nn.Module):
         attention = LinformerAttention(LinformerProjections(512, 128, kind="mean-pooling"))
         out = attention(q, k, v, padding_mask=mask)
 
-    The projections' parameters train with the rest. Inputs may be shorter than n, not longer.
+    The projections' parameters train with the rest. Inputs may be shorter than n, not longer. Raises ArgumentError,
+    ArgumentTypeError.
     """
 
     def __init__(self, projections: LinformerProjections, *, scale: float | None = None) -> None:
         super().__init__()
+        if not isinstance(projections, LinformerProjections):
+            raise ArgumentTypeError(
+                f"projections must be a LinformerProjections, got {type(projections).__name__}; make one:"
+                ' LinformerProjections(512, 128, kind="mean-pooling")'
+            )
+        checks.check_scale(scale, 1)
         self.projections = projections
         self.scale = scale
 

@@ -18,13 +18,22 @@ printed; relative to |x| |y| it does.
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from effattn.errors import ArgumentError, ArgumentTypeError
-from effattn.methods.inputs import check_count
+from effattn.methods.inputs import (
+    check_bool,
+    check_count,
+    check_dtype,
+    check_finite,
+    check_generator,
+    check_scale,
+)
 
 
 class Projection(NamedTuple):
@@ -46,8 +55,8 @@ def gaussian(
 ) -> Projection:
     """Entries N(0, 1/k): standard deviation k^-1/2, so a shorter k needs a new draw, not a slice of a longer one."""
     _check_sizes(k, n)
-    if not isinstance(generator, torch.Generator):
-        raise ArgumentTypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    check_generator(generator)
+    check_dtype("dtype", dtype)
     shape = (k, n) if heads is None else (check_count("heads", heads), k, n)
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
     return Projection((drawn / k**0.5).to(dtype))
@@ -56,6 +65,7 @@ def gaussian(
 def mean_pooling(k: int, n: int, *, dtype: torch.dtype = torch.float32) -> Projection:
     """Slot s is the average of the tokens s n/k <= j < (s + 1) n/k, rounded down where k doesn't divide n."""
     _check_sizes(k, n)
+    check_dtype("dtype", dtype)
     slot = torch.arange(n) * k // n
     matrix = torch.zeros(k, n, dtype=torch.float64)
     matrix[slot, torch.arange(n)] = 1.0
@@ -70,6 +80,7 @@ def convolution(k: int, n: int, weight: torch.Tensor) -> Projection:
         raise ArgumentError(
             f"convolution needs k to divide n, got k={k} and n={n}; take a divisor or mean pooling"
         )
+    _check_tensor("weight", weight)
     if tuple(weight.shape) != (n // k,):
         raise ArgumentError(f"weight must have the shape (n/k,) = ({n // k},), got {tuple(weight.shape)}")
     return Projection(torch.kron(torch.eye(k, dtype=weight.dtype, device=weight.device), weight[None, :]))
@@ -77,8 +88,12 @@ def convolution(k: int, n: int, weight: torch.Tensor) -> Projection:
 
 def singular(attention: torch.Tensor, k: int) -> Projection:
     """The first k right singular vectors of attention matrices (..., q_len, n), stacked over all but the last axis."""
+    _check_tensor("attention", attention)
+    if attention.dim() < 2:
+        raise ArgumentError(f"attention must have the axes (..., q_len, n), got {tuple(attention.shape)}")
     n = attention.shape[-1]
     _check_sizes(k, n)
+    check_finite("attention", attention)
     rows = attention.reshape(-1, n).double()
     # The eigenvectors of A^T A are n x n, however many matrices there are.
     _, vectors = torch.linalg.eigh(rows.mT @ rows)
@@ -96,9 +111,11 @@ class Sample(NamedTuple):
 def fit_values(samples: Sequence[Sample], e: Projection, *, scale: float | None = None) -> Projection:
     """The F that minimises the sum of |A - P F|_F^2 over samples, A exact attention and P that over the slots of E.
 
-    Linear least squares; of all solutions the smallest, for where P has a lower rank than k.
+    Linear least squares; of all solutions the smallest, for where P has a lower rank than k. Raises ArgumentError,
+    ArgumentTypeError.
     """
-    _check_samples(samples, e.matrix.shape[-1])
+    _check_samples(samples, "e", e)
+    check_scale(scale, 1)
     projected, wanted = [], []
     for sample in samples:
         a, p = _attention(sample, e.matrix, scale)
@@ -120,10 +137,16 @@ def fit(
     """E and F that make sum |A V - P F V|^2 / |A V|^2 small over samples, by Adam from `start` for both.
 
     `shared` keeps E = F. Deterministic. The gradient's minimum is local; `fit_values` afterwards improves F only.
+    Raises ArgumentError, ArgumentTypeError.
     """
-    n = start.matrix.shape[-1]
-    _check_samples(samples, n)
+    _check_samples(samples, "start", start)
     check_count("steps", steps)
+    check_bool("shared", shared)
+    check_scale(scale, 1)
+    if isinstance(learning_rate, bool) or not isinstance(learning_rate, numbers.Real):
+        raise ArgumentTypeError(f"learning_rate must be a real number, got {learning_rate!r}")
+    if not 0 < learning_rate < math.inf:
+        raise ArgumentError(f"learning_rate must be finite and above 0, got {learning_rate!r}")
     # In units in which every row has norm 1, a step means as much to a row of small entries as to one of large.
     size = start.matrix.double().norm(dim=-1, keepdim=True)
     e = (start.matrix.double() / size).clone().requires_grad_()
@@ -165,10 +188,33 @@ def _check_sizes(k: int, n: int) -> None:
     check_count("k", k, most=n, why=f", the number of tokens n = {n}: more slots than tokens save nothing")
 
 
-def _check_samples(samples: Sequence[Sample], n: int) -> None:
+def _check_tensor(name: str, x: Any) -> None:
+    if not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point:
+        raise ArgumentTypeError(f"{name} must be a floating tensor, got {type(x).__name__}")
+
+
+def _check_samples(samples: Sequence[Sample], name: str, projection: Any) -> None:
+    """What is fitted, and what to."""
+    if not isinstance(projection, Projection):
+        raise ArgumentTypeError(f"{name} must be a Projection, got {type(projection).__name__}")
+    if projection.matrix.dim() != 2:
+        raise ArgumentError(
+            f"{name} must have the shape (k, n), one head's, got {tuple(projection.matrix.shape)}; fit each head by itself"
+        )
+    n = projection.matrix.shape[-1]
     if not samples:
         raise ArgumentError("fitting needs at least one calibration sample")
     for sample in samples:
+        if not isinstance(sample, Sample):
+            raise ArgumentTypeError(
+                f"a calibration sample must be a Sample(q, k, v), got {type(sample).__name__}"
+            )
+        for part, x in zip(("q", "k", "v"), sample, strict=True):
+            _check_tensor(f"{part} of a calibration sample", x)
+            if not bool(torch.isfinite(x).all()):
+                raise ArgumentError(
+                    f"{part} of a calibration sample has NaN or infinite entries; replace or drop it"
+                )
         if sample.k.dim() != 2 or sample.k.shape[0] != n or sample.v.shape[0] != n:
             raise ArgumentError(
                 f"a calibration sample has k {tuple(sample.k.shape)} and v {tuple(sample.v.shape)}; expected the"

@@ -56,8 +56,8 @@ def performer_attention(
         features, a, stabiliser: see `effattn.methods.performer_features`. The stabiliser is off if None.
         causal: query i sees the keys j <= i + kv_len - q_len ("bottom-right") or j <= i ("top-left"). No row depends
             on a later key, not in its last bit.
-        padding_mask: (batch, kv_len) bool, True where there is a token; others have no influence. A row that sees
-            no key has output 0.
+        padding_mask: (batch, kv_len) bool, True where there is a token; others have no influence, whatever k and v
+            hold there, NaN included, and gradients of 0. A row that sees no key has output 0.
         block: rows of a block of the causal prefix sum. It changes rounding and speed, not the meaning.
         compute_dtype: of features, sums and quotient; float32 for inputs of 16 bits if None.
 
@@ -69,18 +69,19 @@ def performer_attention(
     which the estimate means nothing. The normaliser of trigonometric features may come out near 0 or negative, and
     then the row is far off. Neither is hidden: it is the estimator's own error.
 
-    Raises ArgumentError, ArgumentTypeError.
+    Raises ArgumentError, also for NaN or infinity in q, in omega or at a visible token of k and v, and
+    ArgumentTypeError.
     """
     sizes = checks.check_tensors(q, k, v)
     scale = checks.check_scale(scale, sizes.head_dim)
-    if not isinstance(causal, bool):
-        raise ArgumentTypeError(f"causal must be True or False, got {causal!r}")
+    checks.check_bool("causal", causal)
     checks.check_choice("causal_alignment", causal_alignment, ALIGNMENTS)
     checks.check_count("block", block)
     mask = checks.check_padding(padding_mask, sizes, q.device)
     check_a(a, features)
     check_stabiliser(stabiliser, features)
     _check_omega(omega, sizes)
+    k, v = checks.visible_only(q, k, v, mask)
 
     dtype = checks.compute_dtype(compute_dtype, q.dtype)
     half = abs(scale) ** 0.5
@@ -148,6 +149,7 @@ def _check_omega(omega: Any, sizes: checks.Sizes) -> None:
     fits = omega.dim() == 2 or (omega.dim() == 3 and omega.shape[0] == sizes.kv_heads)
     if not fits or omega.shape[-1] != sizes.head_dim or omega.shape[-2] == 0:
         raise ArgumentError(f"omega must have the shape {expected}, got {tuple(omega.shape)}")
+    checks.check_finite("omega", omega)
 
 
 class PerformerAttention(torch.nn.Module):
@@ -157,8 +159,10 @@ class PerformerAttention(torch.nn.Module):
         out = attention(q, k, v)
 
     num_features is the length of phi(x): trigonometric and hyperbolic features have two for each projection.
-    The projections are a buffer, saved with the state; `redraw` replaces them from a generator. Other arguments as
-    for `performer_attention` and `draw_projections`, which say what is raised.
+    The projections are a buffer, saved with the state; `redraw` replaces them from a generator. They stay float32 in
+    `module.to(torch.bfloat16)`: rounded rows are not orthogonal any more, and nobody trains or multiplies them in 16
+    bits. Other arguments as for `performer_attention` and `draw_projections`, which say what is raised; all are
+    checked here, not at the first call.
     """
 
     omega: torch.Tensor
@@ -180,10 +184,15 @@ class PerformerAttention(torch.nn.Module):
         block: int = BLOCK,
     ) -> None:
         super().__init__()
+        count = projections_for(num_features, features)
+        checks.check_count("head_dim", head_dim)
+        checks.check_bool("causal", causal)
+        checks.check_scale(scale, head_dim)
+        checks.check_count("block", block)
         check_a(a, features)
         check_stabiliser(stabiliser, features)
         self._draw: dict[str, Any] = {
-            "count": projections_for(num_features, features),
+            "count": count,
             "head_dim": head_dim,
             "kind": projections,
             "partial": partial,
@@ -198,6 +207,14 @@ class PerformerAttention(torch.nn.Module):
     def redraw(self, generator: torch.Generator) -> None:
         """New projections, from the generator and nothing else."""
         self.omega.copy_(draw_projections(generator=generator, **self._draw))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # What `to`, `half`, `cuda` and their like call. A change of device is followed, one of dtype is not.
+        exact = self.omega
+        super()._apply(fn, recurse)
+        if self.omega.dtype != exact.dtype:
+            self.omega = exact.to(self.omega.device)
+        return self
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, padding_mask: torch.Tensor | None = None

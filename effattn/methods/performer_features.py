@@ -20,12 +20,13 @@ subtract a maximum over all keys instead: together with a stabiliser this lets k
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, NamedTuple
 
 import torch
 
 from effattn.errors import ArgumentError, ArgumentTypeError
-from effattn.methods.inputs import check_choice, check_count
+from effattn.methods.inputs import check_bool, check_choice, check_count, check_dtype, check_generator
 
 #: the feature maps
 FEATURES = ("positive", "hyperbolic", "trigonometric", "favor++", "relu")
@@ -93,11 +94,13 @@ def draw_projections(
     check_count("count", count)
     check_count("head_dim", head_dim)
     check_choice("kind", kind, PROJECTIONS)
-    if not isinstance(generator, torch.Generator):
-        raise ArgumentTypeError(
-            f"generator must be a torch.Generator, got {type(generator).__name__}; projections never depend on"
-            " data or on a global state. Make one: torch.Generator().manual_seed(0)"
-        )
+    check_bool("partial", partial)
+    check_dtype("dtype", dtype)
+    check_generator(generator)
+    if not isinstance(shape, tuple):
+        raise ArgumentTypeError(f"shape must be a tuple of ints, got {shape!r}")
+    for size in shape:
+        check_count("shape", size)
     if kind != "iid" and count < head_dim and not partial:
         raise ArgumentError(
             f"{kind} projections come in blocks of head_dim = {head_dim} rows, and {count} are fewer than one"
@@ -127,9 +130,12 @@ def haar(normal: torch.Tensor) -> torch.Tensor:
 def optimal_a(mean_square: float, head_dim: int) -> float:
     """FAVOR++'s A for data with the mean of |x + y|^2 over pairs of a query and a key (arXiv:2205.15317, eq. 9).
 
-    It is at most 0, and 0 gives positive features. ArgumentError for a negative or non-finite mean.
+    It is at most 0, and 0 gives positive features. ArgumentError for a negative or non-finite mean, ArgumentTypeError
+    for what is no number.
     """
     check_count("head_dim", head_dim)
+    if isinstance(mean_square, bool) or not isinstance(mean_square, numbers.Real):
+        raise ArgumentTypeError(f"mean_square must be a real number, got {mean_square!r}")
     if not (math.isfinite(mean_square) and mean_square >= 0):
         raise ArgumentError(f"mean_square must be finite and at least 0, got {mean_square!r}")
     p = mean_square / head_dim
