@@ -256,14 +256,11 @@ def _break(folder: Path, kind: str) -> None:
         (folder / "study.json").unlink()
     elif kind == "schema":
         file = folder / "study.json"
-        file.write_text(file.read_text().replace('"schema": 1', '"schema": 99'))
+        file.write_text(file.read_text().replace('"schema": 2', '"schema": 99'))
     elif kind == "json":
         (folder / "study.json").write_text("{")
     elif kind == "csv":
         (folder / "draws.csv").write_text("part,n\nerror,1\n")
-    elif kind == "number":
-        file = folder / "draws.csv"
-        file.write_text(file.read_text().replace("0.25", "much"))
     elif kind == "list":
         (folder / "study.json").write_text("[]")
 
@@ -275,8 +272,7 @@ def _break(folder: Path, kind: str) -> None:
         ("schema", "is of no study that this effattn wrote"),
         ("list", "is of no study that this effattn wrote"),
         ("json", "cannot be read"),
-        ("csv", "cannot be read"),
-        ("number", "cannot be read"),
+        ("csv", "its first line is not that of a table of draws"),
     ],
 )
 def test_what_is_no_study_is_refused(effattn_command: Command, tmp_path: Path, kind: str, words: str) -> None:
@@ -285,6 +281,19 @@ def test_what_is_no_study_is_refused(effattn_command: Command, tmp_path: Path, k
     code, _, err = effattn_command("report", run, "--study", folder)
     assert code == 2
     assert words in err
+
+
+def test_damaged_draws_are_named_and_left_out(effattn_command: Command, tmp_path: Path) -> None:
+    run, folder = write(tmp_path / "run", verdicts()), study(tmp_path / "study", ERRORS)
+    file = folder / "draws.csv"
+    file.write_text(file.read_text().replace("0.25", "0.75"))
+    code, _, err = effattn_command("report", run, "--study", folder, "--out", tmp_path / "r.html")
+    assert code == 0
+    words = f"{file}, line 5 is damaged: its checksum does not match"
+    assert words in err
+    page = (tmp_path / "r.html").read_text()
+    assert words in page
+    assert '<td class="number">0.250 (0.200 to 0.300)</td>' in page, "the median of the other two"
 
 
 def test_studies_without_sizes_are_refused(tmp_path: Path) -> None:

@@ -174,6 +174,7 @@ def gather(
         facts = [facts for _, facts in material.runs]
         material.beside = beside.compare(baseline, list(zip(facts, members, strict=True)))
     material.studies = [read_study(folder, number) for number, folder in enumerate(studies)]
+    material.damaged += [damage for study in material.studies for damage in study.damaged]
     return material
 
 

@@ -5,8 +5,6 @@ Read from the folder of an `effattn study`, which is left as it is: one that is 
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -15,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from effattn.errors import RequestError
+from effattn.run.records import Damage
 from effattn.study import model, results
-from effattn.study.engine import DRAWS, SCHEMA, STUDY, Row, row_from
+from effattn.study.engine import DRAWS, SCHEMA, STUDY, Row, read_draws
 from effattn.study.intervals import Interval
 
 #: study -> (the measure that is shown, what it is called, what the size is)
@@ -55,6 +54,8 @@ class Study:
     tables: list[Table]
     #: settings beyond `MOST_SETTINGS`
     more: int
+    #: draws that are left out; running the study again measures them anew
+    damaged: list[Damage]
 
 
 def read(folder: Path, number: int = 0) -> Study:
@@ -65,23 +66,28 @@ def read(folder: Path, number: int = 0) -> Study:
     """
     try:
         asked = json.loads((folder / STUDY).read_text(encoding="utf-8"))
-        data = (folder / DRAWS).read_bytes()
+        schema = asked.get("schema") if isinstance(asked, dict) else None
+        if not isinstance(schema, int) or not 1 <= schema <= SCHEMA or asked.get("kind") != "effattn study":
+            raise RequestError(
+                f"{str(folder / STUDY)!r} is of no study that this effattn wrote; run it again"
+            )
+        draws = read_draws(folder / DRAWS, schema=schema)
     except FileNotFoundError as error:
         raise RequestError(
             f"{str(folder)!r} is no folder of a study: it has no {Path(error.filename).name}; give what"
             " `effattn study ... --out` wrote"
         ) from None
+    except RequestError:
+        raise
     except (OSError, ValueError) as error:
         raise RequestError(f"the study in {str(folder)!r} cannot be read ({error})") from None
-    name = asked.get("study") if isinstance(asked, dict) else None
-    if not isinstance(asked, dict) or asked.get("kind") != "effattn study" or asked.get("schema") != SCHEMA:
-        raise RequestError(f"{str(folder / STUDY)!r} is of no study that this effattn wrote; run it again")
+    name = asked.get("study")
     if name not in SHOWN:
         raise RequestError(
             f"the study in {str(folder)!r} is of {name!r}, which has no error against rank or features; a report shows"
             f" {', '.join(SHOWN)}"
         )
-    rows = _rows(folder, data)
+    rows = draws.rows
     measure, called, size = SHOWN[name]
     if name == "model":
         rows = _models(rows)
@@ -102,16 +108,8 @@ def read(folder: Path, number: int = 0) -> Study:
             called = results.MEASURES[where.part]
         errors = called in (results.MEASURES["error"], *(words for _, words in model.SHOWN.values()))
         tables.append(_table(f"study-{number}-{i}", heading, called, size, of_setting, errors=errors))
-    return Study(folder=folder, name=name, tables=tables, more=len(found) - len(tables))
-
-
-def _rows(folder: Path, data: bytes) -> list[Row]:
-    """All whole lines."""
-    try:
-        lines = list(csv.reader(io.StringIO(data[: data.rfind(b"\n") + 1].decode("utf-8"))))
-        return [row_from(lines[0], line) for line in lines[1:]] if lines else []
-    except (ValueError, KeyError, UnicodeDecodeError) as error:
-        raise RequestError(f"{str(folder / DRAWS)!r} cannot be read: {error!r}") from None
+    more = len(found) - len(tables)
+    return Study(folder=folder, name=name, tables=tables, more=more, damaged=draws.damaged)
 
 
 def _models(rows: Sequence[Row]) -> list[Row]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -74,8 +74,16 @@ def _run(name: str, *, out: Path | None, profile: str, target_error: float | Non
     _say_where(folder, charts)
 
 
+def _open(folder: Path, request: Mapping[str, Any], columns: Sequence[str]) -> Store:
+    """The folder's draws; what is damaged is said."""
+    kept = Store(folder, request, columns)
+    for damage in kept.damaged:
+        click.echo(f"effattn: {text.plain(str(damage))}; the draw is dropped and measured again", err=True)
+    return kept
+
+
 def _measure(plan: plans.Plan, folder: Path, jobs: Sequence[Job]) -> list[Row]:
-    kept = Store(folder, plan.request(), plans.ERROR_COLUMNS)
+    kept = _open(folder, plan.request(), plans.ERROR_COLUMNS)
     with _bar(len(jobs)) as progress:
         rows = kept.run(jobs, partial(_MEASURES[plan.study], seed=plan.seed), progress)
     _write_provenance(folder)
@@ -100,7 +108,7 @@ def _inverse(
     measure = partial(_MEASURES[name], seed=plan.seed)
     if name == "performer":
         measure = partial(measure, divergence=False)
-    kept = Store(folder, {**plan.request(), "question": "smallest size"}, plans.ERROR_COLUMNS)
+    kept = _open(folder, {**plan.request(), "question": "smallest size"}, plans.ERROR_COLUMNS)
     with _bar(len(jobs)) as progress:
         rows = kept.run(jobs, measure, progress)
     _write_provenance(folder)
@@ -189,7 +197,7 @@ _FIXED = {
 def _fixed(name: str, folder: Path, profile: str) -> None:
     chosen = _FIXED[name]
     jobs = chosen.jobs(profile)
-    kept = Store(folder, {"study": name, "profile": profile}, chosen.columns)
+    kept = _open(folder, {"study": name, "profile": profile}, chosen.columns)
     with _bar(len(jobs)) as progress:
         rows = kept.run(jobs, chosen.measure(profile), progress)
     _write_provenance(folder)

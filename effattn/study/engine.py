@@ -3,6 +3,12 @@
 A study is a list of jobs and a function that measures one. A job's row is written and flushed when it is measured;
 a row that an interruption cut short is dropped and measured again. So no draw is lost and none is repeated. The
 folder remembers what was asked for, and refuses to mix it with something else and to be written by two at once.
+
+Each line ends with the CRC-32 of what stands before it, in the column `crc32`. A line that doesn't match is named,
+dropped and measured again: one wrong digit would otherwise be a draw like any other.
+
+Schema 1 (before any release): no column `crc32`. It is read as it is; who goes on with such a study writes the
+file anew with checksums first.
 """
 
 from __future__ import annotations
@@ -12,17 +18,22 @@ import fcntl
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 from effattn.errors import RequestError
+from effattn.run.records import Damage
 
 DRAWS = "draws.csv"
 STUDY = "study.json"
-SCHEMA = 1
+#: The version that is written, and the newest that is read.
+SCHEMA = 2
+#: the column of checksums
+CHECK = "crc32"
 
 #: Measures one job; the names are columns of the table.
 Measure = Callable[["Job"], Mapping[str, float]]
@@ -86,82 +97,201 @@ def row_from(header: Sequence[str], line: Sequence[str]) -> Row:
     return Row(job=Job(point=point, draw=int(record["draw"])), measures=measures)
 
 
+def _text(cells: Sequence[object]) -> str:
+    """Cells as a line of CSV, without its end."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(cells)
+    return line.getvalue()
+
+
+def _checked(cells: Sequence[object]) -> str:
+    """Cells and their checksum as a whole line."""
+    text = _text(cells)
+    return f"{text},{zlib.crc32(text.encode()):08x}\n"
+
+
+class Draws(NamedTuple):
+    """What a file of draws holds."""
+
+    header: tuple[str, ...]  #: columns, without that of checksums; empty if there is no whole line
+    rows: list[Row]
+    damaged: list[Damage]
+    #: whether it is as this effattn leaves it: lines with checksums, none of them damaged or cut off
+    tidy: bool
+
+
+def read_draws(path: Path, *, schema: int = 1) -> Draws:
+    """The draws in a file that a study with this schema wrote; what is damaged is named, and left out.
+
+    A last line without its end is left out silently: it is being written, or was when the power went.
+
+    Raises:
+        OSError: the file can't be read.
+        RequestError: its first line isn't that of a table of draws.
+    """
+    data = path.read_bytes()
+    lines = data.split(b"\n")
+    cut_off = lines.pop() != b""
+    if not lines:
+        return Draws((), [], [], tidy=not data)
+    header = tuple(lines[0].decode("utf-8", "replace").split(","))
+    with_checks = header[-1] == CHECK
+    if header[: len(_KEYS)] != _KEYS or (schema > 1 and not with_checks):
+        raise RequestError(
+            f"{str(path)!r} cannot be read: its first line is not that of a table of draws, or it is damaged"
+        )
+    header = header[:-1] if with_checks else header
+    rows: list[Row] = []
+    damaged: list[Damage] = []
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            rows.append(_decode(header, line, with_checks=with_checks))
+        except ValueError as error:
+            damaged.append(Damage(path, number, str(error)))
+    return Draws(header, rows, damaged, tidy=with_checks and not cut_off and not damaged)
+
+
+def _decode(header: Sequence[str], line: bytes, *, with_checks: bool) -> Row:
+    """The row of a line. Raises ValueError, in words, where it is damaged."""
+    if with_checks:
+        line, _, check = line.rpartition(b",")
+        if check != b"%08x" % zlib.crc32(line):
+            raise ValueError("its checksum does not match")
+    try:
+        (cells,) = csv.reader([line.decode("utf-8")])
+        return row_from(header, cells)
+    except (ValueError, KeyError, csv.Error):
+        raise ValueError("it has another form than a draw") from None
+
+
 class Store:
     """The rows of a study in its folder. RequestError if the folder holds something else or can't be written."""
+
+    rows: dict[tuple[str, ...], Row]
+    #: lines that were dropped; `run` measures them again
+    damaged: list[Damage]
 
     def __init__(self, folder: Path, request: Mapping[str, Any], columns: Sequence[str]) -> None:
         self.folder = folder
         self.columns = tuple(columns)
         self._header = (*_KEYS, *self.columns)
-        asked = {"kind": "effattn study", "schema": SCHEMA, **request}
+        self._schema = SCHEMA
+        self._asked = asked = {"kind": "effattn study", "schema": SCHEMA, **request}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             before = folder / STUDY
             # An empty one is what a full disk has left.
             if before.exists() and before.stat().st_size:
-                if json.loads(before.read_text(encoding="utf-8")) != json.loads(json.dumps(asked)):
+                found = json.loads(before.read_text(encoding="utf-8"))
+                schema = found.pop("schema", None) if isinstance(found, dict) else None
+                schema = schema if isinstance(schema, int) else 0
+                if schema > SCHEMA:
+                    raise RequestError(
+                        f"{folder} holds a study of schema {schema}, and this effattn knows {SCHEMA}: take a newer one, or"
+                        " name another folder with --out"
+                    )
+                if schema < 1 or {**found, "schema": SCHEMA} != json.loads(json.dumps(asked)):
                     raise RequestError(
                         f"{folder} holds the draws of another study, see {before}. Name another folder with --out, or"
                         " delete this one"
                     )
+                self._schema = schema
             elif any(path != before for path in folder.iterdir()):
                 raise RequestError(f"{folder} holds something already; name an empty folder with --out")
             else:
-                temporary = folder / f".{STUDY}.{os.getpid()}.tmp"
-                try:
-                    temporary.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
-                    temporary.replace(before)
-                finally:
-                    temporary.unlink(missing_ok=True)
+                self._say_what()
         except (OSError, json.JSONDecodeError) as error:
             raise RequestError(
                 f"cannot use the folder {folder} ({error}); name another one with --out"
             ) from None
-        self.rows = self._load()
+        self._load()
 
-    def _load(self, *, mend: bool = False) -> dict[tuple[str, ...], Row]:
-        """The whole rows. `mend` cuts off what is left of a last one: for whoever holds the lock."""
+    def _say_what(self) -> None:
+        """Write study.json."""
+        temporary = self.folder / f".{STUDY}.{os.getpid()}.tmp"
+        try:
+            temporary.write_text(json.dumps(self._asked, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(self.folder / STUDY)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _load(self) -> bool:
+        """Take in what the file holds. Returns whether it can be appended to as it is."""
         path = self.folder / DRAWS
+        self.rows, self.damaged = {}, []
         if not path.exists():
-            return {}
-        data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if mend and len(whole) < len(data):
-            os.truncate(path, len(whole))
-        lines = list(csv.reader(io.StringIO(whole.decode("utf-8"))))
-        if lines and tuple(lines[0]) != self._header:
+            return True
+        found = read_draws(path, schema=self._schema)
+        if found.header and found.header != self._header:
             raise RequestError(
-                f"{path} has other columns than this effattn writes; name another folder with --out"
+                f"{path} has other columns than this effattn writes, or its first line is damaged; name another folder"
+                " with --out"
             )
-        rows: dict[tuple[str, ...], Row] = {}
-        for line in lines[1:]:
-            row = row_from(self._header, line)
-            rows[row.job.key] = row
-        return rows
+        self.rows = {row.job.key: row for row in found.rows}
+        self.damaged = found.damaged
+        return found.tidy
+
+    def _line(self, row: Row) -> str:
+        cells = [repr(row.measures[name]) if name in row.measures else "" for name in self.columns]
+        return _checked([*row.job.key, *cells])
 
     @contextmanager
     def _writer(self) -> Iterator[Callable[[Row], None]]:
-        path = self.folder / DRAWS
-        with path.open("a", encoding="utf-8", newline="") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RequestError(
-                    f"another study is writing into {self.folder}; wait for it, or name another folder with --out"
-                ) from None
-            self.rows = self._load(mend=True)
-            writer = csv.writer(file, lineterminator="\n")
-            if path.stat().st_size == 0:
-                writer.writerow(self._header)
+        with ExitStack() as stack:
+            file = stack.enter_context(self._locked())
+            if not self._load():
+                # The lock on the old file is kept until the end: who waits at either of the two is refused.
+                file = stack.enter_context(self._anew())
+            elif not os.fstat(file.fileno()).st_size:
+                file.write(_text([*self._header, CHECK]) + "\n")
 
             def write(row: Row) -> None:
-                text = [repr(row.measures[name]) if name in row.measures else "" for name in self.columns]
-                writer.writerow([*row.job.key, *text])
+                file.write(self._line(row))
                 file.flush()
                 os.fsync(file.fileno())
                 self.rows[row.job.key] = row
 
             yield write
+
+    def _locked(self) -> TextIO:
+        """The file of draws, to append to. RequestError where another process has it."""
+        path = self.folder / DRAWS
+        while True:
+            file = path.open("a", encoding="utf-8", newline="")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Another one may have put a new file in its place between the two lines above.
+                if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                    return file
+            except BlockingIOError:
+                file.close()
+                raise RequestError(
+                    f"another study is writing into {self.folder}; wait for it, or name another folder with --out"
+                ) from None
+            except BaseException:
+                file.close()
+                raise
+            file.close()
+
+    def _anew(self) -> TextIO:
+        """Write what is whole into a new file in the place of the old one. Returns it, locked, to append to."""
+        temporary = self.folder / f".{DRAWS}.{os.getpid()}.tmp"
+        file = temporary.open("w", encoding="utf-8", newline="")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(_text([*self._header, CHECK]) + "\n")
+            file.writelines(map(self._line, self.rows.values()))
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(self.folder / DRAWS)
+            if self._schema != SCHEMA:
+                self._say_what()
+                self._schema = SCHEMA
+        except BaseException:
+            file.close()
+            temporary.unlink(missing_ok=True)
+            raise
+        return file
 
     def run(
         self, jobs: Sequence[Job], measure: Measure, progress: Callable[[Job], None] | None = None

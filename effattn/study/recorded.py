@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from effattn.errors import RequestError
 from effattn.study import results
 from effattn.study.engine import STUDY, Row, Store, by_point
 from effattn.study.intervals import Interval, mean_interval, median_interval
@@ -19,10 +20,13 @@ SCHEMA = 1
 
 
 def rows_of(folder: Path, columns: Sequence[str]) -> list[Row]:
-    """All rows of a study's folder."""
+    """All rows of a study's folder. RequestError where some are damaged: running the study again mends that."""
     asked = json.loads((folder / STUDY).read_text(encoding="utf-8"))
     request = {name: value for name, value in asked.items() if name not in ("kind", "schema")}
-    return list(Store(folder, request, columns).rows.values())
+    store = Store(folder, request, columns)
+    if store.damaged:
+        raise RequestError(f"{store.damaged[0]}; run the study again, which measures what is damaged anew")
+    return list(store.rows.values())
 
 
 def record(folder: Path, columns: Sequence[str], *, command: str) -> dict[str, Any]:
