@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -59,8 +59,7 @@ def list_runs(folder: Path) -> int:
             )
         )
     _print_table(("run", "identity", "kind", "started (UTC)", "method", "verdicts", "failed", ""), rows)
-    for damage in damaged:
-        click.echo(f"effattn: {text.plain(str(damage))}", err=True)
+    _name(damaged)
     return 0
 
 
@@ -74,11 +73,12 @@ def show(run: str, as_json: bool) -> int:
 
     folder = catalog.resolve(run)
     provenance = catalog.facts(folder)
+    damaged: list[Damage] = []
+    verdicts = list(store.read_verdicts(folder, damaged))
     if as_json:
         click.echo(json.dumps(provenance, indent=2, allow_nan=False))
+        _name(damaged)
         return 0
-    damaged: list[Any] = []
-    verdicts = list(store.read_verdicts(folder, damaged))
     console = terminal.console()
     for name, value in provenance.items():
         shown = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
@@ -90,8 +90,7 @@ def show(run: str, as_json: bool) -> int:
         rows = summary.rows(verdicts, by=lambda v: (v.method, v.case.dtype))
         terminal.print_rows(console, rows, ("method", "dtype"))
         terminal.print_set_aside(console, verdicts)
-    for damage in damaged:
-        click.echo(f"effattn: {text.plain(str(damage))}", err=True)
+    _name(damaged)
     return 0
 
 
@@ -106,7 +105,9 @@ def diff(before: str, after: str) -> int:
     from effattn.report import terminal
     from effattn.run import catalog
 
-    first, second = (catalog.verdicts_by_case(catalog.resolve(run)) for run in (before, after))
+    damaged: list[Damage] = []
+    first, second = (catalog.verdicts_by_case(catalog.resolve(run), damaged) for run in (before, after))
+    _name(damaged)
     difference = catalog.compare(first, second)
     if not difference.both:
         raise RequestError("the two runs have no case in common; there is nothing to compare")
@@ -118,13 +119,11 @@ def diff(before: str, after: str) -> int:
 @click.argument("run")
 def compact(run: str) -> int:
     """Write RUN's verdicts as a Parquet file into its folder. The records stay as they are."""
-    from effattn.report import text
     from effattn.run import catalog, tables
 
     made = tables.compact(catalog.resolve(run))
     click.echo(f"{made.rows} verdicts in {made.file}, {made.size / 1e6:.1f} MB")
-    for damage in made.damaged:
-        click.echo(f"effattn: {text.plain(str(damage))}; left out", err=True)
+    _name(made.damaged)
     return 0
 
 
@@ -132,28 +131,43 @@ def compact(run: str) -> int:
 @click.argument("sql")
 @click.argument("run", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a row.")
-def query(sql: str, run: tuple[str, ...], as_json: bool) -> int:
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="A query that takes longer is ended.",
+)
+def query(sql: str, run: tuple[str, ...], as_json: bool, timeout: float) -> int:
     """Answer one SELECT about the table `verdicts` of the RUNs; all in effattn-runs/ if none is given.
 
     Columns: run, case_id, spec, device, method, outcome, message, the fields of a case (dtype, q_len, ...), fraction
     (error/bound), bit_equal, ulp_p50, ulp_p99, ulp_max, z_rms, z_max, z_mean, seconds, ... : DESCRIBE has them all.
     """
-    from effattn.report import text
     from effattn.run import catalog, store, tables
 
     damaged: list[Damage] = []
     folders = [catalog.resolve(name) for name in run] or catalog.runs_in(store.DEFAULT_FOLDER, damaged)
-    for damage in damaged:
-        click.echo(f"effattn: {text.plain(str(damage))}", err=True)
     if not folders:
+        _name(damaged)
         raise RequestError("there is no run in effattn-runs/; name a run folder")
-    names, rows = tables.query(sql, folders)
+    names, rows = tables.query(sql, folders, timeout=timeout, damaged=damaged)
+    _name(damaged)
     if as_json:
         for row in rows:
             click.echo(json.dumps(dict(zip(names, row, strict=True)), default=str))
         return 0
     _print_table(names, [tuple("" if cell is None else str(cell) for cell in row) for row in rows])
     return 0
+
+
+def _name(damaged: Sequence[Damage]) -> None:
+    """Say on stderr what could not be read."""
+    from effattn.report import text
+
+    for damage in damaged:
+        click.echo(f"effattn: {text.plain(str(damage))}", err=True)
 
 
 def _print_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

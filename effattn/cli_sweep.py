@@ -27,6 +27,7 @@ INTERRUPTED = 130
     metavar="DIR",
     help="Folder for the run. The same command goes on where it was broken off. effattn-runs/NAME-HASH if not given.",
 )
+@click.option("--overwrite", is_flag=True, help="Begin anew where the folder holds a run.")
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu or cuda.")
 @click.option(
     "--jobs", type=click.IntRange(min=1), metavar="N", help="Local workers; as many as there are cores."
@@ -55,6 +56,7 @@ INTERRUPTED = 130
 def sweep(
     spec: Path,
     out: Path | None,
+    overwrite: bool,
     device: str,
     jobs: int | None,
     executor: str,
@@ -83,7 +85,9 @@ def sweep(
                 "executor": executor,
                 "workers": parallel,
             }
-            with Sweep(folder, wanted, device=device, time_limit=time_limit, provenance=origin) as taken:
+            with Sweep(
+                folder, wanted, device=device, time_limit=time_limit, provenance=origin, overwrite=overwrite
+            ) as taken:
                 if out is None:
                     store.ignore_in_git(store.DEFAULT_FOLDER)
                 with _progress(wanted.count) as progress:
@@ -168,6 +172,11 @@ def _print(result: Result, folder: Path) -> None:
         click.echo(f"effattn: {text.plain(str(damage))}", err=True)
     before = f", {result.resumed} were recorded before" if result.resumed else ""
     console.print(f"{result.added} cases{before}.", markup=False)
+    if result.same:
+        console.print(
+            f"{result.same} more combinations of the specification are the same case as another, and were not run again.",
+            markup=False,
+        )
     if result.busy:
         console.print(
             f"Workers spent {result.judging / result.busy:.1%} of their time in the cases.", markup=False

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -273,7 +275,7 @@ def test_compaction_leaves_out_what_is_damaged_and_says_so(
     code, out, err = effattn_command("runs", "compact", "first")
     assert code == 0
     assert out.startswith("5 verdicts in ")
-    assert "line 1 is damaged: its checksum does not match; left out" in err
+    assert "line 1 is damaged: its checksum does not match" in err
     assert file.read_bytes() == broken, "the records stay as they are"
 
 
@@ -311,6 +313,10 @@ def test_run_in_a_folder_that_cannot_be_written_is_asked(
     "sql",
     [
         "DELETE FROM verdicts",
+        "COPY (SELECT 1) TO 'effattn-runs/first/verdicts.parquet' (USE_TMP_FILE false)",
+        "EXPLAIN ANALYZE COPY (SELECT 1) TO 'effattn-runs/first/verdicts.parquet' (FORMAT parquet, USE_TMP_FILE false)",
+        "SELECT * FROM read_csv('secret.csv')",
+        "PRAGMA version",
         "CREATE TABLE x AS SELECT 1",
         "DROP VIEW verdicts",
         "COPY (SELECT 1) TO 'written.csv'",
@@ -338,6 +344,139 @@ def test_sql_that_does_more_than_read_the_table_is_refused(
     assert err.startswith("effattn: ")
     assert "secret" not in out
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+#: Rows without end, as many joins as it takes.
+ENDLESS = "SELECT count(*) FROM range(1000000) a, range(1000000) b, range(1000000) c WHERE a.range + b.range <> c.range"
+
+
+def test_query_that_takes_too_long_is_ended(effattn_command: Command, two_runs: tuple[Path, Path]) -> None:
+    code, out, err = effattn_command("runs", "query", ENDLESS, "first", "--timeout", "0.2")
+    assert (code, out) == (2, "")
+    assert "the query was not done after 0.2 s and was ended" in err
+    assert "--timeout" in err
+    code, out, _ = effattn_command("runs", "query", "SELECT count(*) AS n FROM verdicts", "first", "--json")
+    assert (code, json.loads(out)) == (0, {"n": 6})
+
+
+def test_query_is_ended_by_an_interrupt(two_runs: tuple[Path, Path]) -> None:
+    tables.compact(two_runs[0])
+    # The signal comes while DuckDB works: the query has no end.
+    main = (
+        "import os, signal, sys, threading\n"
+        "from effattn.cli import main\n"
+        "from effattn.run import tables\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "answer = tables._answer\n"
+        "def interrupted(*arguments):\n"
+        "    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "    return answer(*arguments)\n"
+        "tables._answer = interrupted\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", main, "runs", "query", ENDLESS, "first"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (130, ""), done.stderr
+    assert "interrupted" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("sql", "words"),
+    [
+        ("SELECT a.range FROM range(1000000) a, range(2) b", ["more than 1,000,000 rows", "LIMIT"]),
+        ("SELECT list(a.range::VARCHAR || b.range) FROM range(1000000) a, range(100) b", ["Out of Memory"]),
+    ],
+)
+def test_query_that_takes_too_much_is_ended(two_runs: tuple[Path, Path], sql: str, words: list[str]) -> None:
+    with pytest.raises(RequestError) as refused:
+        tables.query(sql, [two_runs[0]])
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_query_names_what_it_leaves_out(effattn_command: Command, two_runs: tuple[Path, Path]) -> None:
+    """The first time, when the table is made, and the second time, when it is there."""
+    file = two_runs[0] / "verdicts.jsonl"
+    file.write_bytes(file.read_bytes()[:-5])
+    for _ in range(2):
+        code, out, err = effattn_command(
+            "runs", "query", "SELECT count(*) AS n FROM verdicts", "first", "--json"
+        )
+        assert (code, json.loads(out)) == (0, {"n": 5})
+        assert "verdicts.jsonl, line 6 is damaged: it is cut off" in err
+    code, _, err = effattn_command("runs", "query", "SELECT 1", "second")
+    assert (code, err) == (0, "")
+
+
+# A damaged provenance
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda text: text[: len(text) // 2], "it is no JSON, at byte"),
+        (lambda text: b"", "it is empty"),
+        (lambda text: text.replace(b'"kind"', b'"kin\xff"'), "it is no text"),
+    ],
+)
+def test_damaged_provenance_is_named_and_the_rest_is_read(
+    effattn_command: Command, two_runs: tuple[Path, Path], damage: Callable[[bytes], bytes], words: str
+) -> None:
+    first, second = two_runs
+    identity = store.content_id(first)
+    file = first / "provenance.json"
+    file.write_bytes(damage(file.read_bytes()))
+    complaint = f"first/provenance.json: {words}"
+
+    code, out, err = effattn_command("runs", "list")
+    assert code == 0
+    assert sorted(line.split()[:2] for line in out.splitlines()[2:]) == sorted(
+        [["first", identity], ["second", store.content_id(second)]]
+    )
+    assert complaint in err
+    assert "its verdicts are kept and read" in err
+    for arguments, exit_code, found in (
+        (["show", "first"], 0, "inaccurate"),
+        (["diff", "first", "second"], 1, "5 cases compared: 1 broken"),
+        (["compact", "first"], 0, "6 verdicts in"),
+        (["query", "SELECT count(*) AS n FROM verdicts", "first", "--json"], 0, '{"n": 6}'),
+    ):
+        code, out, err = effattn_command("runs", *arguments)
+        assert code == exit_code, err
+        assert found in out
+        assert complaint in err
+        assert err.count("provenance.json") == 1
+    code, out, err = effattn_command(
+        "report", identity, "--history", "effattn-runs", "--markdown", "summary.md"
+    )
+    assert code == 0, err
+    assert err.count(complaint) == 1
+    assert "provenance.json" in Path("summary.md").read_text()
+    assert "provenance.json" in (first / "report.html").read_text()
+    code, _, err = effattn_command("baseline", "first", "--file", "baseline.toml")
+    assert code == 2
+    assert complaint in err
+
+
+def test_damaged_provenance_of_the_first_schema_is_read(tmp_path: Path) -> None:
+    shutil.copytree(OLD, tmp_path / "old")
+    whole = store.content_id(tmp_path / "old")
+    (tmp_path / "old" / "provenance.json").write_text("{")
+    damaged: list[records.Damage] = []
+    assert len(list(store.read_verdicts(tmp_path / "old", damaged))) == 9
+    assert len(damaged) == 1
+    assert store.content_id(tmp_path / "old") == whole
+
+
+def test_folder_with_a_damaged_provenance_is_never_replaced(two_runs: tuple[Path, Path]) -> None:
+    """It may be anything, such as the file of another program."""
+    (two_runs[0] / "provenance.json").write_text("")
+    before = {path: path.read_bytes() for path in two_runs[0].iterdir()}
+    with pytest.raises(RequestError, match=r"what may be a run .*it is empty.* never overwritten"):
+        store.RunWriter(two_runs[0], overwrite=True)
+    assert {path: path.read_bytes() for path in two_runs[0].iterdir()} == before
 
 
 def test_names_of_users_are_data_in_sql_and_harmless_on_a_terminal(

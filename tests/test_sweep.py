@@ -189,8 +189,16 @@ def test_cases_are_made_one_at_a_time() -> None:
         ({"seeds": {"count": 250_000_000_000}}, ["1,000,000,000,000 cases", "at most 10,000,000"]),
         ({"mode": "all"}, ["mode 'all'", "product, zip, random"]),
         ({"samples": 3}, ["'samples' is for mode 'random'"]),
-        ({"mode": "random"}, ["samples 0"]),
-        ({"mode": "random", "samples": 13}, ["samples 13", "1 to 12"]),
+        ({"seeds": [3, 1, 3]}, ["seeds has 3 2 times", "expected it once"]),
+        ({"values": ["normal", "normal"], "mode": "random", "samples": 2}, ["values has 'normal' 2 times"]),
+        ({"options": [{}, {}]}, ["options has {} 2 times"]),
+        ({"shapes": [{"q_len": 3, "kv_len": 5, "head_dim": 8}, {"head_dim": 8, "kv_len": 5, "q_len": 3}]},
+         ["shapes has {'q_len': 3, 'kv_len': 5, 'head_dim': 8} 2 times"]),
+        ({"mode": "zip", "dtypes": ["fp16"] * 3, "shapes": SMALL["shapes"][:1], "seeds": [1, 2, 1]},
+         ["items 1 and 3 of the lists are the same case"]),
+        ({"mode": "random"}, ["'samples' is missing", "write, say, samples = 1000"]),
+        ({"mode": "random", "samples": 0}, ["samples = 0", "1 to 12"]),
+        ({"mode": "random", "samples": 13}, ["samples = 13", "1 to 12"]),
         ({"mode": "zip"}, ["mode 'zip'", "3 seeds"]),
     ],
 )  # fmt: skip
@@ -259,7 +267,9 @@ def test_what_is_recorded_is_not_run_again(folder: Path, executor: IsolatedExecu
 
 def test_cases_that_are_the_same_are_run_once(folder: Path, executor: IsolatedExecutor) -> None:
     result = run(folder / "run", small(options=[{}, {"causal": "none"}]), executor)
-    assert result.added == 12
+    assert (result.added, result.same) == (12, 12)
+    assert run(folder / "run", small(options=[{}, {"causal": "none"}]), executor).same == 12
+    assert run(folder / "other", small(), executor).same == 0
 
 
 @pytest.mark.parametrize(
@@ -333,6 +343,118 @@ def test_method_that_was_edited_since_is_refused(folder: Path) -> None:
             assert after == before
             (folder / edited).write_text(was)
         assert run(folder / "run", wanted, executor).added == 0
+
+
+def test_edit_anywhere_in_the_package_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in what no file of it seems to import; what is beside the package is no matter."""
+    from effattn.methods import load
+
+    inner = tmp_path / "attention_package" / "kernels"
+    inner.mkdir(parents=True)
+    files = [
+        inner.parent / "__init__.py",
+        inner.parent / "tuning.py",
+        inner / "__init__.py",
+        inner / "forward.py",
+    ]
+    for file in files:
+        file.write_text(f"# {file.name}\n")
+    files[-1].write_text("def attention(q, k, v):\n    return q\n")
+    (tmp_path / "beside.py").write_text("")
+    (tmp_path / "alone.py").write_text("import beside\n\n\ndef f(q, k, v):\n    return q\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def changes(spec: str, file: Path) -> bool:
+        before, was = load.source_digest(spec), file.read_text()
+        file.write_text(f"{was}# edited\n")
+        after = load.source_digest(spec)
+        file.write_text(was)
+        assert load.source_digest(spec) == before
+        return after != before
+
+    deep = "attention_package.kernels.forward:attention"
+    assert [changes(deep, file) for file in files] == [True] * 4
+    assert [changes("attention_package:kernels", file) for file in files] == [True] * 4
+    assert not changes(deep, tmp_path / "beside.py")
+    assert changes("alone:f", tmp_path / "beside.py")
+    # Of a package that is too large, the part around the module that is not.
+    files[1].write_text("#" * load.MOST_SOURCE)
+    assert [changes(deep, file) for file in files] == [False, False, True, True]
+
+
+def test_run_is_replaced_only_when_asked_to_and_when_the_methods_load(
+    effattn_command: Command, folder: Path
+) -> None:
+    (folder / "small.toml").write_text(toml("right", 2))
+    (folder / "other.toml").write_text(toml("zeros", 1))
+    (folder / "typo.toml").write_text(toml("wright", 1))
+    assert effattn_command("sweep", "small.toml", "--out", "run", "--jobs", "1")[0] == 0
+    (folder / "run" / "notes").mkdir()
+    before = {path: path.read_bytes() for path in (folder / "run").iterdir() if path.is_file()}
+
+    def unchanged() -> bool:
+        after = {path: path.read_bytes() for path in (folder / "run").iterdir() if path.is_file()}
+        after.pop(folder / "run" / sweep.LOCK, None)
+        return after == before and (folder / "run" / "notes").is_dir()
+
+    code, _, err = effattn_command("sweep", "other.toml", "--out", "run", "--jobs", "1")
+    assert code == 2
+    assert "replace that run with --overwrite" in err
+    assert unchanged()
+    code, _, err = effattn_command("sweep", "typo.toml", "--out", "run", "--jobs", "1", "--overwrite")
+    assert code == 2
+    assert "no function 'wright'" in err
+    assert unchanged()
+    code, out, err = effattn_command("sweep", "other.toml", "--out", "run", "--jobs", "1", "--overwrite")
+    assert code == 1, err
+    assert "2 cases." in out
+    assert keys(folder / "run") == Counter(expected(spec.load(folder / "other.toml")))
+    assert "resumed" not in store.read_provenance(folder / "run")
+    assert not (folder / "run" / "notes").exists()
+    # The same again: begun anew, not taken up.
+    code, out, _ = effattn_command("sweep", "other.toml", "--out", "run", "--jobs", "1", "--overwrite")
+    assert "2 cases." in out
+    assert "recorded before" not in out
+
+
+def test_what_is_no_run_is_never_replaced(folder: Path) -> None:
+    def all_of(place: Path) -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+    for name, content in (("work.py", "x = 1"), ("provenance.json", '{"kind": "something else"}')):
+        other = folder / name.partition(".")[0]
+        other.mkdir()
+        (other / name).write_text(content)
+        before = all_of(other)
+        with pytest.raises(RequestError, match="something other than an effattn run"):
+            sweep.Sweep(other, small(), overwrite=True)
+        assert all_of(other) == before
+    with sweep.Sweep(folder / "run", small()):
+        for overwritten in (sweep.Sweep, lambda out, _, **options: store.RunWriter(out, **options)):
+            with pytest.raises(RequestError, match="sweep is writing"):
+                overwritten(folder / "run", small(), overwrite=True)
+
+
+def test_killed_while_it_begins_anew_nothing_is_mixed(
+    folder: Path, executor: IsolatedExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The removal breaks off after some files: what is left is a part of the old run, and is named so."""
+    run(folder / "run", small(), executor)
+    (folder / "run" / "summary.md").write_text("")
+    unlink = Path.unlink
+
+    def breaks_off(path: Path, **options: Any) -> None:
+        unlink(path, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", breaks_off)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder / "run", small(seeds=[7]), executor, overwrite=True)
+    with pytest.raises(RequestError, match="never mixed"):
+        sweep.Sweep(folder / "run", small(seeds=[7]))
+    run(folder / "run", small(seeds=[7]), executor, overwrite=True)
+    assert keys(folder / "run") == Counter(expected(small(seeds=[7])))
 
 
 def test_second_supervisor_in_a_folder_is_refused(folder: Path) -> None:

@@ -23,6 +23,8 @@ from effattn.methods.base import kind
 
 #: module name -> folder of the user's file that imported it from that folder
 _siblings: dict[str, Path] = {}
+#: Bytes of Python of a package that are looked at whole, to tell whether it was edited: 20 ms to read and digest.
+MOST_SOURCE = 4_000_000
 
 
 def load_function(spec: str) -> Callable[..., Any]:
@@ -53,9 +55,10 @@ def source_digest(spec: str) -> str:
     """A digest of the source that a method is made of, to tell whether it was edited since.
 
     Of `path/to/file.py:function` the file's bytes and those of the neighbours that it imports, directly or through each
-    other; of `package.module:function` those of the module's file; of a method of effattn's the package's kernels and
-    methods. A preset at the end is part of the method's name, not of its source. Other packages, torch and Triton among
-    them, aren't looked at. Loads no file; raises `RequestError` where one can't be read.
+    other; of `package.module:function` those of the whole package, or of the largest part around the module that has no
+    more than `MOST_SOURCE` bytes; of a method of effattn's the package's kernels and methods. A preset at the end is part of
+    the method's name, not of its source. Other packages, torch and Triton among them, aren't looked at. Loads no file;
+    raises `RequestError` where one can't be read.
     """
     method, at, preset = spec.rpartition("@")
     where = (method if at and not set("/:.") & set(preset) else spec).rpartition(":")[0]
@@ -78,7 +81,36 @@ def _sources(where: str) -> set[Path]:
     if where.endswith(".py") or "/" in where or os.sep in where:
         return _with_neighbours(Path(where).expanduser().resolve())
     file = getattr(_load_module(where), "__file__", None)
-    return {Path(file).resolve()} if file else set()
+    return _with_package(Path(file).resolve(), where) if file else set()
+
+
+def _with_package(file: Path, module: str) -> set[Path]:
+    """The module's file, and what belongs to it: see `source_digest`."""
+    folder, outer = file.parent, module.count(".")
+    if file.stem == "__init__":
+        outer += 1
+    elif not outer and not {"site-packages", "dist-packages"} & set(folder.parts):
+        return _with_neighbours(file)
+    found = {file}
+    for _ in range(outer):
+        more = _sources_below(folder)
+        if more is None:
+            break
+        found |= more
+        folder = folder.parent
+    return found
+
+
+def _sources_below(folder: Path) -> set[Path] | None:
+    """The Python files in a folder and below it; None where they have more than `MOST_SOURCE` bytes."""
+    found, size = set(), 0
+    for place, _, names in os.walk(folder):
+        for path in (Path(place) / name for name in names if name.endswith(".py")):
+            found.add(path)
+            size += path.stat().st_size
+        if size > MOST_SOURCE:
+            return None
+    return found
 
 
 def _with_neighbours(file: Path) -> set[Path]:

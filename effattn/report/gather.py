@@ -139,9 +139,9 @@ def gather(
     found: dict[Key, Verdict] = {}
     origins: dict[Key, int] = {}
     for number, folder in enumerate(folders):
-        for record in store.read_records(folder, damaged):
-            found[record.key] = Verdict.from_dict(record.verdict)
-            origins[record.key] = number
+        for key, verdict in store.read_judged(folder, damaged):
+            found[key] = verdict
+            origins[key] = number
     if not found:
         names = ", ".join(str(folder) for folder in folders)
         raise RequestError(f"there is no verdict in {names}; a report needs at least one")
@@ -161,7 +161,7 @@ def gather(
         damaged=damaged,
     )
     if against is not None:
-        material.difference = catalog.compare(catalog.verdicts_by_case(against), found)
+        material.difference = catalog.compare(catalog.verdicts_by_case(against, damaged), found)
         material.against = str(against)
         if not material.difference.both:
             raise RequestError(
@@ -174,7 +174,8 @@ def gather(
         facts = [facts for _, facts in material.runs]
         material.beside = beside.compare(baseline, list(zip(facts, members, strict=True)))
     material.studies = [read_study(folder, number) for number, folder in enumerate(studies)]
-    material.damaged += [damage for study in material.studies for damage in study.damaged]
+    damaged += [damage for study in material.studies for damage in study.damaged]
+    material.damaged = list(dict.fromkeys(damaged))  # a run may be reported on and part of the history
     return material
 
 
@@ -382,7 +383,7 @@ def pairs(material: Material) -> tuple[str, list[dict[str, Any]]]:
 
 def moments(folder: Path, damaged: list[Damage] | None = None) -> list[Moment]:
     """Each method and dtype of each run in a folder, the oldest first, with the first bad one of each line marked. `damaged`
-    takes the runs that this effattn cannot read, which are left out; without it, such a run is an error.
+    takes what cannot be read, runs and lines, which is left out; without it, a run that cannot be read is an error.
 
     Raises:
         RequestError: there is no such folder, or no run in it.
@@ -393,9 +394,9 @@ def moments(folder: Path, damaged: list[Damage] | None = None) -> list[Moment]:
     found: list[Moment] = []
     good: dict[tuple[str, str], bool] = {}
     for run in runs:
-        provenance = store.read_provenance(run)
+        provenance = store.read_provenance(run, [])
         where = provenance.get("working_directory") or {}
-        verdicts = list(store.read_verdicts(run, []))
+        verdicts = list(store.read_verdicts(run, [] if damaged is None else damaged))
         broken = Counter((v.method, v.case.dtype) for v in verdicts if v.law and summary.failed(v.outcome))
         compared = [v for v in verdicts if v.law is None]
         for row in summary.rows(compared, by=lambda v: (v.method, v.case.dtype)):

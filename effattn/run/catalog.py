@@ -49,7 +49,7 @@ class Entry:
 
 def entry(folder: Path) -> Entry:
     """One run. Raises RequestError where the folder is none."""
-    provenance = store.read_provenance(folder)
+    provenance = store.read_provenance(folder, [])
     damaged: list[Damage] = []
     contents: list[str] = []
     outcomes: Counter[str] = Counter()
@@ -61,7 +61,7 @@ def entry(folder: Path) -> Entry:
     return Entry(
         folder=folder,
         id=records.identity(iter(contents)),
-        kind=str(provenance.get("kind_of_run", "gate")),
+        kind=str(provenance.get("kind_of_run", "")),
         started=str(provenance.get("started", "")),
         recorded=len(contents),
         expected=provenance.get("cases"),
@@ -87,9 +87,9 @@ def runs_in(folder: Path, damaged: list[Damage] | None = None) -> list[Path]:
     if not folder.is_dir():
         raise RequestError(f"there is no folder {str(folder)!r}; expected one that has run folders in it")
     started: dict[Path, str] = {}
-    for run in sorted(inner for inner in folder.iterdir() if store.is_run(inner)):
+    for run in sorted(inner for inner in folder.iterdir() if store.holds_run(inner)):
         try:
-            started[run] = str(store.read_provenance(run).get("started", ""))
+            started[run] = str(store.read_provenance(run, []).get("started", ""))
         except RequestError as error:
             if damaged is None:
                 raise
@@ -104,7 +104,7 @@ def resolve(given: str, among: Path = store.DEFAULT_FOLDER) -> Path:
         RequestError: none, or more than one, is meant.
     """
     for path in (Path(given), among / given):
-        if store.is_run(path):
+        if store.holds_run(path):
             return path
     found: list[Path] = []
     if len(given) >= 4 and all(c in "0123456789abcdef" for c in given) and among.is_dir():
@@ -168,9 +168,9 @@ def fraction(verdict: Verdict) -> float | None:
     return max((math.inf if math.isnan(x) else x for x in known), default=None)
 
 
-def verdicts_by_case(folder: Path) -> dict[Key, Verdict]:
-    """The verdicts of a run by what was judged."""
-    return {record.key: Verdict.from_dict(record.verdict) for record in store.read_records(folder, [])}
+def verdicts_by_case(folder: Path, damaged: list[Damage] | None = None) -> dict[Key, Verdict]:
+    """The verdicts of a run by what was judged; `damaged` takes what cannot be read, which is left out in any case."""
+    return dict(store.read_judged(folder, [] if damaged is None else damaged))
 
 
 def compare(
@@ -220,5 +220,5 @@ def _sort_in(result: Difference, change: Change) -> None:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """The provenance of a run with its identity."""
-    return {"id": store.content_id(folder), **store.read_provenance(folder)}
+    """The provenance of a run with its identity; a damaged one has little more than that."""
+    return {"id": store.content_id(folder), **store.read_provenance(folder, [])}

@@ -22,7 +22,8 @@ from effattn.run.records import Appender, encode
 WORK = "work"
 SESSION = "session"
 
-_appenders: dict[tuple[int, str], Appender] = {}
+#: run folder -> process, session, and the file that is theirs
+_appenders: dict[str, tuple[int, str, Appender]] = {}
 
 
 def run(
@@ -59,7 +60,7 @@ def run(
         return {"refused": "the sweep is over"}
     except OSError as error:
         raise _unwritable(folder, error) from error
-    out = _appender(folder)
+    out = _appender(folder, session)
     judging = 0.0
     # Whoever resumes a sweep waits for this lock, so nobody reads a file that is still growing.
     fcntl.flock(out.descriptor, fcntl.LOCK_EX)
@@ -77,15 +78,25 @@ def run(
     return {"cases": len(items), "seconds": time.perf_counter() - started, "judging": judging}
 
 
-def _appender(folder: str) -> Appender:
-    key = (os.getpid(), folder)  # a fork has a file of its own
-    if key not in _appenders:
-        name = f"verdicts-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
-        try:
-            _appenders[key] = Appender(Path(folder) / name)
-        except OSError as error:
-            raise _unwritable(folder, error) from error
-    return _appenders[key]
+def _appender(folder: str, session: str) -> Appender:
+    """The file of this process in the folder.
+
+    A fork has a file of its own. So has each session: workers of Dask outlive a sweep, and the next one in the folder may
+    have removed the files of the one before.
+    """
+    pid = os.getpid()
+    known = _appenders.get(folder)
+    if known is not None and known[:2] == (pid, session):
+        return known[2]
+    name = f"verdicts-{socket.gethostname()}-{pid}-{uuid.uuid4().hex[:8]}.jsonl"
+    try:
+        made = Appender(Path(folder) / name)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    if known is not None:
+        known[2].close()
+    _appenders[folder] = pid, session, made
+    return made
 
 
 def _unwritable(folder: str, error: OSError) -> RequestError:

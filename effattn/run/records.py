@@ -83,6 +83,11 @@ def body_of(line: bytes) -> bytes:
     return body
 
 
+def has_form(line: bytes) -> bool:
+    """Whether a line begins as a record does, damaged or not."""
+    return line.startswith(_FRONT)
+
+
 def decode(line: bytes) -> Record:
     """The record of a line. Raises ValueError, in words, where it is damaged."""
     return record_of(json.loads(body_of(line)))

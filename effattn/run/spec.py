@@ -22,6 +22,7 @@ import json
 import math
 import random
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -91,7 +92,7 @@ class Spec:
         for axis in reversed(_AXES):
             items = getattr(self, axis)
             if self.mode == "zip":
-                chosen[axis] = items[number if len(items) > 1 else 0]
+                chosen[axis] = _item(items, number)
             else:
                 number, place = divmod(number, len(items))
                 chosen[axis] = items[place]
@@ -151,6 +152,10 @@ def parse(data: Mapping[str, Any]) -> Spec:
     for key in ("samples", "seed"):
         if key in data and mode != "random":
             raise RequestError(f"{key!r} is for mode 'random', and the mode is {mode!r}; remove one of them")
+    if mode == "random" and "samples" not in data:
+        raise RequestError(
+            "'samples' is missing, which mode 'random' needs: how many of the combinations to run; write, say, samples = 1000"
+        )
     spec = Spec(
         methods=_texts(data, "methods"),
         dtypes=_dtypes(data),
@@ -163,6 +168,7 @@ def parse(data: Mapping[str, Any]) -> Spec:
         seed=_count(data, "seed", 0),
     )
     _check_size(spec)
+    _check_repeats(spec)
     _check_combinations(spec)
     return spec
 
@@ -170,7 +176,7 @@ def parse(data: Mapping[str, Any]) -> Spec:
 def _check_size(spec: Spec) -> None:
     if spec.mode == "random" and not 1 <= spec.samples <= spec.product:
         raise RequestError(
-            f"samples {spec.samples}; expected 1 to {spec.product:,}, the number of combinations there are"
+            f"samples = {spec.samples}; expected 1 to {spec.product:,}, the number of combinations there are"
         )
     if spec.mode == "zip":
         lengths = {axis: len(getattr(spec, axis)) for axis in _AXES}
@@ -182,6 +188,33 @@ def _check_size(spec: Spec) -> None:
         raise RequestError(
             f'{spec.count:,} cases ({how}); at most {MOST_CASES:,} are run. Take fewer, or mode = "random" with samples'
         )
+
+
+def _check_repeats(spec: Spec) -> None:
+    """Refuse what is given twice: each case is recorded once, so the second would add nothing."""
+    if spec.mode == "zip":
+        seen: dict[str, int] = {}
+        for number in range(min(spec.count, MOST_TRIED)):
+            row = json.dumps([_item(getattr(spec, axis), number) for axis in _AXES], sort_keys=True)
+            if row in seen:
+                raise RequestError(
+                    f"items {seen[row] + 1} and {number + 1} of the lists are the same case; expected each once"
+                )
+            seen[row] = number
+        return
+    for axis in _AXES:
+        items = getattr(spec, axis)
+        if isinstance(items, range):
+            continue
+        counted = Counter(json.dumps(item, sort_keys=True) for item in items)
+        for item in items:
+            if (times := counted[json.dumps(item, sort_keys=True)]) > 1:
+                raise RequestError(f"{axis} has {item!r} {times} times; expected it once")
+
+
+def _item(items: Sequence[Any], number: int) -> Any:
+    """What `zip` takes of a list for one number."""
+    return items[number if len(items) > 1 else 0]
 
 
 def _check_combinations(spec: Spec) -> None:
@@ -214,8 +247,6 @@ def _texts(data: Mapping[str, Any], key: str) -> tuple[str, ...]:
     for item in given:
         if not isinstance(item, str) or not item:
             raise RequestError(f"{key} has {item!r}; expected texts")
-        if given.count(item) > 1 and data.get("mode") != "zip":
-            raise RequestError(f"{key} has {item!r} {given.count(item)} times; expected it once")
     return tuple(given)
 
 

@@ -14,6 +14,7 @@ lines are named and left out, the rest is read.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -40,6 +41,8 @@ ALL_VERDICTS = "verdicts*.jsonl"
 PROVENANCE = "provenance.json"
 SUMMARY = "summary.md"
 CASES = "cases"
+#: Held by the supervisor of a sweep while it runs (`effattn.run.sweep`).
+LOCK = "lock"
 
 
 class RunWriter:
@@ -134,10 +137,10 @@ class RunWriter:
         if folder.exists() and not folder.is_dir():
             raise RequestError(f"{str(folder)!r} is a file; expected a folder for the run")
         if folder.is_dir() and any(folder.iterdir()):
-            if not is_run(folder):
+            check_replaceable(folder)
+            if is_locked(folder):
                 raise RequestError(
-                    f"the folder {str(folder)!r} holds something other than an effattn run, which is never "
-                    "overwritten; name an empty or a new folder with --out"
+                    f"a sweep is writing into {str(folder)!r}; wait for it, or name another folder with --out"
                 )
             if not self._overwrite:
                 raise RequestError(
@@ -174,6 +177,32 @@ class RunWriter:
                 parent.rmdir()
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raise RequestError where a folder that is not empty is no run folder, whose content is then nobody's to remove."""
+    if is_run(folder):
+        return
+    damage = provenance_damage(folder)
+    why = "something other than an effattn run" if damage is None else f"what may be a run ({damage})"
+    raise RequestError(
+        f"the folder {str(folder)!r} holds {why}, which is never overwritten; name an empty or a new folder with --out"
+    )
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a sweep is writing into the folder."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def is_run(folder: Path) -> bool:
     """True where the folder is a run folder."""
     try:
@@ -183,16 +212,59 @@ def is_run(folder: Path) -> bool:
     return isinstance(described, dict) and described.get("kind") == KIND
 
 
-def read_provenance(folder: Path) -> dict[str, Any]:
+def provenance_damage(folder: Path) -> Damage | None:
+    """What is wrong with the provenance of a folder that holds verdicts; None where nothing is, or it is no run at all."""
+    file = folder / PROVENANCE
+    try:
+        text = file.read_bytes()
+    except OSError:
+        return None
+    if not verdict_files(folder):
+        return None
+    try:
+        json.loads(text)
+    except ValueError as error:
+        what = (
+            f"it is no JSON, at byte {error.pos}"
+            if isinstance(error, json.JSONDecodeError)
+            else "it is no text"
+        )
+        if not text.strip():
+            what = "it is empty"
+        return Damage(
+            file,
+            0,
+            f"{what}, so it was cut off or changed. Where the run comes from is not known; its verdicts are kept and read",
+        )
+    return None
+
+
+def holds_run(folder: Path) -> bool:
+    """True where there are verdicts to read: in a run folder, and in one whose provenance is damaged."""
+    return is_run(folder) or provenance_damage(folder) is not None
+
+
+def read_provenance(folder: Path, damaged: list[Damage] | None = None) -> dict[str, Any]:
     """The provenance of a run, brought forward to the current schema.
 
+    Args:
+        folder: the run.
+        damaged: takes a provenance that is damaged; then only the schema is given, as the verdicts show it. Without it, a
+            damaged one is an error.
+
     Raises:
-        RequestError: the folder is no run, or one of a newer schema.
+        RequestError: the folder is no run, or one of a newer schema; the provenance is damaged and `damaged` is None.
     """
     if not is_run(folder):
-        raise RequestError(
-            f"{str(folder)!r} is not a run folder: expected one that `effattn gate` or `effattn sweep` wrote"
-        )
+        damage = provenance_damage(folder)
+        if damage is None:
+            raise RequestError(
+                f"{str(folder)!r} is not a run folder: expected one that `effattn gate` or `effattn sweep` wrote"
+            )
+        if damaged is None:
+            raise RequestError(str(damage))
+        damaged.append(damage)
+        return migrate.provenance({"kind": KIND, "schema": _schema_of_lines(folder)})
     provenance: dict[str, Any] = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     schema = provenance.get("schema")
     if isinstance(schema, bool) or not isinstance(schema, int) or not 1 <= schema <= migrate.SCHEMA:
@@ -201,6 +273,14 @@ def read_provenance(folder: Path) -> dict[str, Any]:
             "update effattn"
         )
     return migrate.provenance(provenance)
+
+
+def _schema_of_lines(folder: Path) -> int:
+    """The schema that the first line was written with, for a run whose provenance does not tell."""
+    for file in verdict_files(folder):
+        for line in records.lines(file):
+            return migrate.SCHEMA if records.has_form(line) else 1
+    return migrate.SCHEMA
 
 
 def verdict_files(folder: Path) -> list[Path]:
@@ -213,12 +293,12 @@ def read_records(folder: Path, damaged: list[Damage] | None = None) -> Iterator[
 
     Args:
         folder: the run.
-        damaged: takes the damaged lines, which are left out; without it, the first is an error.
+        damaged: takes the damaged lines, which are left out, and a damaged provenance; without it, the first is an error.
 
     Raises:
         RequestError: the folder is no run, a file cannot be read, or a line is damaged and `damaged` is None.
     """
-    schema = read_provenance(folder)["written_as"]
+    schema = read_provenance(folder, damaged)["written_as"]
     seen: set[Key] = set()
     for file in verdict_files(folder):
         try:
@@ -241,11 +321,17 @@ def read_records(folder: Path, damaged: list[Damage] | None = None) -> Iterator[
 
 def read_verdicts(folder: Path, damaged: list[Damage] | None = None) -> Iterator[Verdict]:
     """The verdicts of a run; arguments and errors as those of `read_records`."""
+    for _, verdict in read_judged(folder, damaged):
+        yield verdict
+
+
+def read_judged(folder: Path, damaged: list[Damage] | None = None) -> Iterator[tuple[Key, Verdict]]:
+    """What was judged, and the verdict, of each record of a run; arguments and errors as those of `read_records`."""
     from effattn.verdict import Verdict
 
     for record in read_records(folder, damaged):
         try:
-            yield Verdict.from_dict(record.verdict)
+            yield record.key, Verdict.from_dict(record.verdict)
         except RequestError as error:
             damage = Damage(folder, 0, f"the verdict on case {record.key.case_id}: {error}")
             if damaged is None:
@@ -291,12 +377,12 @@ def find_case(name: str, folder: Path) -> Case:
 
 def newest_run(folder: Path = DEFAULT_FOLDER) -> Path:
     """The newest run in a folder of runs. Raises `RequestError` where there is none."""
-    runs = [entry for entry in folder.iterdir() if is_run(entry)] if folder.is_dir() else []
+    runs = [entry for entry in folder.iterdir() if holds_run(entry)] if folder.is_dir() else []
     if not runs:
         raise RequestError(
             f"there is no run in {str(folder)!r} to look the case up in; name a run folder with --run"
         )
-    return max(runs, key=lambda run: (str(read_provenance(run).get("started", "")), run.name))
+    return max(runs, key=lambda run: (str(read_provenance(run, []).get("started", "")), run.name))
 
 
 def default_folder(*, method: str, started: str) -> Path:

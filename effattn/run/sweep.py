@@ -5,7 +5,7 @@ file of that worker's own; the supervisor writes only the verdicts on cases that
 in the run folder:
 
     provenance.json    which specification, digests of the methods' sources, started, and at the end ended
-    lock               held by the supervisor: a second one in the same folder is refused
+    lock               held by the supervisor (`store.LOCK`): a second one in the same folder is refused
     work/              the session and the chunks that were begun (`effattn.run.chunk`); gone at the end
 
 Chunks run in order, so the first case of a chunk that has no verdict when its worker has died is the one it died over.
@@ -45,7 +45,7 @@ MOST_IN_CHUNK = 256
 AHEAD = 2
 #: Deaths after which a case gets the verdict. One by its own fault would do; a kill from outside may be bad luck.
 MOST_DEATHS = 3
-LOCK = "lock"
+LOCK = store.LOCK
 PROVENANCE = store.PROVENANCE
 
 Item = tuple[str, "Case"]
@@ -93,6 +93,8 @@ class Result:
     #: verdicts that were there before, and that this call added
     resumed: int
     added: int
+    #: combinations that are the same case as another, which was run once
+    same: int
     #: lines that were damaged, whose cases have been run again
     damaged: list[Damage]
     #: seconds in which workers were judging, and in which they were busy
@@ -112,6 +114,8 @@ class Sweep:
 
     Args:
         folder: where it is recorded: new, empty, or that of the same sweep, which is then resumed.
+        overwrite: begin anew where the folder holds a run, of whatever kind. It goes when the methods have loaded and not
+            before; a folder that holds anything else is refused in any case.
         spec: what to run.
         device: where the methods run.
         time_limit: seconds for one case.
@@ -129,6 +133,7 @@ class Sweep:
         device: str = "cpu",
         time_limit: float = isolation.TIME_LIMIT,
         provenance: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
     ) -> None:
         self.folder, self.spec, self.device, self.time_limit = folder.absolute(), spec, device, time_limit
         self._provenance = dict(provenance or {})
@@ -139,45 +144,59 @@ class Sweep:
         self._lock = -1
         self._own: records.Appender | None = None
         try:
-            self._take()
-        except OSError as error:
-            self.close()
-            raise RequestError(
-                f"cannot write the run folder {str(folder)!r}: {error.strerror or error}. "
-                "Name a folder that can be written with --out"
-            ) from error
+            with self._writing():
+                self._take(overwrite)
         except BaseException:
             self.close()
             raise
 
-    def _take(self) -> None:
-        folder = self.folder
-        if (
-            folder.is_dir()
-            and any(folder.iterdir())
-            and not store.is_run(folder)
-            and not (folder / LOCK).exists()
-        ):
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
             raise RequestError(
-                f"the folder {str(folder)!r} holds something other than an effattn run; name an empty or a new "
-                "folder with --out"
-            )
+                f"cannot write the run folder {str(self.folder)!r}: {error.strerror or error}. "
+                "Name a folder that can be written with --out"
+            ) from error
+
+    def _take(self, overwrite: bool) -> None:
+        folder = self.folder
+        # These alone are what a sweep leaves that was killed before it began.
+        if folder.is_dir() and {entry.name for entry in folder.iterdir()} - {LOCK, f".{PROVENANCE}.tmp"}:
+            store.check_replaceable(folder)
         if folder.exists() and not folder.is_dir():
             raise RequestError(f"{str(folder)!r} is a file; expected a folder for the run")
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = _locked(folder / LOCK)
         except BlockingIOError:
             raise RequestError(
                 f"another sweep is writing into {str(folder)!r}; wait for it, or name another folder with --out"
             ) from None
-        if store.is_run(folder):
+        #: whether a run is there that is to go
+        self._anew = overwrite and store.is_run(folder)
+        if not self._anew:
+            self._begin()
+
+    def _remove_run(self) -> None:
+        """Empty the folder. The provenance stays, since it says what the folder is, until another takes its place."""
+        for entry in self.folder.iterdir():
+            if entry.name in (LOCK, PROVENANCE):
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+    def _begin(self) -> None:
+        folder = self.folder
+        if store.is_run(folder) and not self._anew:
             found = store.read_provenance(folder)
             if found.get("sweep") != self.spec.id or found.get("device") != self.device:
                 raise RequestError(
                     f"the folder {str(folder)!r} holds another run ({found.get('command', 'of unknown origin')}); two "
-                    "runs are never mixed. Name another folder with --out"
+                    "runs are never mixed. Name another folder with --out, or replace that run with --overwrite"
                 )
             self._provenance["resumed"] = [*found.get("resumed", []), self._provenance.get("started")]
             self._provenance["started"] = found.get("started")
@@ -245,6 +264,10 @@ class Sweep:
                 folder cannot be written. What is recorded is kept.
         """
         names = self._load_methods(executor)
+        if self._anew:
+            with self._writing():
+                self._remove_run()
+                self._begin()
         done = {record.key: None for record in store.read_records(self.folder, self.damaged)}
         self._check_sources(executor, {key.spec for key in done})
         resumed = len(done)
@@ -295,8 +318,8 @@ class Sweep:
             shutil.rmtree(self.folder / chunk.WORK, ignore_errors=True)
             raise RequestError(
                 f"{' and '.join(map(repr, edited))} was edited since its verdicts in {str(self.folder)!r} were recorded;"
-                " verdicts of two versions are never mixed. Name another folder with --out, delete this one, or undo the"
-                " edit"
+                " verdicts of two versions are never mixed. Name another folder with --out, begin anew with --overwrite, or"
+                " undo the edit"
             )
         self._write_provenance(sources=sources)
 
@@ -330,7 +353,14 @@ class Sweep:
             if not file.stat().st_size:
                 file.unlink()
         result = Result(
-            self.folder, tallies, resumed, recorded - resumed, self.damaged, state.judging, state.busy
+            folder=self.folder,
+            tallies=tallies,
+            resumed=resumed,
+            added=recorded - resumed,
+            same=max(0, self.spec.count - recorded),
+            damaged=self.damaged,
+            judging=state.judging,
+            busy=state.busy,
         )
         self._write_provenance(
             ended=provenance.now(),
@@ -361,6 +391,21 @@ class Sweep:
     def session(self) -> str:
         """What tells this supervisor's chunks from those of another."""
         return self._session
+
+
+def _locked(file: Path) -> int:
+    """A descriptor of the lock, which is held. Raises BlockingIOError where another holds it."""
+    while True:
+        descriptor = os.open(file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one who had it may have removed it since it was opened here; the next would then make another.
+            if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
 class _State:

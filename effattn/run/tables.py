@@ -4,14 +4,17 @@ The Parquet file has what a table of verdicts is asked about, and stays small: 3
 The records stay what they are. DuckDB (extra `report`) reads and writes it.
 
 A query runs on a connection that can change nothing: one SELECT, no files but the runs' own tables, and settings that
-can not be changed back.
+can not be changed back. What it may take of time, memory and disk is limited.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import json
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +22,24 @@ from typing import TYPE_CHECKING, Any
 
 from effattn.errors import RequestError
 from effattn.run import records, store
+from effattn.run.records import Damage
 
 if TYPE_CHECKING:
     import duckdb
 
-    from effattn.run.records import Damage
-
 PARQUET = "verdicts.parquet"
 #: What DuckDB may use; a compaction spills to the disk beyond that.
 MEMORY = "600MB"
+#: What DuckDB may write beside that for a while.
+SPILL = "4GB"
+#: Seconds that a query may take.
+TIMEOUT = 60.0
+#: Rows that are answered at most; they are held in memory.
+MOST_ROWS = 1_000_000
+#: Rows that are fetched at once.
+_FETCHED = 10_000
+#: Damages that a Parquet file tells of.
+_MOST_DAMAGES = 100
 
 _QUANTITY = (
     "STRUCT(name VARCHAR, count BIGINT, set_aside BIGINT, fraction VARCHAR, bit_equal VARCHAR, ulp_p50 VARCHAR,"
@@ -123,7 +135,7 @@ def compact(folder: Path, *, into: Path | None = None) -> Compacted:
             connection.execute(
                 f"COPY ({_select(source)} ORDER BY spec, dtype, outcome)"
                 f" TO {_text(made)} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 60000,"
-                f" KV_METADATA {{'effattn_sizes': {_text(_sizes(folder))}}})"
+                f" KV_METADATA {{'effattn_sizes': {_text(_sizes(folder))}, 'effattn_damaged': {_text(_told(damaged))}}})"
             )
             size = made.stat().st_size
             made.replace(target)
@@ -136,7 +148,8 @@ def compact(folder: Path, *, into: Path | None = None) -> Compacted:
 
 def _whole(folder: Path, scratch: Path, damaged: list[Damage]) -> tuple[list[Path], int]:
     """Files that have each good record once, and how many: the run's own, or a copy where those have anything else."""
-    schema = store.read_provenance(folder)["written_as"]
+    found: list[Damage] = []
+    schema = store.read_provenance(folder, found)["written_as"]
     files = store.verdict_files(folder)
     if schema == store.migrate.SCHEMA and len(files) == 1:
         rows, good = 0, True
@@ -148,6 +161,7 @@ def _whole(folder: Path, scratch: Path, damaged: list[Damage]) -> tuple[list[Pat
                 break
             rows += 1
         if good:
+            damaged += found
             return files, rows
     copy, rows = scratch / "whole.jsonl", 0
     with copy.open("w", encoding="utf-8") as out:
@@ -164,17 +178,34 @@ def _sizes(folder: Path) -> str:
     return ";".join(f"{file.name}={file.stat().st_size}" for file in store.verdict_files(folder))
 
 
+def _told(damaged: Sequence[Damage]) -> str:
+    """Damages as text that a Parquet file keeps."""
+    told = [[damage.file.name, damage.line, damage.reason] for damage in damaged[:_MOST_DAMAGES]]
+    if len(damaged) > _MOST_DAMAGES:
+        told.append(["", 0, f"{len(damaged) - _MOST_DAMAGES} more lines are damaged"])
+    return json.dumps(told)
+
+
 @contextlib.contextmanager
-def opened(folders: Sequence[Path]) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection with the view `verdicts` of the runs, a column `run` added, that can change nothing any more."""
+def opened(
+    folders: Sequence[Path], damaged: list[Damage] | None = None
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection with the view `verdicts` of the runs, a column `run` added, that can change nothing any more.
+
+    `damaged` takes what of the runs could not be read, which is left out.
+    """
     with tempfile.TemporaryDirectory(prefix="effattn-") as scratch, _connect(Path(scratch)) as connection:
         files: list[tuple[str, Path]] = []
         for number, folder in enumerate(folders):
             file = folder / PARQUET
-            if not _fresh(connection, folder):
+            left_out = _fresh(connection, folder)
+            if left_out is None:
                 writable = os.access(folder, os.W_OK)
-                file = compact(folder, into=None if writable else Path(scratch) / f"{number}.parquet").file
+                made = compact(folder, into=None if writable else Path(scratch) / f"{number}.parquet")
+                file, left_out = made.file, made.damaged
             files.append((str(folder), file))
+            if damaged is not None:
+                damaged += left_out
         union = " UNION ALL ".join(
             f"SELECT {_text(name)} AS run, * FROM read_parquet({_text(file)})" for name, file in files
         )
@@ -186,51 +217,95 @@ def opened(folders: Sequence[Path]) -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 def query(
-    sql: str, folders: Sequence[Path], *, most: int | None = None
+    sql: str,
+    folders: Sequence[Path],
+    *,
+    most: int = MOST_ROWS,
+    timeout: float = TIMEOUT,
+    damaged: list[Damage] | None = None,
 ) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Answer one SELECT about the view `verdicts`: names of the columns, and rows.
 
     Args:
         sql: the statement.
         folders: the runs.
-        most: rows that are fetched; all if None.
+        most: rows that are answered at most.
+        timeout: seconds that it may take; what makes the tables before it does not count.
+        damaged: takes what of the runs could not be read, which is left out.
 
     Raises:
-        RequestError: it is no SELECT, it is wrong, or it asks for anything outside of the runs.
+        RequestError: it is no SELECT, it is wrong, it asks for anything outside of the runs, it takes longer than `timeout`
+            or more memory or disk than there is for it, or its answer has more than `most` rows.
     """
-    with opened(folders) as connection:
+    with opened(folders, damaged) as connection:
         import duckdb
 
         try:
             statements = connection.extract_statements(sql)
             if len(statements) != 1:
                 raise RequestError(f"{len(statements)} statements; expected one SELECT")
-            if statements[0].type not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
+            # Not EXPLAIN either: EXPLAIN ANALYZE executes what it explains, a COPY over the runs' tables, say.
+            if statements[0].type != duckdb.StatementType.SELECT:
                 raise RequestError(
                     f"a statement of the kind {statements[0].type.name}; expected a SELECT, since runs are only read"
                 )
-            answer = connection.execute(statements[0])
-            names = [column[0] for column in answer.description or []]
-            rows = answer.fetchall() if most is None else answer.fetchmany(most)
+            return _answer(connection, statements[0], most, timeout)
         except duckdb.Error as error:
             raise RequestError(f"the query failed: {error}") from error
-    return names, rows
 
 
-def _fresh(connection: duckdb.DuckDBPyConnection, folder: Path) -> bool:
+def _answer(
+    connection: duckdb.DuckDBPyConnection, statement: duckdb.Statement, most: int, timeout: float
+) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Execute in a thread, so that this one can end it: DuckDB looks neither at a clock nor for Ctrl-C."""
+    over = threading.Event()
+
+    def work() -> tuple[list[str], list[tuple[Any, ...]]]:
+        answer = connection.execute(statement)
+        rows: list[tuple[Any, ...]] = []
+        while not over.is_set() and (more := answer.fetchmany(_FETCHED)):
+            rows += more
+            if len(rows) > most:
+                raise RequestError(
+                    f"the query has more than {most:,} rows; add LIMIT, or add them up with GROUP BY"
+                )
+        return [column[0] for column in answer.description or []], rows
+
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        working = threads.submit(work)
+        try:
+            return working.result(timeout)
+        except TimeoutError:
+            raise RequestError(
+                f"the query was not done after {timeout:g} s and was ended; narrow it with WHERE or LIMIT, or give it longer "
+                "with --timeout"
+            ) from None
+        finally:
+            over.set()
+            while not working.done():  # what interrupts a query that has not quite begun is lost
+                connection.interrupt()
+                concurrent.futures.wait([working], 0.1)
+
+
+def _fresh(connection: duckdb.DuckDBPyConnection, folder: Path) -> list[Damage] | None:
+    """What could not be read of the run when its Parquet file was made; None where that is not of what is there now."""
     import duckdb
 
     file = folder / PARQUET
-    store.read_provenance(folder)
+    store.read_provenance(folder, [])
     if not file.is_file():
-        return False
+        return None
     try:
-        found = connection.execute(
-            f"SELECT decode(value) FROM parquet_kv_metadata({_text(file)}) WHERE decode(key) = 'effattn_sizes'"
-        ).fetchone()
-    except duckdb.Error:
-        return False  # damaged, or not ours; it is made anew from the records
-    return found is not None and found[0] == _sizes(folder)
+        found = dict(
+            connection.execute(
+                f"SELECT decode(key), decode(value) FROM parquet_kv_metadata({_text(file)})"
+            ).fetchall()
+        )
+        told = json.loads(found["effattn_damaged"])
+        damaged = [Damage(folder / name, line, reason) for name, line, reason in told]
+    except (duckdb.Error, KeyError, ValueError, TypeError):
+        return None  # damaged, not ours, or older; it is made anew from the records
+    return damaged if found.get("effattn_sizes") == _sizes(folder) else None
 
 
 def _connect(scratch: Path) -> duckdb.DuckDBPyConnection:
@@ -245,6 +320,7 @@ def _connect(scratch: Path) -> duckdb.DuckDBPyConnection:
         config={
             "memory_limit": MEMORY,
             "temp_directory": str(scratch),
+            "max_temp_directory_size": SPILL,
             "autoinstall_known_extensions": False,
         },
     )
