@@ -18,6 +18,7 @@ _PUBLIC: dict[str, str] = {
     "NotSupported": "effattn.errors",
     "method": "effattn.methods.declare",
     "check": "effattn.laws",
+    "check_approximation": "effattn.approximation",
     "parametrize_with_laws": "effattn.laws",
 }
 

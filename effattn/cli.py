@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from effattn import cli_baseline, cli_certify, cli_lists, cli_progress, cli_report, cli_runs, cli_sweep
+from effattn import (
+    cli_approximation,
+    cli_baseline,
+    cli_certify,
+    cli_lists,
+    cli_progress,
+    cli_report,
+    cli_runs,
+    cli_sweep,
+)
 from effattn.errors import RequestError
 from effattn.study.cli import study
 
@@ -459,6 +468,7 @@ def cpu(
 
 
 cli.add_command(study)
+cli.add_command(cli_approximation.approximation)
 
 
 @cli.command()

@@ -15,7 +15,18 @@ from effattn.errors import RequestError
 from effattn.report import text
 from effattn.run import provenance
 from effattn.run import store as runs
-from effattn.study import complexity, inverse, linformer, model, performer, plans, probe, results, traffic
+from effattn.study import (
+    complexity,
+    inverse,
+    linformer,
+    model,
+    own,
+    performer,
+    plans,
+    probe,
+    results,
+    traffic,
+)
 from effattn.study.engine import Job, Measure, Row, Store
 
 #: name -> one line
@@ -104,10 +115,11 @@ def _inverse(
     folder = folder if named else folder.with_name(f"{folder.name}-inverse")
     known = performer.METHODS if name == "performer" else linformer.METHODS
     # Baselines and divergences would take most of the time, and the answer has neither.
-    jobs = [job for job in plans.jobs(plan) if job.point.part == "error" and job.point.method in known]
-    measure = partial(_MEASURES[name], seed=plan.seed)
-    if name == "performer":
-        measure = partial(measure, divergence=False)
+    jobs = [
+        job for job in plans.jobs(plan)
+        if job.point.part == "error" and (job.point.method in known or own.is_own(job.point.method))
+    ]  # fmt: skip
+    measure = partial(_MEASURES[name], seed=plan.seed, divergence=False)
     kept = _open(folder, {**plan.request(), "question": "smallest size"}, plans.ERROR_COLUMNS)
     with _bar(len(jobs)) as progress:
         rows = kept.run(jobs, measure, progress)
@@ -143,8 +155,8 @@ def _answers(
             continue
         size = int(got.smallest.median)
         cost = probe.measure(
-            method=name if name == "linformer" or not where.causal else "performer, causal",
-            n=(n,), head_dim=where.head_dim, size=size,
+            method=_costs(name, curve.method, causal=where.causal),
+            n=(n,), head_dim=where.head_dim, size=size, causal=where.causal,
         )[0]  # fmt: skip
         low, high = (_whole(x, got.limit) for x in (got.smallest.low, got.smallest.high))
         spread = f" ({low} to {high})" if low != high else ""
@@ -156,6 +168,13 @@ def _answers(
     exact = probe.measure(method="standard", n=(n,), head_dim=where.head_dim, size=1)[0]
     lines.append(f"| exact | - | {text.seconds(exact['seconds'])} | {_bytes(exact['bytes'])} |")
     return lines
+
+
+def _costs(study: str, method: str, *, causal: bool) -> str:
+    """The name by which `probe` knows what is to be measured."""
+    if own.is_own(method):
+        return method
+    return "performer, causal" if study == "performer" and causal else study
 
 
 def _whole(size: float, limit: int) -> str:

@@ -24,7 +24,7 @@ from effattn.methods.linformer_projections import (
     mean_pooling,
     singular,
 )
-from effattn.study import measures
+from effattn.study import measures, own
 from effattn.study.performer import baseline
 from effattn.study.problems import Problem, problem
 
@@ -45,8 +45,8 @@ RANDOM = ("gaussian", "gaussian, E and F")
 FIT_STEPS = 60
 
 
-def measure(job: Job, *, seed: int) -> Mapping[str, float]:
-    """One draw: new inputs (unless real), new random projections."""
+def measure(job: Job, *, seed: int, divergence: bool = True) -> Mapping[str, float]:
+    """One draw: new inputs (unless real), new random projections. `divergence` of the weights: of a user's own."""
     point = job.point
     if point.part == "spectrum":
         return spectrum(job, seed=seed)
@@ -57,6 +57,8 @@ def measure(job: Job, *, seed: int) -> Mapping[str, float]:
     data = problem(job, seed=seed, half=1 if real else None)
     if point.part == "construction":
         return construction(job, data)
+    if own.is_own(point.method):
+        return own.measure(job, data, divergence=divergence)
     if point.method not in METHODS:
         return baseline(data, point.method, point.size, job)
     e, f = projections(job, data, seed=seed)

@@ -11,7 +11,7 @@ import torch
 from effattn import exact
 from effattn.methods.performer import performer_attention
 from effattn.methods.performer_features import draw_projections, feature_map, optimal_a, projections_for
-from effattn.study import measures, theory
+from effattn.study import measures, own, theory
 from effattn.study.problems import Problem, problem
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ def measure(job: Job, *, seed: int, divergence: bool = True) -> Mapping[str, flo
         return moments(job)
     data = problem(job, seed=seed)
     method, size = job.point.method, job.point.size
+    if own.is_own(method):
+        return own.measure(job, data, divergence=divergence)
     if method in METHODS:
         return _approximation(job, data, *METHODS[method], divergence=divergence)
     return baseline(data, method, size, job)

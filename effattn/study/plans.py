@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from effattn.errors import RequestError
-from effattn.study import linformer, performer
+from effattn.study import linformer, own, performer
 from effattn.study.engine import Job, Point
 from effattn.study.problems import FULL
 
@@ -42,7 +42,14 @@ class Plan:
         """What identifies the study in its folder. `draws` isn't part of it: more of them may be added."""
         from dataclasses import asdict
 
-        return {name: value for name, value in asdict(self).items() if name != "draws"}
+        from effattn.methods.load import source_digest
+
+        request = {name: value for name, value in asdict(self).items() if name != "draws"}
+        theirs = {
+            m: source_digest(m if ":" in m else f"{m}:attention") for m in self.methods if own.is_own(m)
+        }
+        # An edited approximation is another one.
+        return {**request, "sources": theirs} if theirs else request
 
 
 PROFILES: dict[str, dict[str, Plan]] = {
@@ -148,9 +155,12 @@ def _check(plan: Plan) -> None:
         raise RequestError("Linformer can't be causal: each of its slots is a sum over keys of all positions")
     known = performer.METHODS if plan.study == "performer" else linformer.METHODS
     for method in plan.methods:
-        if method not in known:
+        if own.is_own(method):
+            own.check(method, causal=plan.causal)
+        elif method not in known:
             raise RequestError(
-                f"unknown method {method!r} of study {plan.study}; expected some of: {'; '.join(known)}"
+                f"unknown method {method!r} of study {plan.study}; expected some of: {'; '.join(known)}; or"
+                " path/to/file.py with a function `attention` of your own"
             )
 
 
@@ -168,15 +178,17 @@ def _errors(plan: Plan) -> Iterator[Job]:
         for draw in range(plan.draws):
             for method, sizes in _methods(plan, setting.n):
                 # What neither inputs nor projections make random is measured once.
-                if (
-                    draw
-                    and real
-                    and not (plan.study == "performer" and method in performer.METHODS)
-                    and (method not in (*linformer.RANDOM, "shuffled V"))
-                ):
+                if draw and real and not _random(plan.study, method):
                     continue
                 for size in sizes:
                     yield Job(point=replace(setting, method=method, size=size), draw=draw)
+
+
+def _random(study: str, method: str) -> bool:
+    """Whether a method depends on a draw even where the inputs don't."""
+    if study == "performer" and method in performer.METHODS:
+        return True
+    return own.is_own(method) or method in (*linformer.RANDOM, "shuffled V")
 
 
 def _settings(plan: Plan) -> Iterator[Point]:

@@ -24,9 +24,16 @@ if TYPE_CHECKING:
 METHODS = ("standard", "flash", "linformer", "performer", "performer, causal")
 
 
-def measure(*, method: str, n: Sequence[int], head_dim: int, size: int) -> list[Mapping[str, float]]:
-    """Run the probe in a process of its own; one answer for each length. EffattnError with its last words if it fails."""
-    request: dict[str, Any] = {"method": method, "n": list(n), "head_dim": head_dim, "size": size}
+def measure(
+    *, method: str, n: Sequence[int], head_dim: int, size: int, causal: bool = False
+) -> list[Mapping[str, float]]:
+    """Run the probe in a process of its own; one answer for each length. EffattnError with its last words if it fails.
+
+    `causal` is for a method of the user's own; effattn's have it in their names.
+    """
+    request: dict[str, Any] = {
+        "method": method, "n": list(n), "head_dim": head_dim, "size": size, "causal": causal,
+    }  # fmt: skip
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
@@ -47,7 +54,9 @@ def measure(*, method: str, n: Sequence[int], head_dim: int, size: int) -> list[
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def attention(method: str, head_dim: int, size: int, n: int) -> Callable[..., torch.Tensor]:
+def attention(
+    method: str, head_dim: int, size: int, n: int, *, causal: bool = False
+) -> Callable[..., torch.Tensor]:
     """The function q, k, v (1, 1, n, head_dim) -> out that is measured."""
     import torch
 
@@ -55,6 +64,7 @@ def attention(method: str, head_dim: int, size: int, n: int) -> Callable[..., to
     from effattn.methods.linformer_projections import mean_pooling
     from effattn.methods.performer import performer_attention
     from effattn.methods.performer_features import draw_projections
+    from effattn.study import own
 
     if method == "standard":
         return lambda q, k, v: torch.softmax(q @ k.mT * head_dim**-0.5, -1) @ v
@@ -63,10 +73,12 @@ def attention(method: str, head_dim: int, size: int, n: int) -> Callable[..., to
     if method == "linformer":
         e = mean_pooling(size, n)
         return lambda q, k, v: linformer_attention(q, k, v, e)
+    if method not in METHODS:
+        subject = own.subject(method)
+        return lambda q, k, v: subject.attention(q, k, v, size=size, seed=0, causal=causal)
     generator = torch.Generator().manual_seed(0)
     omega = draw_projections(size, head_dim, generator=generator, partial=True)
-    causal = method == "performer, causal"
-    return lambda q, k, v: performer_attention(q, k, v, omega, causal=causal)
+    return lambda q, k, v: performer_attention(q, k, v, omega, causal=method == "performer, causal")
 
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -77,15 +89,15 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return methods.get("flash")(case, Inputs(q, k, v)).out
 
 
-def _probe(method: str, n: int, head_dim: int, size: int) -> dict[str, float]:
+def _probe(method: str, n: int, head_dim: int, size: int, causal: bool = False) -> dict[str, float]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 1, n, head_dim, generator=generator) for _ in range(3))
-    function = attention(method, head_dim, size, n)
+    function = attention(method, head_dim, size, n, causal=causal)
     with torch.no_grad():
-        # Compiles, fills caches; for Linformer the length is fixed.
-        short = n if method == "linformer" else min(n, 256)
+        # Compiles, fills caches; for Linformer, and perhaps for a user's own, the length is fixed.
+        short = min(n, 256) if method in METHODS and method != "linformer" else n
         function(q[:, :, :short], k[:, :, :short], v[:, :, :short])
         before = _resident()
         seconds = []
