@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -189,6 +190,7 @@ def test_cases_are_made_one_at_a_time() -> None:
         ({"seeds": {"count": 250_000_000_000}}, ["1,000,000,000,000 cases", "at most 10,000,000"]),
         ({"mode": "all"}, ["mode 'all'", "product, zip, random"]),
         ({"samples": 3}, ["'samples' is for mode 'random'"]),
+        ({"seed": 3}, ["'seed' is for mode 'random'"]),
         ({"seeds": [3, 1, 3]}, ["seeds has 3 2 times", "expected it once"]),
         ({"values": ["normal", "normal"], "mode": "random", "samples": 2}, ["values has 'normal' 2 times"]),
         ({"options": [{}, {}]}, ["options has {} 2 times"]),
@@ -490,6 +492,38 @@ def test_full_disk_stops_the_sweep_by_name_and_keeps_what_is_there(
     assert keys(folder / "run") == Counter(expected(wanted))
 
 
+class Filling(concurrent.futures.Executor):
+    """Runs everything here; when the first case has been judged, no file can grow beyond what the provenance has."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        if fn is chunk.run:
+            size = (self.folder / "provenance.json").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def test_disk_that_is_full_at_the_end_is_named_and_the_verdicts_are_kept(folder: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The provenance is larger than the files of verdicts will be, and cannot be written once more.
+    try:
+        with pytest.raises(
+            RequestError, match=r"cannot write the run folder.*File too large.*recorded is kept"
+        ):
+            run(folder / "run", small(), Filling(folder / "run"), provenance={"note": "x" * 100_000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert keys(folder / "run") == Counter(expected(small()))
+    assert "ended" not in store.read_provenance(folder / "run")
+    result = run(folder / "run", small(), Rerunning())
+    assert (result.resumed, result.added) == (12, 0)
+    assert store.read_provenance(folder / "run")["ended"]
+
+
 class Rerunning(concurrent.futures.Executor):
     """Runs everything here, and now and then what it has run already, as Dask does when it thinks a worker lost."""
 
@@ -510,6 +544,20 @@ def test_executor_that_runs_a_chunk_twice_records_it_once(folder: Path) -> None:
     result = run(folder / "run", small(), Rerunning())
     assert keys(folder / "run") == Counter(expected(small()))
     assert result.added == 12
+
+
+def test_worker_that_outlives_an_edit_judges_nothing(folder: Path) -> None:
+    """Workers of Dask live from sweep to sweep, and keep what they have loaded."""
+    run(folder / "run", small(), Rerunning())
+    was = (folder / "mine.py").read_text()
+    (folder / "mine.py").write_text(was.replace("return (scores", "return 2 * (scores"))
+    with pytest.raises(
+        RequestError, match=r"^'mine.py:right' was edited since a worker loaded it.*start the workers"
+    ):
+        run(folder / "run", small(), Rerunning(), overwrite=True)
+    assert not keys(folder / "run")
+    (folder / "mine.py").write_text(was)
+    assert run(folder / "run", small(), Rerunning(), overwrite=True).added == 12
 
 
 def test_leftover_of_another_session_does_nothing(folder: Path) -> None:

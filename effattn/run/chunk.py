@@ -24,6 +24,8 @@ SESSION = "session"
 
 #: run folder -> process, session, and the file that is theirs
 _appenders: dict[str, tuple[int, str, Appender]] = {}
+#: run folder -> session, and the methods whose source was looked at in it
+_current: dict[str, tuple[str, set[str]]] = {}
 
 
 def run(
@@ -43,7 +45,7 @@ def run(
         `{"cases": n, "seconds": s, "judging": s}`, or `{"refused": reason}` where nothing was done.
 
     Raises:
-        RequestError: the file cannot be written, or the machine cannot run the method.
+        RequestError: the file cannot be written, the machine cannot run the method, or has loaded another version of it.
     """
     from effattn.case import Case
     from effattn.run import work
@@ -65,6 +67,7 @@ def run(
     # Whoever resumes a sweep waits for this lock, so nobody reads a file that is still growing.
     fcntl.flock(out.descriptor, fcntl.LOCK_EX)
     try:
+        _check_current(folder, session, {spec for spec, _ in items})
         for spec, data in items:
             before = time.perf_counter()
             verdict = work.judged(Case.from_dict(data), spec, device, limit)
@@ -97,6 +100,18 @@ def _appender(folder: str, session: str) -> Appender:
         known[2].close()
     _appenders[folder] = pid, session, made
     return made
+
+
+def _check_current(folder: str, session: str, specs: set[str]) -> None:
+    """Once in each session: a worker that outlives a sweep may have loaded methods that were edited since."""
+    from effattn.run import work
+
+    if _current.get(folder, ("",))[0] != session:
+        _current[folder] = session, set()
+    known = _current[folder][1]
+    for spec in specs - known:
+        work.check_current(spec)
+        known.add(spec)
 
 
 def _unwritable(folder: str, error: OSError) -> RequestError:

@@ -11,7 +11,7 @@
     seed = 0                                      # of "random"
 
 Shapes and options are fields of a case. The cases are numbered, and each is made from its number when its turn comes:
-a sweep of millions takes no memory.
+a list of millions is never built.
 """
 
 from __future__ import annotations
@@ -151,7 +151,10 @@ def parse(data: Mapping[str, Any]) -> Spec:
         raise RequestError(f"mode {mode!r}; expected one of {', '.join(MODES)}")
     for key in ("samples", "seed"):
         if key in data and mode != "random":
-            raise RequestError(f"{key!r} is for mode 'random', and the mode is {mode!r}; remove one of them")
+            hint = ", or write 'seeds'" if key == "seed" and "seeds" not in data else ""
+            raise RequestError(
+                f"{key!r} is for mode 'random', and the mode is {mode!r}; remove one of them{hint}"
+            )
     if mode == "random" and "samples" not in data:
         raise RequestError(
             "'samples' is missing, which mode 'random' needs: how many of the combinations to run; write, say, samples = 1000"

@@ -157,7 +157,7 @@ class Sweep:
         except OSError as error:
             raise RequestError(
                 f"cannot write the run folder {str(self.folder)!r}: {error.strerror or error}. "
-                "Name a folder that can be written with --out"
+                "Name a folder that can be written with --out; what is recorded is kept, and the same command goes on from it"
             ) from error
 
     def _take(self, overwrite: bool) -> None:
@@ -269,7 +269,8 @@ class Sweep:
                 self._remove_run()
                 self._begin()
         done = {record.key: None for record in store.read_records(self.folder, self.damaged)}
-        self._check_sources(executor, {key.spec for key in done})
+        with self._writing():
+            self._check_sources(executor, {key.spec for key in done})
         resumed = len(done)
         state = _State(self, executor, names, done)
         begun: set[Key] = set()
@@ -290,7 +291,8 @@ class Sweep:
             for future in waiting:
                 future.cancel()
             raise
-        return self._finish(state, resumed, expected=resumed + len(begun))
+        with self._writing():
+            return self._finish(state, resumed, expected=resumed + len(begun))
 
     def _load_methods(self, executor: concurrent.futures.Executor) -> dict[str, str]:
         """Load each method in a worker, so that a wrong name is an error before anything runs."""
@@ -334,9 +336,10 @@ class Sweep:
 
     def record(self, line: bytes) -> None:
         """Append a verdict of the supervisor's own."""
-        if self._own is None:
-            self._own = records.Appender(self.folder / f"verdicts-supervisor-{self._session[:8]}.jsonl")
-        self._own.append(line)
+        with self._writing():
+            if self._own is None:
+                self._own = records.Appender(self.folder / f"verdicts-supervisor-{self._session[:8]}.jsonl")
+            self._own.append(line)
 
     def _finish(self, state: _State, resumed: int, *, expected: int) -> Result:
         from effattn.run import provenance

@@ -104,19 +104,28 @@ def method(spec: str) -> Method:
 
 
 @functools.cache
-def _loaded(spec: str, folder: str) -> tuple[Method, tuple[str, ...]]:
-    """A file is named relative to the folder that the process is in."""
+def _loaded(spec: str, folder: str) -> tuple[Method, tuple[str, ...], str]:
+    """Method, notes and digest of its source. A file is named relative to the folder that the process is in."""
     from effattn import methods
     from effattn.methods import surroundings
 
     with surroundings.noted_import() as notes:
         loaded = methods.get(spec)
-    return loaded, tuple(notes)
+    return loaded, tuple(notes), source(spec)
+
+
+def check_current(spec: str) -> None:
+    """Raise RequestError where this process has loaded another version of the method than there is on the disk."""
+    if _loaded(spec, os.getcwd())[2] != source(spec):
+        raise RequestError(
+            f"{spec!r} was edited since a worker loaded it, process {os.getpid()} on {socket.gethostname()}; start the workers"
+            " again. What is recorded is kept"
+        )
 
 
 def describe(spec: str) -> dict[str, Any]:
     """Load the method: its name, how the command line names it, and what loading it did to the process."""
-    loaded, notes = _loaded(spec, os.getcwd())
+    loaded, notes, _ = _loaded(spec, os.getcwd())
     return {"name": loaded.name, "spec": loaded.spec, "notes": [*notes, *loaded.notes]}
 
 
