@@ -175,7 +175,11 @@ def test_a_study_is_a_table_and_a_chart_for_each_setting(tmp_path: Path) -> None
     assert table.rows[0][1][:2] == ["0.500 (0.400 to 0.600)", "0.250 (0.200 to 0.300)"]
     assert float(table.rows[0][1][2].split()[0]) == pytest.approx(-0.5, abs=1e-3)
     assert table.rows[2][1][:2] == ["0.300", "0.300"]
-    assert table.sentences == ["positive, iid is no better than uniform attention (0.30) at 16."]
+    assert table.sentences == [
+        "No better than uniform attention (0.30) at m = 16: positive, iid.",
+        "Slopes leave out errors below 1e-06, which are rounding: at m = 64.",
+    ]
+    assert found.legend[0].startswith("positive: features exp(")
     drawn = {(point["method"], point["size"]): point["median"] for point in table.points}
     assert drawn["uniform", 16] == drawn["uniform", 64] == 0.3
     assert ("truncated SVD", 64) not in drawn, "a logarithmic axis has no 0"
@@ -246,7 +250,8 @@ def test_studies_are_in_the_page(effattn_command: Command, tmp_path: Path) -> No
     for name in ("study-0-0", "study-1-0"):
         assert f'data-chart="{name}"' in page
     assert '<td class="number">0.250 (0.200 to 0.300)</td>' in page
-    assert page.count("is no better than uniform attention (0.30) at 16.") == 2
+    assert page.count("No better than uniform attention (0.30) at m = 16: positive, iid.") == 2
+    assert page.count("<li>uniform: control: the average of all values that a row sees</li>") == 2
     material = gather.gather([run], studies=[first])
     assert [chart.section for chart in charts.charts(material)].count("approximations") == 1
 

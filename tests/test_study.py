@@ -309,7 +309,7 @@ def test_a_small_study_writes_tables_and_charts(tmp_path: Path, effattn_command)
         "--out", out,
     )  # fmt: skip
     assert code == 0, stderr
-    assert "- gaussian is no better than uniform attention" in stdout
+    assert "at any k: gaussian; gaussian, E and F; singular vectors" in stdout
     rows = list(csv.DictReader((out / "summary.csv").read_text().splitlines()))
     error = {
         (row["method"], int(row["size"])): float(row["median"])

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from effattn.errors import RequestError
+from effattn.report import text
 from effattn.run.records import Damage
-from effattn.study import model, results
+from effattn.study import model, results, words
 from effattn.study.engine import DRAWS, SCHEMA, STUDY, Row, read_draws
 from effattn.study.intervals import Interval
 
@@ -54,6 +55,8 @@ class Study:
     tables: list[Table]
     #: settings beyond `MOST_SETTINGS`
     more: int
+    #: what the names of methods mean, and how to read the numbers
+    legend: list[str]
     #: draws that are left out; running the study again measures them anew
     damaged: list[Damage]
 
@@ -104,12 +107,15 @@ def read(folder: Path, number: int = 0) -> Study:
             heading = f"{where.part}, {where.n} tokens, {where.values}"
             called = model.SHOWN[_model(where.part)][1]
         else:
-            heading = f"{where.part}: {where.words()}"
+            heading = f"{words.heading(where.part)}: {where.words()}"
             called = results.MEASURES[where.part]
         errors = called in (results.MEASURES["error"], *(words for _, words in model.SHOWN.values()))
         tables.append(_table(f"study-{number}-{i}", heading, called, size, of_setting, errors=errors))
     more = len(found) - len(tables)
-    return Study(folder=folder, name=name, tables=tables, more=more, damaged=draws.damaged)
+    return Study(
+        folder=folder, name=name, tables=tables, more=more, damaged=draws.damaged,
+        legend=results.legend(rows, size=size.split()[-1]),
+    )  # fmt: skip
 
 
 def _models(rows: Sequence[Row]) -> list[Row]:
@@ -138,14 +144,16 @@ def _table(
     for curve in of_setting:
         known = dict(zip(curve.sizes, curve.intervals, strict=True))
         cells = [results.cell(known.get(n) or known.get(0)) for n in sizes]
-        rows.append((curve.method, [*cells, results.cell(curve.slope)]))
+        slope = results.cell(curve.slope) if errors else text.MISSING
+        rows.append((words.label(curve.method), [*cells, slope]))
         # What has no size is a level: a line from the first size to the last.
         ends = [(n, known[0]) for n in (sizes[0], sizes[-1])] if curve.sizes == [0] else list(known.items())
         kind = results.STYLES.get(curve.method, "method")
-        points += [point for n, got in ends if (point := _point(curve.method, kind, n, got)) is not None]
+        name_of = words.label(curve.method)
+        points += [point for n, got in ends if (point := _point(name_of, kind, n, got)) is not None]
     return Table(
         name=name, heading=heading, measure=measure, errors=errors, size=size, sizes=sizes, rows=rows,
-        sentences=results.comparisons(of_setting), points=points,
+        sentences=results.comparisons(of_setting, size=size.split()[-1]), points=points,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from effattn.study import (
     probe,
     results,
     traffic,
+    words,
 )
 from effattn.study.engine import Job, Measure, Row, Store
 
@@ -76,12 +78,18 @@ def _run(name: str, *, out: Path | None, profile: str, target_error: float | Non
     plan = plans.adapt(plans.profile(name, profile), **changes)
     rows = _measure(plan, folder, plans.jobs(plan))
     charts = results.write(rows, folder, plans.ERROR_COLUMNS, title=f"Study {name}", size=_SIZE[name])
+    size = _SIZE[name]
     for where, of_setting in results.curves(rows).items():
-        click.echo(f"{where.part}: {where.words()}")
-        _print_table(results.table(of_setting, size=_SIZE[name]))
-        for line in results.comparisons(of_setting):
+        click.echo(f"{words.heading(where.part)}: {where.words()}")
+        click.echo(words.meaning(where.part, size=size))
+        _print_table(results.table(results.with_second(rows, where, of_setting), size=size))
+        for line in results.comparisons(of_setting, size=size):
             click.echo(f"- {line}")
         click.echo()
+    click.echo("What the names mean")
+    for line in results.legend(rows, size=size):
+        click.echo(f"- {line}")
+    click.echo()
     _say_where(folder, charts)
 
 
@@ -132,13 +140,23 @@ def _inverse(
         _print_table(table)
         click.echo()
         said += [f"## {title}", "", *table, ""]
-    note = "Time and memory: one head, float32, positive features or averages, one thread."
+    note = (
+        f"CPU time and memory: of one head in float32{_not_in(plan.dtype)}, on one thread, with"
+        f" {'positive features' if name == 'performer' else 'averages of neighbours'}; exact attention with all scores"
+        " written out."
+    )
     click.echo(note)
     charts = results.write(
         rows, folder, plans.ERROR_COLUMNS, title=f"Study {name}: which {_SIZE[name]} for an error of {target:g}?",
         size=_SIZE[name], lead=[*said, note, ""],
     )  # fmt: skip
     _say_where(folder, charts)
+
+
+def _not_in(dtypes: Sequence[str]) -> str:
+    """What the costs are not of: the errors may be of dtypes that CPUs compute slowly."""
+    other = [dtype for dtype in dtypes if dtype != "fp32"]
+    return f", not in {' or '.join(other)}" if other else ""
 
 
 def _answers(
@@ -230,7 +248,7 @@ def _fixed(name: str, folder: Path, profile: str) -> None:
 def _print_table(lines: Sequence[str]) -> None:
     """A table of Markdown in columns."""
     rows = [
-        [cell.strip().replace("\\", "") for cell in line.strip("|").split("|")]
+        [cell.strip().replace("\\", "") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         for line in lines
         if not line.startswith("|---")
     ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from effattn.errors import RequestError
-from effattn.study import results
+from effattn.study import results, words
 from effattn.study.engine import STUDY, Row, Store, by_point
 from effattn.study.intervals import Interval, mean_interval, median_interval
 
@@ -109,7 +109,7 @@ def table(data: Mapping[str, Any], *, size: str, measure: str = "error", **field
     for method in _order(points):
         known = {p["size"]: interval(p.get(measure)) for p in points if p["method"] == method}
         cells = [results.cell(known.get(n) or known.get(0)) for n in sizes]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+        lines.append(f"| {words.label(method)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

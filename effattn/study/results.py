@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from effattn.report import text
-from effattn.study import charts
+from effattn.study import charts, words
 from effattn.study.engine import Point, Row, by_point
 from effattn.study.intervals import Interval, constant, mean_interval, median_interval, sign_test, slope
 
@@ -31,7 +31,13 @@ MEASURES = {
     "lemma": "share of pairs within the bound",
     "moments": "measured / theoretical mean square error",
 }
-#: Relative errors below it are left off the axis of a chart: exact but for rounding, which would stretch it to 1e-15.
+#: part -> (the second measure of its table, what its two rows are called)
+SECOND = {
+    "spectrum": ("row_p50", ("share of the sum of all", "error of the best matrix of rank k")),
+    "lemma": ("row_p50", ("bound |x.y|, as printed", "bound |x| |y|")),
+}
+#: Relative errors below it are exact but for rounding. They are left off the axis of a chart, which they would stretch to
+#: 1e-15, and out of slopes, which they would make those of a fall to 0.
 LEAST_DRAWN = 1e-6
 BELOW_THE_AXIS = f"Errors under {LEAST_DRAWN:g} are below the axis."
 
@@ -49,6 +55,10 @@ class Setting(NamedTuple):
 
     def words(self) -> str:
         """For a title."""
+        if self.part == "lemma":
+            return f"n = k = {self.n}"
+        if self.part == "moments":
+            return f"d = {self.head_dim}, {self.dtype}"
         causal = ", causal" if self.causal else ""
         scale = f" x {self.input_scale:g}" if self.input_scale != 1 else ""
         return f"n = {self.n}, d = {self.head_dim}, {self.values}{scale}, {self.dtype}{causal}"
@@ -72,8 +82,18 @@ class Curve(NamedTuple):
 
     @property
     def slope(self) -> Interval:
-        """Of log(median) against log(size)."""
-        return slope(self.sizes, self.samples) if len(self.sizes) > 1 else slope([], [[]])
+        """Of log(error) against log(size), without errors below LEAST_DRAWN and sizes where the median isn't finite."""
+        kept = [i for i, got in enumerate(self.intervals) if LEAST_DRAWN <= got.median < math.inf]
+        return (
+            slope([self.sizes[i] for i in kept], [self.samples[i] for i in kept]) if kept else slope([], [[]])
+        )
+
+    @property
+    def exact(self) -> list[int]:
+        """The sizes that the slope leaves out because nothing but rounding is left there."""
+        return [
+            n for n, got in zip(self.sizes, self.intervals, strict=True) if n and got.median < LEAST_DRAWN
+        ]
 
 
 def setting(point: Point) -> Setting:
@@ -93,9 +113,13 @@ def curves(rows: Sequence[Row], measure: str = "error") -> dict[Setting, list[Cu
         if sample:
             found.setdefault((setting(point), point.method), {})[point.size] = sample
     result: dict[Setting, list[Curve]] = {}
+    parts = list(words.PARTS)
     for (where, method), sizes in sorted(
-        found.items(), key=lambda item: (item[0][0], order.index(item[0][1]))
-    ):
+        found.items(),
+        key=lambda item: (
+            parts.index(item[0][0].part) if item[0][0].part in parts else len(parts), item[0][0], order.index(item[0][1]),
+        ),
+    ):  # fmt: skip
         count = min(map(len, sizes.values()))
         samples = [sizes[size][:count] for size in sorted(sizes)]
         intervals = [_interval(sizes[size], where.part) for size in sorted(sizes)]
@@ -134,14 +158,52 @@ def write(
     drawn = []
     parts = [f"# {title}", "", *lead]
     for where, of_setting in curves(rows).items():
-        parts += [f"## {where.part}: {where.words()}", ""]
+        parts += [
+            f"## {words.heading(where.part)}: {where.words()}",
+            "",
+            words.meaning(where.part, size=size),
+            "",
+        ]
         if charts.available() and any(len(curve.sizes) > 1 for curve in of_setting):
             path = charts.draw(chart(where, of_setting, size=size), folder)
             drawn.append(path)
             parts += [f"![{where.words()}]({path.name})", ""]
-        parts += [*table(of_setting, size=size), "", *(f"- {line}" for line in comparisons(of_setting)), ""]
+        shown = with_second(rows, where, of_setting)
+        parts += [*table(shown, size=size), ""]
+        if sentences := comparisons(of_setting, size=size):
+            parts += [*(f"- {text.markdown(line)}" for line in sentences), ""]
+    parts += [
+        "## What the names mean",
+        "",
+        *(f"- {text.markdown(line)}" for line in legend(rows, size=size)),
+        "",
+    ]
     (folder / SUMMARY_MD).write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
     return drawn
+
+
+def with_second(rows: Sequence[Row], where: Setting, of_setting: Sequence[Curve]) -> list[Curve]:
+    """The curves of a setting's table: with the second measure of its part as one more, if it has one."""
+    if where.part not in SECOND:
+        return list(of_setting)
+    measure, names = SECOND[where.part]
+    both = [*of_setting, *curves(rows, measure)[where]]
+    return [curve._replace(method=name) for curve, name in zip(both, names, strict=True)]
+
+
+def legend(rows: Sequence[Row], *, size: str) -> list[str]:
+    """How to read the tables of a study: its names, intervals, slopes and tests, as far as they occur."""
+    every = [curve for of_setting in curves(rows).values() for curve in of_setting]
+    lines = words.explained(dict.fromkeys(curve.method for curve in every), size=size)
+    if any(curve.setting.input_scale != 1 for curve in every):
+        lines.append("x 0.5 and its like, after the name of the inputs: q and k are multiplied by it")
+    if any(curve.intervals[0].draws > 1 for curve in every):
+        lines.append(words.INTERVALS)
+    if any(curve.setting.part == "error" and len(curve.sizes) > 1 for curve in every):
+        lines.append(f"slope: of log(error) against log({size}); at -0.5, four times as many halve the error")
+    if any(map(_pairs, curves(rows).values())):
+        lines.append(words.SIGN_TEST)
+    return lines
 
 
 def chart(where: Setting, of_setting: Sequence[Curve], *, size: str) -> charts.Chart:
@@ -154,32 +216,37 @@ def chart(where: Setting, of_setting: Sequence[Curve], *, size: str) -> charts.C
         points = curve.intervals * 2 if flat else curve.intervals
         drawn.append(
             charts.Curve(
-                label=curve.method, x=x, y=[p.median for p in points], low=[p.low for p in points],
+                label=words.label(curve.method), x=x, y=[p.median for p in points], low=[p.low for p in points],
                 high=[p.high for p in points], style=STYLES.get(curve.method, "method"),
             )
         )  # fmt: skip
     errors = where.part in ("error", "construction")
     return charts.Chart(
-        name=where.slug(), title=where.words(), x_label=size, y_label=MEASURES[where.part], curves=drawn,
-        least=LEAST_DRAWN if errors else 0.0, below=BELOW_THE_AXIS,
+        name=where.slug(), title=where.words(), x_label=words.size_of(where.part, size),
+        y_label=MEASURES[where.part], curves=drawn, least=LEAST_DRAWN if errors else 0.0, below=BELOW_THE_AXIS,
     )  # fmt: skip
 
 
 def table(of_setting: Sequence[Curve], *, size: str) -> list[str]:
-    """Medians with intervals as Markdown, one row a method."""
+    """Medians with intervals as Markdown, one row a method; slopes where errors fall with the size."""
+    part = of_setting[0].setting.part
+    size = words.size_of(part, size)
     sizes = sorted({n for curve in of_setting for n in curve.sizes if n})
     shown = sizes if len(sizes) <= 5 else sorted({sizes[round(i * (len(sizes) - 1) / 4)] for i in range(5)})
-    lines = [
-        "| method | " + " | ".join(f"{size} = {n}" for n in shown) + " | slope |",
-        "|---|" + "---|" * (len(shown) + 1),
-    ]
+    columns = [f"{text.markdown(size)} = {n}" for n in shown] or ["value"]
+    slopes = part == "error" and len(sizes) > 1
+    lines = [_line(["method", *columns, *(["slope"] if slopes else [])])]
+    lines.append("|---" * (lines[0].count(" | ") + 1) + "|")
     for curve in of_setting:
         known = dict(zip(curve.sizes, curve.intervals, strict=True))
         cells = [cell(known.get(n) or known.get(0)) for n in shown] or [cell(known.get(0))]
-        lines.append(f"| {text.markdown(curve.method)} | " + " | ".join(cells) + f" | {cell(curve.slope)} |")
-    if not shown:
-        lines[:2] = ["| method | value | slope |", "|---|---|---|"]
+        name = text.markdown(words.label(curve.method))
+        lines.append(_line([name, *cells, *([cell(curve.slope)] if slopes else [])]))
     return lines
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def cell(got: Interval | None) -> str:
@@ -192,37 +259,69 @@ def cell(got: Interval | None) -> str:
     return f"{middle} ({text.number(got.low, digits=3)} to {text.number(got.high, digits=3)})"
 
 
-def comparisons(of_setting: Sequence[Curve]) -> list[str]:
-    """Sentences on what is below what, over the same draws, and on what is no better than knowing nothing."""
+#: pairs of which the first is said to have the smaller error
+_CLAIMS = (
+    ("positive, orthogonal", "positive, iid"),
+    ("trigonometric, orthogonal", "trigonometric, iid"),
+    ("positive, iid", "trigonometric, iid"),
+    ("positive, orthogonal", "trigonometric, orthogonal"),
+    ("favor++, orthogonal", "positive, orthogonal"),
+)
+
+
+def _pairs(of_setting: Sequence[Curve]) -> list[tuple[Curve, Curve]]:
     by_method = {curve.method: curve for curve in of_setting}
+    return [(by_method[a], by_method[b]) for a, b in _CLAIMS if a in by_method and b in by_method]
+
+
+def comparisons(of_setting: Sequence[Curve], *, size: str) -> list[str]:
+    """Sentences on what has the smaller error over the same draws, what isn't finite, what knows no more than nothing."""
     lines = []
-    for better, worse in (
-        ("positive, orthogonal", "positive, iid"),
-        ("trigonometric, orthogonal", "trigonometric, iid"),
-        ("positive, iid", "trigonometric, iid"),
-        ("positive, orthogonal", "trigonometric, orthogonal"),
-        ("favor++, orthogonal", "positive, orthogonal"),
-    ):
-        if better in by_method and worse in by_method:
-            words = []
-            for number in sorted(set(by_method[better].sizes) & set(by_method[worse].sizes)):
-                a, b = (by_method[m].samples[by_method[m].sizes.index(number)] for m in (better, worse))
-                below = sum(x < y for x, y in zip(a, b, strict=False))
-                count = min(len(a), len(b))
-                words.append(f"{number}: {below}/{count} (p = {sign_test(a[:count], b[:count]):.1g})")
-            lines.append(f"{better} below {worse}, draws at each size: {'; '.join(words)}.")
-    uniform = by_method.get("uniform")
-    if uniform is not None:
-        level = uniform.intervals[0].median
-        for curve in of_setting:
-            useless = [
-                number
-                for number, got in zip(curve.sizes, curve.intervals, strict=True)
-                if number and not got.median < level
-            ]
-            if useless and STYLES.get(curve.method) is None:
-                lines.append(
-                    f"{curve.method} is no better than uniform attention ({text.number(level)}) at"
-                    f" {', '.join(map(str, useless))}."
-                )
+    for better, worse in _pairs(of_setting):
+        found = []
+        for number in sorted(set(better.sizes) & set(worse.sizes)):
+            a, b = (curve.samples[curve.sizes.index(number)] for curve in (better, worse))
+            count = min(len(a), len(b))
+            below = sum(x < y for x, y in zip(a, b, strict=False))
+            where, draws = (f"{number}", "") if found else (f"{size} = {number}", " draws")
+            found.append(f"{below} of {count}{draws} at {where} (p = {sign_test(a[:count], b[:count]):.1g})")
+        if found:
+            lines.append(f"{better.method} has a smaller error than {worse.method} in {', '.join(found)}.")
+    lines += _not_finite(of_setting, size) + _useless(of_setting, size)
+    if of_setting[0].setting.part == "error" and (exact := {n for c in of_setting for n in c.exact}):
+        numbers = ", ".join(map(str, sorted(exact)))
+        lines.append(
+            f"Slopes leave out errors below {LEAST_DRAWN:g}, which are rounding: at {size} = {numbers}."
+        )
     return lines
+
+
+def _not_finite(of_setting: Sequence[Curve], size: str) -> list[str]:
+    found = []
+    for curve in of_setting:
+        for number, sample in zip(curve.sizes, curve.samples, strict=True):
+            count = sum(not math.isfinite(x) for x in sample)
+            if count and curve.method != "theory":  # which is infinite where it predicts that
+                at = f" at {size} = {number}" if number else ""
+                found.append(f"{curve.method}{at}, {count} of {len(sample)} draws")
+    return [f"NaN or infinite: {'; '.join(found)}."] if found else []
+
+
+def _useless(of_setting: Sequence[Curve], size: str) -> list[str]:
+    """Methods that are no better than the average of all values, those of the same sizes in one line."""
+    uniform = next((curve for curve in of_setting if curve.method == "uniform"), None)
+    if uniform is None:
+        return []
+    level = uniform.intervals[0].median
+    same: dict[tuple[bool, tuple[int, ...]], list[str]] = {}
+    for curve in of_setting:
+        if STYLES.get(curve.method) is None:
+            pairs = [(n, got.median) for n, got in zip(curve.sizes, curve.intervals, strict=True) if n]
+            worse = tuple(n for n, median in pairs if level <= median < math.inf)
+            if worse:
+                same.setdefault((len(worse) == len(pairs) > 1, worse), []).append(curve.method)
+    return [
+        f"No better than uniform attention ({text.number(level)}) at"
+        f" {f'any {size}' if every else f'{size} = ' + ', '.join(map(str, numbers))}: {'; '.join(methods)}."
+        for (every, numbers), methods in sorted(same.items(), key=lambda item: -len(item[0][1]))
+    ]

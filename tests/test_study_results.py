@@ -1,0 +1,203 @@
+"""What a study says: slopes, comparisons, names, notes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from effattn.report import studies
+from effattn.study import plans, results, words
+from effattn.study.engine import Job, Point, Row
+from effattn.study.intervals import median_interval
+
+
+def rows(errors: dict[tuple[str, int], Sequence[float]], **fields: object) -> list[Row]:
+    return [
+        Row(
+            job=Job(point=Point(n=64, head_dim=8, method=method, size=size, **fields), draw=draw),  # type: ignore[arg-type]
+            measures={"error": error, "row_p50": 1 - error},
+        )
+        for (method, size), sample in errors.items()
+        for draw, error in enumerate(sample)
+    ]
+
+
+def curves(errors: dict[tuple[str, int], Sequence[float]], **fields: object) -> list[results.Curve]:
+    (found,) = results.curves(rows(errors, **fields)).values()
+    return found
+
+
+FALLING = {("a", 16): [0.4, 0.4, 0.4], ("a", 64): [0.2, 0.2, 0.2]}
+
+# -- slopes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exact", [[1e-15, 2e-15, 3e-15], [0.0, 0.0, 0.0]])
+def test_what_is_exact_does_not_enter_a_slope_and_is_said(exact: list[float]) -> None:
+    (curve,) = curves({**FALLING, ("a", 256): exact})
+    assert curve.slope[:3] == pytest.approx((-0.5, -0.5, -0.5))
+    assert curve.exact == [256]
+    said = results.comparisons([curve], size="k")
+    assert said == ["Slopes leave out errors below 1e-06, which are rounding: at k = 256."]
+    # A small error that isn't rounding counts; and then nothing is said.
+    (curve,) = curves({**FALLING, ("a", 256): [1e-5] * 3})
+    assert curve.slope.median < -2
+    assert results.comparisons([curve], size="k") == []
+
+
+def test_a_size_without_a_finite_median_does_not_enter_a_slope() -> None:
+    (curve,) = curves({**FALLING, ("a", 256): [math.nan] * 3})
+    assert curve.slope[:3] == pytest.approx((-0.5, -0.5, -0.5))
+    (curve,) = curves({("a", 16): [1e-9], ("a", 64): [1.0]})
+    assert math.isnan(curve.slope.median)
+    assert results.table([curve], size="k")[-1].endswith("| 1.000 | - |")
+
+
+# -- sentences ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_finite_is_said_to_be_so() -> None:
+    nan = math.nan
+    errors = {
+        ("a", 16): [nan, nan, nan], ("a", 64): [0.1, nan, 0.2], ("b", 16): [0.1] * 3, ("b", 64): [math.inf, 0.1, 0.1],
+        ("uniform", 0): [0.3] * 3, ("theory", 16): [math.inf] * 3,
+    }  # fmt: skip
+    assert results.comparisons(curves(errors), size="m") == [
+        "NaN or infinite: a at m = 16, 3 of 3 draws; a at m = 64, 1 of 3 draws; b at m = 64, 1 of 3 draws."
+    ]
+
+
+def test_what_is_no_better_than_uniform_is_said_once_for_each_method() -> None:
+    errors = {
+        ("a", 16): [0.5], ("a", 64): [0.3], ("b", 16): [0.5], ("b", 64): [0.2], ("c", 16): [0.4], ("c", 64): [0.2],
+        ("d", 16): [0.1], ("d", 64): [0.1], ("zero", 0): [1.0], ("uniform", 0): [0.3], ("theory", 16): [9.0],
+    }  # fmt: skip
+    assert results.comparisons(curves(errors), size="k") == [
+        "No better than uniform attention (0.30) at any k: a.",
+        "No better than uniform attention (0.30) at k = 16: b; c.",
+    ]
+
+
+def test_comparisons_are_sentences_and_p_is_explained() -> None:
+    errors = {
+        ("positive, iid", 16): [0.5] * 5, ("positive, iid", 64): [0.5] * 5,
+        ("positive, orthogonal", 16): [0.4, 0.4, 0.4, 0.4, 0.6], ("positive, orthogonal", 64): [0.4] * 5,
+    }  # fmt: skip
+    assert results.comparisons(curves(errors), size="m") == [
+        "positive, orthogonal has a smaller error than positive, iid in 4 of 5 draws at m = 16 (p = 0.2), 5 of 5 at 64"
+        " (p = 0.03)."
+    ]
+    assert words.SIGN_TEST in results.legend(rows(errors), size="m")
+    assert words.SIGN_TEST not in results.legend(rows(FALLING), size="m")
+
+
+def test_fewer_than_six_draws_have_no_interval_of_95_percent() -> None:
+    """As the words for intervals say."""
+    assert "fewer than six" in words.INTERVALS
+    assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0]).coverage < 0.95
+    assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).coverage > 0.95
+
+
+# -- names -------------------------------------------------------------------------------------------------
+
+
+def test_every_name_and_part_of_a_profile_is_explained() -> None:
+    for study, profiles in plans.PROFILES.items():
+        for plan in profiles.values():
+            for job in plans.jobs(plan):
+                point = job.point
+                assert words.meaning(point.part, size="k"), point.part
+                if point.part != "error":
+                    continue
+                known = words.explained([point.method], size="k")
+                parts = [point.method] if point.method in words.NAMES else point.method.split(", ")
+                assert len(known) == len(parts), (study, point.method)
+                assert all("{" not in line for line in known)
+    # A name that is somebody else's stands for itself.
+    assert words.explained(["mine, fast", "uniform"], size="k") == [
+        "uniform: control: the average of all values that a row sees"
+    ]
+
+
+def test_theory_is_said_to_be_a_prediction() -> None:
+    errors = {**FALLING, ("theory", 16): [0.5], ("theory", 64): [0.25]}
+    found = curves(errors)
+    assert results.table(found, size="m")[-1].startswith("| theory (predicted) | 0.500 |")
+    assert [curve.label for curve in results.chart(found[0].setting, found, size="m").curves] == [
+        "a",
+        "theory (predicted)",
+    ]
+    (line,) = (line for line in results.legend(rows(errors), size="m") if line.startswith("theory"))
+    assert "predicted, not measured" in line
+
+
+def test_parts_have_headings_of_their_own_and_errors_come_first(tmp_path: Path) -> None:
+    every = [
+        *rows({("R^T R", 64): [0.1, 0.3]}, part="lemma"),
+        *rows({("singular values", 1): [0.25], ("singular values", 64): [1.0]}, part="spectrum"),
+        *rows(FALLING, input_scale=0.5),
+    ]
+    results.write(every, tmp_path, ["error", "row_p50"], title="Study linformer", size="k")
+    text = (tmp_path / results.SUMMARY_MD).read_text()
+    assert re.findall("^## (.*)$", text, re.MULTILINE) == [
+        "Error of the output: n = 64, d = 8, normal x 0.5, fp32",
+        "Singular values of the attention matrix: n = 64, d = 8, normal, fp32",
+        "The bound of the paper's lemma: n = k = 64",
+        "What the names mean",
+    ]
+    assert "| bound \\|x.y\\|, as printed | 0.200 (0.100 to 0.300) |" in text
+    assert "| bound \\|x\\| \\|y\\| | 0.800 (0.700 to 0.900) |" in text
+    assert (
+        "| share of the sum of all | 0.250 | 1.000 |\n| error of the best matrix of rank k | 0.750 | 0.000 |"
+        in text
+    )
+    assert "q and k are multiplied by it" in text
+    # Only errors have slopes, and each row as many cells as its heading.
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert [("slope" in table) for table in tables] == [True, False, False]
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
+
+
+def test_moments_stand_against_the_square_of_z() -> None:
+    found = curves({("positive", 500): [1.0], ("positive", 1000): [1.0]}, part="moments", dtype="fp64")
+    assert results.table(found, size="m")[0] == r"| method | 1000 \|z\|^2 = 500 | 1000 \|z\|^2 = 1000 |"
+    assert results.chart(found[0].setting, found, size="m").x_label == "1000 |z|^2"
+
+
+# -- the command -------------------------------------------------------------------------------------------
+
+
+def test_a_stranger_can_read_what_is_printed(tmp_path: Path, effattn_command) -> None:
+    code, out, err = effattn_command(
+        "study", "linformer", "--n", "16", "--head-dim", "4", "--values", "normal", "--size", "4,16", "--draws", "2",
+        "--method", "mean pooling", "--out", tmp_path / "s",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "Error of the output: n = 16, d = 4, normal, fp32\nRelative error |O' - O| / |O|" in out
+    assert re.search(r"^bound \|x\.y\|, as printed  0\.\d+", out, re.MULTILINE)
+    assert re.search(r"^bound \|x\| \|y\|  +\d\.\d+", out, re.MULTILINE)
+    assert "What the names mean\n- mean pooling: averages of n/k neighbours\n" in out
+    assert "gaussian" not in out
+    assert "which are rounding: at k = 16" in out
+    # The report says the same.
+    assert (
+        studies.read(tmp_path / "s").tables[0].heading == "Error of the output: n = 16, d = 4, normal, fp32"
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "note"), [("fp32", "in float32, on one"), ("bf16", "in float32, not in bf16, on one")]
+)
+def test_costs_say_their_dtype(tmp_path: Path, effattn_command, dtype: str, note: str) -> None:
+    code, out, err = effattn_command(
+        "study", "linformer", "--n", "16", "--head-dim", "4", "--values", "normal", "--dtype", dtype, "--draws", "1",
+        "--method", "mean pooling", "--target-error", "2", "--out", tmp_path / "s",
+    )  # fmt: skip
+    assert code == 0, err
+    assert note in out
+    assert note in (tmp_path / "s" / "summary.md").read_text()
