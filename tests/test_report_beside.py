@@ -238,6 +238,36 @@ def test_the_axis_of_a_study_reaches_what_its_caption_says(tmp_path: Path) -> No
     assert encoding["y"]["title"] == "share of the sum of singular values"
 
 
+def test_every_line_of_a_study_can_be_told_without_colour(tmp_path: Path) -> None:
+    errors = {(f"method {i}", size): [1.0 / size] for i in range(20) for size in (16, 64)}
+    errors |= {(name, 0): [0.5] for name in ("zero", "uniform", "shuffled V")}
+    errors |= {(name, size): [0.1] for name in ("theory", "truncated SVD") for size in (16, 64)}
+    alt, _ = charts.load()
+    (table,) = studies.read(study(tmp_path / "study", errors)).tables
+    spec = charts._study(alt, table).spec
+    _, lines, dots = spec["layer"]
+    dashes, shapes = (
+        layer["encoding"][name]["scale"] for layer, name in ((lines, "strokeDash"), (dots, "shape"))
+    )
+    assert dashes["domain"] == shapes["domain"] == lines["encoding"]["color"]["scale"]["domain"]
+    looks = {
+        name: (tuple(d), s)
+        for name, d, s in zip(dashes["domain"], dashes["range"], shapes["range"], strict=True)
+    }
+    assert len(looks) == len(set(looks.values())) == 25
+    # What is no method has no points, so its dashes alone are its own.
+    others = ["theory (predicted)", "truncated SVD", "zero", "uniform", "shuffled V"]
+    assert {looks[name][1] for name in others} == {"stroke"}
+    assert len({looks[name][0] for name in others}) == 5
+    assert "stroke" not in {look[1] for name, look in looks.items() if name not in others}
+    assert dots["transform"] == [{"filter": "datum.kind == 'method'"}]
+    # One legend: the three channels have the same title.
+    assert {
+        e["title"]
+        for e in (lines["encoding"]["color"], lines["encoding"]["strokeDash"], dots["encoding"]["shape"])
+    } == {"method"}
+
+
 def test_studies_are_in_the_page(effattn_command: Command, tmp_path: Path) -> None:
     run = write(tmp_path / "run", verdicts())
     first, second = study(tmp_path / "<b>", ERRORS), study(tmp_path / "two", ERRORS, dtype="bf16")

@@ -6,7 +6,8 @@ Each names its data instead of holding it: the page has the rows once, and its f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -347,14 +348,54 @@ def _baseline(alt: Any, rows: list[dict[str, Any]]) -> Chart:
     )
 
 
+#: Shapes of points, by their names in Vega or as paths in the square from -1 to 1: a cross, a star, an hourglass, a bow.
+_SHAPES = (
+    "circle",
+    "square",
+    "triangle-up",
+    "diamond",
+    "cross",
+    "triangle-down",
+    "triangle-right",
+    "triangle-left",
+    "M-1,-.6L-.6,-1L0,-.4L.6,-1L1,-.6L.4,0L1,.6L.6,1L0,.4L-.6,1L-1,.6L-.4,0Z",
+    "M0,-1L.24,-.32L.95,-.31L.38,.12L.59,.81L0,.4L-.59,.81L-.38,.12L-.95,-.31L-.24,-.32Z",
+    "M-.9,-.9L.9,-.9L-.9,.9L.9,.9Z",
+    "M-.9,-.9L-.9,.9L.9,-.9L.9,.9Z",
+)
+#: Of methods, of which the first twelve have full lines; of theory; of floors; of controls. No two look alike without
+#: colour, up to 36 methods.
+_DASHES: dict[str, tuple[list[int], ...]] = {
+    "method": ([1, 0], [9, 2], [9, 2, 2, 2]),
+    "theory": ([5, 4],),
+    "floor": ([1, 3],),
+    "control": ([6, 2, 1, 2], [2, 2], [12, 3], [3, 6]),
+}
+
+
+def _looks(kinds: Mapping[str, str]) -> list[tuple[list[int], str]]:
+    """Dashes and shape of each method of some kind; what is no method has no points, a short line in the legend."""
+    counts: Counter[str] = Counter()
+    found = []
+    for kind in kinds.values():
+        i = counts[kind]
+        counts[kind] += 1
+        dashes = _DASHES[kind]
+        if kind == "method":
+            found.append((dashes[i // len(_SHAPES) % len(dashes)], _SHAPES[i % len(_SHAPES)]))
+        else:
+            found.append((dashes[i % len(dashes)], "stroke"))
+    return found
+
+
 def _study(alt: Any, table: studies.Table) -> Chart:
     words = f"Medians over draws with their intervals, against {table.size}."
     medians = [point["median"] for point in table.points]
     drawn = medians
     if table.errors:
         words += (
-            " Dashed: theory, floors, and controls that know nothing; a method above uniform attention is of no use at"
-            " that size."
+            " Without points: theory, which is predicted, floors, and controls that know nothing. A method above uniform"
+            " attention is of no use at that size."
         )
         drawn = [median for median in medians if median >= results.LEAST_DRAWN] or medians
         if len(drawn) < len(medians):
@@ -362,25 +403,40 @@ def _study(alt: Any, table: studies.Table) -> Chart:
     sizes = _domain([point["size"] for point in table.points])
     # Intervals reach far where errors have heavy tails: the axis is for the medians.
     errors = _domain(drawn)
-    methods = list(dict.fromkeys(point["method"] for point in table.points))
+    kinds = {point["method"]: point["kind"] for point in table.points}
+    methods = list(kinds)
+    looks = _looks(kinds)
+    # Below the chart, in as many columns as fit: beside it, it would leave a narrow window no chart. The three scales have
+    # one title and one order, so that there is one legend, whose symbols have colour, dashes and shape.
+    legend = alt.Legend(
+        symbolOpacity=1, symbolSize=90, symbolStrokeWidth=2, labelLimit=240, orient="bottom",
+        columns={"expr": "max(1, floor(width / 260))"},
+    )  # fmt: skip
+
+    def by_method(channel: Any, values: list[Any] | None) -> Any:
+        scale = (
+            alt.Scale(domain=methods, scheme="tableau20")
+            if values is None
+            else alt.Scale(domain=methods, range=values)
+        )
+        return channel("method:N", sort=methods, title="method", scale=scale, legend=legend)
+
     base = alt.Chart(alt.NamedData(name=table.name)).encode(
         x=alt.X("size:Q", scale=alt.Scale(type="log", base=2, domain=sizes), title=table.size),
-        color=alt.Color(
-            "method:N", sort=methods, title="method", scale=alt.Scale(scheme="tableau20"),
-            # Below the chart, in as many columns as fit: beside it, it would leave a narrow window no chart.
-            legend=alt.Legend(
-                symbolOpacity=1, labelLimit=240, orient="bottom", columns={"expr": "max(1, floor(width / 260))"}
-            ),
-        ),
-    )  # fmt: skip
+        color=by_method(alt.Color, None),
+    )
     y = alt.Y("median:Q", scale=alt.Scale(type="log", domain=errors), title=table.measure)
-    lines = base.mark_line(point=True, clip=True).encode(
-        y=y,
-        strokeDash=alt.condition("datum.kind == 'method'", alt.value([1, 0]), alt.value([4, 4])),
-        tooltip=["method:N", "size:Q", "median:Q", "low:Q", "high:Q"],
+    tooltip = ["method:N", "size:Q", "median:Q", "low:Q", "high:Q"]
+    lines = base.mark_line(clip=True).encode(
+        y=y, strokeDash=by_method(alt.StrokeDash, [dashes for dashes, _ in looks]), tooltip=tooltip
+    )
+    dots = (
+        base.mark_point(clip=True, filled=True, size=55, opacity=1)
+        .encode(y=y, shape=by_method(alt.Shape, [shape for _, shape in looks]), tooltip=tooltip)
+        .transform_filter("datum.kind == 'method'")
     )
     bands = base.mark_area(opacity=0.12, clip=True).encode(y=alt.Y("low:Q"), y2="high:Q")
-    made = _spec(alt.layer(bands, lines), 340, words)
+    made = _spec(alt.layer(bands, lines, dots), 340, words)
     return Chart(table.name, table.heading, words, made, table.points, "approximations")
 
 
