@@ -4,6 +4,7 @@
     features(x, omega) -> phi or (phi, exponent)         E[phi(x) . phi(y)] = exp(x . y); is_query=... if it has it
     slots(size, n, generator) -> E (size, n)             a projection of n tokens, for Linformer
     attention(q, k, v, *, size, generator, causal=..., padding_mask=...) -> out
+    prefix_sums(phi_q, phi_k, v) -> out                  causal linear attention of features that are given
 
 A file has any of them; `CLAIMS`, a tuple of words of `CLAIM_WORDS`, says what else may be asked of them. `size` is what
 buys accuracy: the number of features, slots, landmarks.
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 #: the functions that a file may define
-FUNCTIONS = ("draw", "features", "slots", "attention")
+FUNCTIONS = ("draw", "features", "slots", "attention", "prefix_sums")
 #: what a file may claim -> what is then tried
 CLAIM_WORDS: dict[str, str] = {
     "orthogonal": "rows of `draw`, in blocks of head_dim, are orthogonal; positive features then err less than iid ones",
@@ -38,6 +39,7 @@ CLAIM_WORDS: dict[str, str] = {
     "consistent": "the error of `attention` falls as size^-1/2 where it is small",
     "exact at n": "`attention` is exact with size = n",
     "unnormalised": "weights of `attention` need not sum to one, as where values are projected by random numbers",
+    "rounded weights": "`prefix_sums` stores weights and states in the dtype of its inputs: up to three roundings of each term",
     "low rank": "the weights of `attention` have a rank of at most `size`: no error is below the floor of that rank",
 }
 #: keywords of `attention` that a caller gives where the function has them
@@ -135,7 +137,8 @@ def of_namespace(namespace: Mapping[str, Any], name: str) -> Approximation:
         )
     if not found or found.keys() == {"draw"}:
         raise RequestError(
-            f"{name} defines no approximation; expected some of the functions draw and features, slots, attention"
+            f"{name} defines no approximation; expected some of the functions draw and features, slots, attention,"
+            " prefix_sums"
         )
     if "attention" in found:
         for keyword in ("size", "generator"):
@@ -205,7 +208,12 @@ def _performer() -> Approximation:
         omega = draw(size, q.shape[-1], generator)
         return performer_attention(q, k, v, omega, causal=causal, padding_mask=padding_mask)
 
-    functions = {"draw": draw, "features": features, "attention": attention}
+    def prefix_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        from effattn.kernels.linear_attention import linear_attention
+
+        return linear_attention(q, k, v)
+
+    functions = {"draw": draw, "features": features, "attention": attention, "prefix_sums": prefix_sums}
     claims = frozenset({"orthogonal", "positive", "kernel", "consistent", "low rank"})
     return Approximation(name="performer", functions=functions, claims=claims)
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from effattn.properties.approximation import Finding
 
 FAILED = 1
 #: in the order in which they are counted
@@ -20,7 +25,8 @@ def approximation(subject: str | None, laws: Sequence[str], seed: int, listed: b
     """Hold an approximation of attention to the laws of its kind.
 
     SUBJECT is path/to/file.py with some of the functions draw and features (random features), slots (a projection of
-    tokens) and attention, or package.module:attention, or effattn's own: performer, linformer.
+    tokens), attention, and prefix_sums (a kernel for the causal sums), or package.module:attention, or effattn's own:
+    performer, linformer.
 
     How far it is from exact attention: `effattn study performer --method path/to/file.py`.
     """
@@ -31,29 +37,36 @@ def approximation(subject: str | None, laws: Sequence[str], seed: int, listed: b
         raise click.UsageError("Missing argument 'SUBJECT', such as path/to/my_performer.py.")
     from effattn.approximation import load
     from effattn.errors import RequestError
-    from effattn.properties.approximation import judge
+    from effattn.properties.approximation import ABSENT, judge
     from effattn.report.text import plain
 
     chosen = load(subject)
     counts: dict[str, int] = {}
-    broken = []
+    broken: list[Finding] = []
+    absent: dict[str, int] = {}
     for finding in judge(chosen, names=laws, seed=seed):
+        if finding.outcome == ABSENT:
+            absent[finding.law.needs] = absent.get(finding.law.needs, 0) + 1
+            continue
         counts[finding.outcome] = counts.get(finding.outcome, 0) + 1
         why = "" if finding.broken or not finding.text else f": {plain(finding.text)}"
         click.echo(f"{finding.outcome:<13}  {finding.law.sentence}{why}")
         if finding.broken:
             broken.append(finding)
+    if absent:
+        words = ", ".join(f"{number} of `{name}`" for name, number in absent.items())
+        click.echo(f"not tried, for there is no such function: {words}")
     for finding in broken:
         click.echo(
             f"\n{finding.outcome}: {finding.law.sentence}\n  {plain(finding.text)}\n  {finding.law.statement}"
         )
-        click.echo(
-            f"  effattn approximation {subject} --law {finding.law.name}"
-            + (f" --seed {seed}" if seed else "")
-        )
+        again = f"  effattn approximation {shlex.quote(subject)} --law {finding.law.name}"
+        click.echo(again + (f" --seed {seed}" if seed else ""))
+    total = sum(counts.values())
     verbs = {"holds": "holds" if counts.get("holds") == 1 else "hold"}
     words = ", ".join(f"{counts[kind]} {verbs.get(kind, kind)}" for kind in _OUTCOMES if kind in counts)
-    click.echo(f"\n{plain(chosen.name)}: of {sum(counts.values())} laws {words}.")
+    if total:
+        click.echo(f"\n{plain(chosen.name)}: of {total} law{'s' if total > 1 else ''} {words}.")
     if broken:
         return FAILED
     if not counts.get("holds"):

@@ -1,5 +1,5 @@
 """Laws of approximations: what Performer, Linformer and their kin owe whatever their error is. The machinery; the laws
-are in `approximation_features` and `approximation_attention`.
+are in `approximation_features`, `approximation_attention` and `approximation_sums`.
 
 A law is a function of a `Trial`. It raises `Broken` with what it saw. Laws of random features are statistical: a mean
 over independent draws is compared with what it should be in units of its standard error, and `LIMIT` of these is passed by
@@ -29,6 +29,10 @@ LIMIT = 5.0
 DRAWS = 4000
 
 
+#: the outcome of a law of a function that there isn't
+ABSENT = "no function"
+
+
 class Broken(Exception):
     """The law does not hold; the text says what came and what was expected."""
 
@@ -40,7 +44,7 @@ class Law:
     name: str
     statement: str
     check: Callable[[Trial], None]
-    needs: str  #: the function that it is about: draw, features, slots, attention
+    needs: str  #: the function that it is about: draw, features, slots, attention, prefix_sums
     claims: tuple[str, ...] = ()  #: tried only where all of these are claimed
     unless: tuple[str, ...] = ()  #: and none of these
 
@@ -74,7 +78,7 @@ class Finding:
     """What came of one law."""
 
     law: Law
-    outcome: str  #: "holds", "broken", "crashed", "not supported", "not claimed"
+    outcome: str  #: "holds", "broken", "crashed", "not supported", "not claimed", or ABSENT
     text: str = ""
 
     @property
@@ -88,6 +92,7 @@ def all_laws() -> dict[str, Law]:
     from effattn.properties import (  # noqa: F401  each import adds its laws
         approximation_attention,
         approximation_features,
+        approximation_sums,
     )
 
     return LAWS
@@ -116,7 +121,7 @@ def judge(subject: Approximation, *, names: Collection[str] = (), seed: int = 0)
 def _one(law: Law, trial: Trial) -> Finding:
     subject = trial.subject
     if not subject.has(law.needs):
-        return Finding(law=law, outcome="not supported", text=f"there is no function `{law.needs}`")
+        return Finding(law=law, outcome=ABSENT, text=f"there is no function `{law.needs}`")
     missing = [claim for claim in law.claims if claim not in subject.claims]
     if missing:
         return Finding(law=law, outcome="not claimed", text=", ".join(map(repr, missing)))

@@ -124,6 +124,61 @@ def small_entries(size: int, n: int, generator: torch.Generator) -> torch.Tensor
     return gaussian(size, n, generator=generator, dtype=torch.float64).matrix / size**0.5
 
 
+# -- causal sums ---------------------------------------------------------------------------------------------
+
+
+def causal_sums(*, weights=None, diagonal: int = 0, epsilon: float = 0.0):
+    """Causal sums in float64, rounded once, but for what is asked: weights stored in a dtype, another diagonal."""
+
+    def prefix_sums(q, k, v):
+        pairs = (q.double() @ k.double().mT).tril(diagonal)
+        pairs = pairs if weights is None else pairs + (pairs.to(weights).double() - pairs).detach()
+        total = pairs.sum(-1, keepdim=True)
+        total = total + epsilon * total.detach().mean()
+        return (pairs @ v.double() / total).to(v.dtype)
+
+    return prefix_sums
+
+
+def stored_in_the_dtype(q, k, v):
+    """Weights stored in the dtype of the inputs."""
+    return causal_sums(weights=q.dtype)(q, k, v)
+
+
+class _Subtracting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        return causal_sums()(q, k, v)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        q, k, v = (x.float() for x in ctx.saved_tensors)
+        pairs = (q.double() @ k.double().mT).tril()
+        total = pairs.sum(-1, keepdim=True)
+        g = (d_out.double() / total).float()
+        h = -(g * (pairs @ v.double() / total).float()).sum(-1, keepdim=True)
+        outer = k[..., :, None] * v[..., None, :]
+        state = outer.sum(2, keepdim=True) - (outer.flip(2).cumsum(2).flip(2) - outer)
+        sums = k.sum(2, keepdim=True) - (k.flip(2).cumsum(2).flip(2) - k)
+        dq = (state @ g[..., None]).squeeze(-1) + h * sums
+        d_pairs = (g.double() @ v.double().mT + h).tril()
+        dtype = ctx.saved_tensors[0].dtype
+        return dq.to(dtype), (d_pairs.mT @ q.double()).to(dtype), (pairs.mT @ g.double()).to(dtype)
+
+
+def subtracting_backward(q, k, v):
+    """Sums before a row are those of all rows less those from it on."""
+    return _Subtracting.apply(q, k, v)
+
+
+def float32_only(q, k, v):
+    """Right, and takes one dtype."""
+    if q.dtype != torch.float32:
+        raise NotImplementedError("float32 only")
+    return causal_sums()(q, k, v)
+
+
 # -- attention that is wrong -----------------------------------------------------------------------------------
 
 

@@ -12,11 +12,13 @@ which is 1 for features that are not negative.
     dq    = sum_j dA k                sum_j (error of dA) |k| + D u sum_j |dA| |k|; dk and dv likewise
 
 D counts the longest way of any term: `features` additions of a product q . k, a chunk, the chunks, v_dim, and a few.
+Where weights or states are stored in the dtype of the inputs, each storing multiplies a term by at most 1 + its unit.
 The rounding of the result to its own dtype is added at the end.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -40,8 +42,13 @@ def linear_bounds(
     *,
     chunk: int = 64,
     accumulator: float = 2.0**-24,
+    roundings: int = 0,
 ) -> LinearBounds:
-    """Bounds for inputs as given (their dtype is that of the results); `accumulator` is the sums' unit roundoff."""
+    """Bounds for inputs as given (their dtype is that of the results); `accumulator` is the sums' unit roundoff.
+
+    `chunk` is the longest sum over keys that is added term by term; n for any order. `roundings` is how often a term may be
+    rounded to the inputs' dtype on its way, where weights or states are stored in it.
+    """
     unit = torch.finfo(v.dtype).eps / 2
     tiny = torch.finfo(v.dtype).smallest_normal
     q, k, v, d_out = (x.double() for x in (q, k, v, d_out))
@@ -49,6 +56,8 @@ def linear_bounds(
     # A value is stored once in the output's dtype before the backward uses it: `out`, by unit.
     depth = features + chunk + -(-n // chunk) + width + 8
     r = depth * accumulator / (1 - depth * accumulator)
+    # (1 + r) (1 + unit)^roundings - 1
+    r = r + (1 + r) * math.expm1(roundings * math.log1p(unit))
 
     pairs = (q @ k.mT).tril()
     total = pairs.sum(-1, keepdim=True)
