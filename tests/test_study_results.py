@@ -82,6 +82,13 @@ def test_what_is_no_better_than_uniform_is_said_once_for_each_method() -> None:
     ]
 
 
+def test_zeros_are_the_level_where_they_are_nearer_than_the_average() -> None:
+    errors = {("a", 16): [1.1], ("a", 64): [1.03], ("zero", 0): [1.0], ("uniform", 0): [1.07]}
+    assert results.comparisons(curves(errors), size="m") == [
+        "No better than an output of zeros (1.00) at any m: a."
+    ]
+
+
 def test_comparisons_are_sentences_and_p_is_explained() -> None:
     errors = {
         ("positive, iid", 16): [0.5] * 5, ("positive, iid", 64): [0.5] * 5,

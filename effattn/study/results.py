@@ -308,11 +308,17 @@ def _not_finite(of_setting: Sequence[Curve], size: str) -> list[str]:
 
 
 def _useless(of_setting: Sequence[Curve], size: str) -> list[str]:
-    """Methods that are no better than the average of all values, those of the same sizes in one line."""
-    uniform = next((curve for curve in of_setting if curve.method == "uniform"), None)
-    if uniform is None:
+    """Methods no better than what knows nothing of q and k, those of the same sizes in one line."""
+    levels = {
+        curve.intervals[0].median: words
+        for curve in of_setting
+        for method, words in (("zero", "an output of zeros"), ("uniform", "uniform attention"))
+        if curve.method == method
+    }
+    if not levels:
         return []
-    level = uniform.intervals[0].median
+    # Where values cancel, zeros are nearer than the average.
+    level = min(levels)
     same: dict[tuple[bool, tuple[int, ...]], list[str]] = {}
     for curve in of_setting:
         if STYLES.get(curve.method) is None:
@@ -321,7 +327,7 @@ def _useless(of_setting: Sequence[Curve], size: str) -> list[str]:
             if worse:
                 same.setdefault((len(worse) == len(pairs) > 1, worse), []).append(curve.method)
     return [
-        f"No better than uniform attention ({text.number(level)}) at"
+        f"No better than {levels[level]} ({text.number(level)}) at"
         f" {f'any {size}' if every else f'{size} = ' + ', '.join(map(str, numbers))}: {'; '.join(methods)}."
         for (every, numbers), methods in sorted(same.items(), key=lambda item: -len(item[0][1]))
     ]

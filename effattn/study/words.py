@@ -42,13 +42,13 @@ NAMES: dict[str, str] = {
     "regularised": "orthogonal projections, all of length sqrt(d): less variance, a small bias",
     "stabiliser 1e-4": "as in public code, this is added to each feature, which pulls towards uniform attention",
     "gaussian": "k random sums of keys, and of values with the same weights N(0, 1/k)",
-    "gaussian, E and F": "the same with weights for the values that are drawn apart",
+    "gaussian, E and F": "k random sums of keys and, with weights drawn apart, of values",
     "mean pooling": "averages of n/k neighbours",
     "singular vectors": "sums by the first k right singular vectors of attention matrices of other inputs",
     "pooling, F fitted": "averages of keys; sums of values by least squares on other inputs",
     "E and F fitted": "both fitted by gradient, from averages, on other inputs",
-    "theory": "predicted, not measured: positive, iid to first order, root mean square. Right where m >> exp(|z|^2),"
-    " z = (q + k) / d^(1/4); too large elsewhere",
+    "theory": "predicted, not measured: positive, iid to first order, root mean square. Right where m is much larger"
+    " than exp(|z|^2), z = (q + k) / d^(1/4); too large elsewhere",
     "truncated SVD": "the best matrix of rank {size} in place of the attention matrix: the floor of a matrix error",
     "Nystroemformer": "attention by way of {size} averages of queries and keys, with the exact pseudo-inverse",
     "top-k": "the {size} largest weights of each row, scaled to the sum 1",
@@ -91,3 +91,11 @@ def explained(methods: Iterable[str], *, size: str) -> list[str]:
     for method in methods:
         found |= dict.fromkeys([method] if method in NAMES else method.split(", "))
     return [f"{label(name)}: {NAMES[name].format(size=size)}" for name in found if name in NAMES]
+
+
+def listed(methods: Iterable[str], *, size: str) -> str:
+    """`explained` as a list of Markdown, for a page."""
+    from effattn.report.text import markdown
+
+    pairs = (line.split(": ", 1) for line in explained(methods, size=size))
+    return "\n".join(f"- `{name}`: {markdown(what)}" for name, what in pairs)
