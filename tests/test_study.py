@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import subprocess
 import sys
 import textwrap
@@ -390,7 +391,7 @@ def test_the_answer_is_printed_with_its_cost(tmp_path: Path, effattn_command) ->
     )  # fmt: skip
     assert code == 0, err
     found = {line.split("  ")[0]: line for line in out.splitlines()}
-    assert "MB" in found["positive, orthogonal"]
+    assert re.search(r" (under 0\.1|(?!0\.0)\d+\.\d) MB$", found["positive, orthogonal"])
     _, low, high = _numbers_in(found["positive, orthogonal"])
     assert 8 < low <= high <= 512
     assert "| positive, orthogonal |" in (tmp_path / "s" / "summary.md").read_text().partition("## error")[0]
@@ -430,8 +431,6 @@ def test_an_answer_at_the_smallest_size_says_that_none_below_was_tried(
 
 
 def _numbers_in(line: str) -> tuple[int, int, int]:
-    import re
-
     match = re.search(r"  (\d+)(?: \((\d+) to (\d+)\))?  ", line)
     assert match, line
     middle = int(match[1])

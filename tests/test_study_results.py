@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from effattn.report import studies
-from effattn.study import plans, results, words
+from effattn.study import inverse, plans, results, words
 from effattn.study.engine import Job, Point, Row
 from effattn.study.intervals import median_interval
 
@@ -89,6 +89,12 @@ def test_zeros_are_the_level_where_they_are_nearer_than_the_average() -> None:
     ]
 
 
+def test_what_is_exact_is_of_use() -> None:
+    """For one token the average is exact attention."""
+    found = curves({("a", 1): [0.0], ("b", 1): [0.5], ("uniform", 0): [0.0], ("zero", 0): [1.0]})
+    assert results.comparisons(found, size="k") == ["No better than uniform attention (0.00) at k = 1: b."]
+
+
 def test_comparisons_are_sentences_and_p_is_explained() -> None:
     errors = {
         ("positive, iid", 16): [0.5] * 5, ("positive, iid", 64): [0.5] * 5,
@@ -107,6 +113,29 @@ def test_fewer_than_six_draws_have_no_interval_of_95_percent() -> None:
     assert "fewer than six" in words.INTERVALS
     assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0]).coverage < 0.95
     assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).coverage > 0.95
+
+
+# -- the inverse question ----------------------------------------------------------------------------------
+
+
+def test_nothing_is_interpolated_towards_a_size_where_a_method_is_exact() -> None:
+    """k = 128 has an error of 0.6 and k = n none but rounding: that says nothing of k = 140."""
+    (curve,) = curves({("a", 64): [0.7] * 6, ("a", 128): [0.6] * 6, ("a", 256): [3e-7] * 6})
+    got = inverse.answer(curve, 0.1)
+    assert got.smallest is not None
+    assert (got.smallest.median, got.too_few) == (256, 128)
+    # Between sizes that are not exact it is.
+    got = inverse.answer(curve, 0.65)
+    assert got.smallest is not None
+    assert 64 < got.smallest.median < 128
+    assert got.too_few is None
+
+
+def test_draws_that_never_get_there_are_counted() -> None:
+    (curve,) = curves({("a", 16): [0.5] * 4, ("a", 64): [0.01, 0.01, 0.09, 0.09]})
+    got = inverse.answer(curve, 0.055)
+    assert (got.smallest, got.reached) == (None, 2)
+    assert got.at_limit.median < 0.055, "a median over draws may be below what half of them don't reach"
 
 
 # -- names -------------------------------------------------------------------------------------------------
@@ -207,4 +236,21 @@ def test_costs_say_their_dtype(tmp_path: Path, effattn_command, dtype: str, note
     )  # fmt: skip
     assert code == 0, err
     assert note in out
+    assert "k between two sizes that were measured is interpolated" in out
+    assert "- mean pooling: averages of n/k neighbours" in out
     assert note in (tmp_path / "s" / "summary.md").read_text()
+
+
+def test_an_answer_says_in_how_many_draws_and_where_it_is_exact(tmp_path: Path, effattn_command) -> None:
+    code, out, err = effattn_command(
+        "study", "linformer", "--n", "32", "--head-dim", "4", "--values", "normal", "--draws", "2", "--size", "8,32",
+        "--method", "mean pooling", "--target-error", "0.1", "--out", tmp_path / "s",
+    )  # fmt: skip
+    assert code == 0, err
+    assert re.search("^mean pooling  32, where it is exact; 8 are too few  ", out, re.MULTILINE)
+    code, out, err = effattn_command(
+        "study", "performer", "--n", "64", "--head-dim", "8", "--input-scale", "0.25", "--draws", "4", "--size", "32,64",
+        "--method", "positive, orthogonal", "--target-error", "0.05", "--out", tmp_path / "t",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "none up to 64 in 2 of 4 draws, error 0.05" in out

@@ -140,8 +140,14 @@ def _inverse(
         _print_table(table)
         click.echo()
         said += [f"## {title}", "", *table, ""]
+    click.echo("What the names mean")
+    for line in words.explained(plan.methods, size=_SIZE[name]):
+        click.echo(f"- {line}")
+    click.echo(f"- {words.INTERVALS}")
+    click.echo()
     note = (
-        f"CPU time and memory: of one head in float32{_not_in(plan.dtype)}, on one thread, with"
+        f"{_SIZE[name]} between two sizes that were measured is interpolated, by the logarithms of size and error."
+        f" CPU time and memory: of one head in float32{_not_in(plan.dtype)}, on one thread, with"
         f" {'positive features' if name == 'performer' else 'averages of neighbours'}; exact attention with all scores"
         " written out."
     )
@@ -169,7 +175,12 @@ def _answers(
         got = inverse.answer(curve, target)
         if got.smallest is None:
             error = results.cell(got.at_limit)
-            lines.append(f"| {curve.method} | none up to {got.limit}, error {error} there | - | - |")
+            some = (
+                f" in {curve.intervals[0].draws - got.reached} of {curve.intervals[0].draws} draws"
+                if got.reached
+                else ""
+            )
+            lines.append(f"| {curve.method} | none up to {got.limit}{some}, error {error} there | - | - |")
             continue
         size = int(got.smallest.median)
         cost = probe.measure(
@@ -180,6 +191,8 @@ def _answers(
         spread = f" ({low} to {high})" if low != high else ""
         if got.open_below:
             spread = " or fewer; none below was tried"
+        elif got.too_few is not None:
+            spread += f", where it is exact; {got.too_few} are too few"
         lines.append(
             f"| {curve.method} | {size}{spread} | {text.seconds(cost['seconds'])} | {_bytes(cost['bytes'])} |"
         )
@@ -200,6 +213,8 @@ def _whole(size: float, limit: int) -> str:
 
 
 def _bytes(count: float) -> str:
+    if count < 0.1 * 2**20:  # the peak is that of the process, to a page, over what it had before
+        return "under 0.1 MB"
     return f"{count / 2**20:.1f} MB" if count < 2**30 else f"{count / 2**30:.2f} GB"
 
 
@@ -258,7 +273,7 @@ def _print_table(lines: Sequence[str]) -> None:
 
 
 def _say_where(folder: Path, charts: Sequence[Path]) -> None:
-    drawn = f", {len(charts)} charts" if charts else ""
+    drawn = f", {len(charts)} chart{'s' if len(charts) > 1 else ''}" if charts else ""
     click.echo(f"Written to {folder}/{drawn}")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from effattn.errors import RequestError
 from effattn.study.intervals import Interval, median_interval
-from effattn.study.results import Curve
+from effattn.study.results import LEAST_DRAWN, Curve
 
 #: unit roundoff of what the output is rounded to
 _ROUNDOFF = {"fp16": 2.0**-11, "bf16": 2.0**-8, "fp32": 2.0**-24, "fp64": 2.0**-53}
@@ -26,6 +26,11 @@ class Answer(NamedTuple):
     open_below: bool
     limit: int  #: the largest size that was looked at
     at_limit: Interval  #: the error there
+    reached: (
+        int  #: the draws that get there at some size; `smallest` is None unless more than half of them do
+    )
+    #: the size below `smallest` that was tried and is too few, where the answer was exact and nothing lies between
+    too_few: int | None
 
 
 def check_target(target: float, dtypes: Sequence[str] = ()) -> None:
@@ -49,12 +54,17 @@ def sizes_up_to(n: int, *, pairs: bool) -> tuple[int, ...]:
 
 def answer(curve: Curve, target: float) -> Answer:
     """The smallest size with an error of at most `target`, for each draw between two sizes by interpolation of the
-    logarithms, then median and interval over draws. A draw that never gets there counts as infinite."""
+    logarithms, then median and interval over draws. A draw that never gets there counts as infinite. Towards a size
+    where a method is exact, such as k = n, nothing is interpolated: the error falls there, not on the way."""
     found = [_crossing(curve.sizes, errors, target) for errors in zip(*curve.samples, strict=True)]
     interval = median_interval(found)
     smallest = interval if math.isfinite(interval.median) else None
     open_below = smallest is not None and smallest.median <= curve.sizes[0] and curve.sizes[0] > 1
-    return Answer(curve.method, smallest, open_below, curve.sizes[-1], curve.intervals[-1])
+    too_few = None
+    if smallest is not None and smallest.median in curve.exact and smallest.median > curve.sizes[0]:
+        too_few = curve.sizes[curve.sizes.index(int(smallest.median)) - 1]
+    reached = sum(math.isfinite(size) for size in found)
+    return Answer(curve.method, smallest, open_below, curve.sizes[-1], curve.intervals[-1], reached, too_few)
 
 
 def _crossing(sizes: Sequence[int], errors: Sequence[float], target: float) -> float:
@@ -63,10 +73,9 @@ def _crossing(sizes: Sequence[int], errors: Sequence[float], target: float) -> f
     if reached.size == 0:
         return math.inf
     i = int(reached[0])
-    if i == 0 or not math.isfinite(best[i - 1]):
+    if i == 0 or not math.isfinite(best[i - 1]) or best[i] < LEAST_DRAWN <= target:
         return float(sizes[i])
-    below = max(best[i], 1e-300)
-    share = math.log(best[i - 1] / target) / math.log(best[i - 1] / below)
+    share = math.log(best[i - 1] / target) / math.log(best[i - 1] / max(best[i], 1e-300))
     return float(
         math.ceil(math.exp(math.log(sizes[i - 1]) + share * math.log(sizes[i] / sizes[i - 1])) - 1e-9)
     )

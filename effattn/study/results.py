@@ -288,7 +288,8 @@ def comparisons(of_setting: Sequence[Curve], *, size: str) -> list[str]:
         if found:
             lines.append(f"{better.method} has a smaller error than {worse.method} in {', '.join(found)}.")
     lines += _not_finite(of_setting, size) + _useless(of_setting, size)
-    if of_setting[0].setting.part == "error" and (exact := {n for c in of_setting for n in c.exact}):
+    exact = {n for curve in of_setting for n in curve.exact if len(curve.sizes) > 1}
+    if of_setting[0].setting.part == "error" and exact:
         numbers = ", ".join(map(str, sorted(exact)))
         lines.append(
             f"Slopes leave out errors below {LEAST_DRAWN:g}, which are rounding: at {size} = {numbers}."
@@ -323,7 +324,8 @@ def _useless(of_setting: Sequence[Curve], size: str) -> list[str]:
     for curve in of_setting:
         if STYLES.get(curve.method) is None:
             pairs = [(n, got.median) for n, got in zip(curve.sizes, curve.intervals, strict=True) if n]
-            worse = tuple(n for n, median in pairs if level <= median < math.inf)
+            # What is exact is of use, even where the average is exact too.
+            worse = tuple(n for n, median in pairs if max(level, LEAST_DRAWN) <= median < math.inf)
             if worse:
                 same.setdefault((len(worse) == len(pairs) > 1, worse), []).append(curve.method)
     return [
