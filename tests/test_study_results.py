@@ -254,3 +254,10 @@ def test_an_answer_says_in_how_many_draws_and_where_it_is_exact(tmp_path: Path, 
     )  # fmt: skip
     assert code == 0, err
     assert "none up to 64 in 2 of 4 draws, error 0.05" in out
+
+
+def test_studies_of_costs_say_what_their_columns_are(tmp_path: Path, effattn_command) -> None:
+    code, out, err = effattn_command("study", "traffic", "--out", tmp_path / "s")
+    assert code == 0, err
+    assert "- One head, d = 64, forward. counted: elements that the kernel loads and stores" in out
+    assert "elements that the kernel loads and stores" in (tmp_path / "s" / "summary.md").read_text()

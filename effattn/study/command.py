@@ -226,6 +226,7 @@ class _Fixed(NamedTuple):
     columns: tuple[str, ...]
     write: Callable[[Sequence[Row], Path], list[Path]]
     tables: Callable[[Sequence[Row]], list[list[str]]]
+    notes: tuple[str, ...]  #: how to read the tables
 
 
 _FIXED = {
@@ -235,13 +236,16 @@ _FIXED = {
         (*plans.COST_COLUMNS, "error"),
         lambda rows, folder: complexity.write(complexity.lines(rows), folder),
         lambda rows: [complexity.table(complexity.lines(rows))],
+        complexity.NOTES,
     ),
     "traffic": _Fixed(
-        traffic.jobs, lambda profile: traffic.measure, traffic.COLUMNS, traffic.write, lambda rows: [traffic.table(rows)]
+        traffic.jobs, lambda profile: traffic.measure, traffic.COLUMNS, traffic.write, lambda rows: [traffic.table(rows)],
+        traffic.NOTES,
     ),
     "model": _Fixed(
         model.jobs, lambda profile: model.measure, model.COLUMNS, model.write,
         lambda rows: [model.table(rows), model.layers(rows)],
+        model.NOTES,
     ),
 }  # fmt: skip
 
@@ -257,6 +261,11 @@ def _fixed(name: str, folder: Path, profile: str) -> None:
     for table in chosen.tables(rows):
         _print_table(table)
         click.echo()
+    for line in chosen.notes:
+        click.echo(f"- {line}")
+    click.echo()
+    with (folder / results.SUMMARY_MD).open("a", encoding="utf-8") as file:
+        file.write("\n" + "".join(f"- {text.markdown(line)}\n" for line in chosen.notes))
     _say_where(folder, charts)
 
 

@@ -35,6 +35,13 @@ PROFILES: dict[str, dict[str, tuple[int, tuple[int, ...], int, int]]] = {
     "full": {"minilm": (64, (8, 32, 128, 512), 2, 32), "smollm2": (256, (64, 256, 1024), 3, 256)},
 }
 ALL = "all layers"
+#: how to read the tables
+NOTES = (
+    "Attention is replaced in all layers (first table) and in one layer at a time (second); nothing is trained again.",
+    "size: features m, slots k, or weights kept in each row. exact, uniform: attention as it is, the average of all values.",
+    "next token agrees: share of the places where the most likely token stays the same. similarity moves by: mean change of"
+    " the cosine of two paragraphs, over all pairs; rank correlation: of these cosines with those before.",
+)
 
 #: q, k, v, padding mask (True where there is a token) or None, scale -> out
 Attention = Callable[

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 HEAD_DIM = 64
 COLUMNS = ("elements", "formula", "bytes")
+#: how to read the table
+NOTES = (
+    f"One head, d = {HEAD_DIM}, forward. counted: elements that the kernel loads and stores, by the CPU backend. formula: what"
+    " tiles of so many rows have to move. of standard: the share of what standard attention moves.",
+)
 #: profile -> lengths, rows of a block of queries
 PROFILES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "smoke": ((128, 256), (32, 64)),
