@@ -16,6 +16,8 @@ from pathlib import Path
 from effattn.study import charts, complexity, model, plans, recorded, results, traffic
 
 ROOT = Path(__file__).resolve().parent
+#: name -> which of the study's charts the pages show, if not all
+CHARTS = {"performer-axes": "along-*-d16-normal-x0.5-fp32.svg"}
 
 
 def main(folder: Path, name: str, command: str) -> None:
@@ -33,14 +35,13 @@ def main(folder: Path, name: str, command: str) -> None:
             for line in complexity.lines(recorded.rows_of(folder, columns))
         }
     target = ROOT / "measurements" / f"study-{name}.json"
-    points, slopes = (
-        ",\n".join("  " + json.dumps(entry) for entry in data.pop(key)) for key in ("points", "slopes")
-    )
-    head = json.dumps(data, indent=1)[:-2]
-    target.write_text(
-        f'{head},\n "points": [\n{points}\n ],\n "slopes": [\n{slopes}\n ]\n}}\n', encoding="utf-8"
-    )
-    for drawn in folder.glob("*.svg"):
+    lists = {key: data.pop(key) for key in ("points", "slopes", "along") if key in data}
+    body = json.dumps(data, indent=1)[:-2]
+    for key, entries in lists.items():
+        lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
+        body += f',\n "{key}": [\n{lines}\n ]'
+    target.write_text(body + "\n}\n", encoding="utf-8")
+    for drawn in folder.glob(CHARTS.get(name, "*.svg")):
         shutil.copyfile(drawn, ROOT / "charts" / f"{name}-{drawn.name}")
 
 

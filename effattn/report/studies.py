@@ -15,7 +15,7 @@ from typing import Any
 from effattn.errors import RequestError
 from effattn.report import text
 from effattn.run.records import Damage
-from effattn.study import model, results, words
+from effattn.study import axes, model, results, words
 from effattn.study.engine import DRAWS, SCHEMA, STUDY, Row, read_draws
 from effattn.study.intervals import Interval
 
@@ -38,7 +38,7 @@ class Table:
     measure: str
     errors: bool  #: whether the measure is an error of the output, as opposed to a share or a ratio
     size: str
-    sizes: list[int]
+    sizes: Sequence[float]
     #: method and its cells, the last of which is the slope of log(error) against log(size)
     rows: list[tuple[str, list[str]]]
     sentences: list[str]
@@ -112,6 +112,20 @@ def read(folder: Path, number: int = 0) -> Study:
         errors = called in (results.MEASURES["error"], *(words for _, words in model.SHOWN.values()))
         tables.append(_table(f"study-{number}-{i}", heading, called, size, of_setting, errors=errors))
     more = len(found) - len(tables)
+    if name != "model":
+        for line in axes.along(dict(found))[: MOST_SETTINGS - len(tables)]:
+            heading = f"{axes.heading(line)}: {line.title(size.split()[-1])}"
+            called = results.MEASURES["error"]
+            table = _table(
+                f"study-{number}-{len(tables)}",
+                heading,
+                called,
+                axes.AXES[line.axis][1],
+                line.curves,
+                errors=True,
+            )
+            # What has the smaller error is said above, size by size.
+            tables.append(replace(table, sentences=[]))
     return Study(
         folder=folder, name=name, tables=tables, more=more, damaged=draws.damaged,
         legend=results.legend(rows, size=size.split()[-1]),

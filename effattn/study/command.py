@@ -17,6 +17,7 @@ from effattn.report import text
 from effattn.run import provenance
 from effattn.run import store as runs
 from effattn.study import (
+    axes,
     complexity,
     inverse,
     linformer,
@@ -85,6 +86,10 @@ def _run(name: str, *, out: Path | None, profile: str, target_error: float | Non
         _print_table(results.table(results.with_second(rows, where, of_setting), size=size))
         for line in results.comparisons(of_setting, size=size):
             click.echo(f"- {line}")
+        click.echo()
+    for line in axes.along(results.curves(rows)):
+        click.echo(f"{axes.heading(line)}: {line.title(size)}")
+        _print_table(axes.table(line))
         click.echo()
     click.echo("What the names mean")
     for line in results.legend(rows, size=size):

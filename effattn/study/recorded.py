@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from effattn.errors import RequestError
-from effattn.study import results, words
+from effattn.study import axes, results, words
 from effattn.study.engine import STUDY, Row, Store, by_point
 from effattn.study.intervals import Interval, mean_interval, median_interval
 
@@ -51,7 +51,14 @@ def record(folder: Path, columns: Sequence[str], *, command: str) -> dict[str, A
     origin = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     # Where somebody ran it is nobody's business.
     del origin["working_directory"], origin["environment"]
-    return {"schema": SCHEMA, "command": command, **origin, "points": entries, "slopes": slopes}
+    along = [
+        {"axis": line.axis, "size": line.size, **line.where._asdict(), "method": curve.method,
+         "slope": [_short(x) for x in curve.slope[:3]]}
+        for line in axes.along(results.curves(rows))
+        for curve in line.curves
+    ]  # fmt: skip
+    made = {"schema": SCHEMA, "command": command, **origin, "points": entries, "slopes": slopes}
+    return made | ({"along": along} if along else {})
 
 
 def _short(x: float) -> float | None:

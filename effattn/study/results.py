@@ -42,6 +42,11 @@ LEAST_DRAWN = 1e-6
 BELOW_THE_AXIS = f"Errors under {LEAST_DRAWN:g} are below the axis."
 
 
+def values_slug(values: str) -> str:
+    """The name of a distribution for a file's name."""
+    return values.replace("real:", "").replace("/", "-")
+
+
 class Setting(NamedTuple):
     """What one chart shows: everything but method and size."""
 
@@ -65,9 +70,9 @@ class Setting(NamedTuple):
 
     def slug(self) -> str:
         """For a file's name."""
-        values = self.values.replace("real:", "").replace("/", "-")
-        return f"{self.part}-n{self.n}-d{self.head_dim}-{values}-x{self.input_scale:g}-{self.dtype}" + (
-            "-causal" if self.causal else ""
+        return (
+            f"{self.part}-n{self.n}-d{self.head_dim}-{values_slug(self.values)}-x{self.input_scale:g}-{self.dtype}"
+            + ("-causal" if self.causal else "")
         )
 
 
@@ -146,6 +151,8 @@ def write(
 
     `lead` are lines of Markdown that stand first in summary.md.
     """
+    from effattn.study import axes  # which is made of what is here
+
     with (folder / SUMMARY_CSV).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         fields = [*Setting._fields, "method", "size", "measure", "median", "low", "high", "coverage", "draws"]
@@ -172,6 +179,13 @@ def write(
         parts += [*table(shown, size=size), ""]
         if sentences := comparisons(of_setting, size=size):
             parts += [*(f"- {text.markdown(line)}" for line in sentences), ""]
+    for line in axes.along(curves(rows)):
+        parts += [f"## {axes.heading(line)}: {line.title(size)}", ""]
+        if charts.available():
+            path = charts.draw(axes.chart(line, size=size), folder)
+            drawn.append(path)
+            parts += [f"![{line.title(size)}]({path.name})", ""]
+        parts += [*axes.table(line), ""]
     parts += [
         "## What the names mean",
         "",

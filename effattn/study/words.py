@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from effattn.approximation import is_own
+
 #: part of a study -> its heading, and what its numbers are; {size} is k or m
 PARTS: dict[str, tuple[str, str]] = {
     "error": (
@@ -88,9 +90,13 @@ def size_of(part: str, size: str) -> str:
 def explained(methods: Iterable[str], *, size: str) -> list[str]:
     """One line for each name that occurs, in their order; none for a name that isn't known here."""
     found: dict[str, None] = {}
+    lines = []
     for method in methods:
-        found |= dict.fromkeys([method] if method in NAMES else method.split(", "))
-    return [f"{label(name)}: {NAMES[name].format(size=size)}" for name in found if name in NAMES]
+        if is_own(method):
+            lines.append(f"{method}: your own, from that file, called with size = {size}")
+        else:
+            found |= dict.fromkeys([method] if method in NAMES else method.split(", "))
+    return lines + [f"{label(name)}: {NAMES[name].format(size=size)}" for name in found if name in NAMES]
 
 
 def listed(methods: Iterable[str], *, size: str) -> str:
