@@ -17,7 +17,13 @@ from effattn.study import charts, complexity, model, plans, recorded, results, t
 
 ROOT = Path(__file__).resolve().parent
 #: name -> which of the study's charts the pages show, if not all
-CHARTS = {"performer-axes": "along-*-d16-normal-x0.5-fp32.svg"}
+CHARTS = {
+    "performer-axes": (
+        "along-n-m64-d16-normal-x0.5-fp32.svg",
+        "along-head-dim-m64-n512-normal-x0.5-fp32.svg",
+        "along-input-scale-m64-n512-d16-normal-fp32.svg",
+    )
+}
 
 
 def main(folder: Path, name: str, command: str) -> None:
@@ -41,8 +47,8 @@ def main(folder: Path, name: str, command: str) -> None:
         lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
         body += f',\n "{key}": [\n{lines}\n ]'
     target.write_text(body + "\n}\n", encoding="utf-8")
-    for drawn in folder.glob(CHARTS.get(name, "*.svg")):
-        shutil.copyfile(drawn, ROOT / "charts" / f"{name}-{drawn.name}")
+    for drawn in CHARTS.get(name) or [path.name for path in folder.glob("*.svg")]:
+        shutil.copyfile(folder / drawn, ROOT / "charts" / f"{name}-{drawn}")
 
 
 def redraw() -> None:
