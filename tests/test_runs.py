@@ -161,6 +161,15 @@ def test_run_without_verdicts_is_shown_and_not_compacted(effattn_command: Comman
     code, _, err = effattn_command("runs", "compact", tmp_path / "empty")
     assert code == 2
     assert "has no verdicts" in err
+    # Beside others it is left out of a query; alone there is nothing to ask about.
+    write(tmp_path / "other", [verdict(0, 0.5)])
+    asked = "query", "SELECT count(*) AS n FROM verdicts"
+    code, out, err = effattn_command("runs", *asked, tmp_path / "empty", tmp_path / "other", "--json")
+    assert (code, json.loads(out)) == (0, {"n": 1})
+    assert "empty: it has no verdicts; it is left out" in err
+    code, out, err = effattn_command("runs", *asked, tmp_path / "empty")
+    assert (code, out) == (2, "")
+    assert "no verdicts in any of the runs" in err
 
 
 # diff

@@ -69,6 +69,10 @@ _CASE = (
 _NUMBERS = ("fraction", "bit_equal", "ulp_p50", "ulp_p99", "ulp_max", "z_rms", "z_max", "z_mean")
 
 
+class NoVerdicts(RequestError):
+    """A run of which there is nothing to read, such as that of a sweep that was broken off at its start."""
+
+
 @dataclass(frozen=True)
 class Compacted:
     """What `compact` made."""
@@ -117,7 +121,7 @@ def compact(folder: Path, *, into: Path | None = None) -> Compacted:
     """Write the run's verdicts as a Parquet file, in the folder or at `into`.
 
     Raises:
-        RequestError: the folder is no run, it has no verdicts, or the file cannot be written.
+        RequestError: the folder is no run, it has no verdicts (`NoVerdicts`), or the file cannot be written.
     """
     damaged: list[Damage] = []
     target = folder / PARQUET if into is None else into
@@ -128,7 +132,7 @@ def compact(folder: Path, *, into: Path | None = None) -> Compacted:
             )
             files, rows = _whole(folder, scratch, damaged)
             if not rows:
-                raise RequestError(f"the run {str(folder)!r} has no verdicts; there is nothing to compact")
+                raise NoVerdicts(f"the run {str(folder)!r} has no verdicts; there is nothing to compact")
             connection = stack.enter_context(_connect(scratch))
             source = f"read_json({_list(files)}, format='newline_delimited', columns={{'body': '{_BODY}'}})"
             made = scratch / PARQUET
@@ -201,11 +205,18 @@ def opened(
             left_out = _fresh(connection, folder)
             if left_out is None:
                 writable = os.access(folder, os.W_OK)
-                made = compact(folder, into=None if writable else Path(scratch) / f"{number}.parquet")
+                try:
+                    made = compact(folder, into=None if writable else Path(scratch) / f"{number}.parquet")
+                except NoVerdicts:
+                    if damaged is not None:
+                        damaged.append(Damage(folder, 0, "it has no verdicts; it is left out"))
+                    continue
                 file, left_out = made.file, made.damaged
             files.append((str(folder), file))
             if damaged is not None:
                 damaged += left_out
+        if not files:
+            raise RequestError("there are no verdicts in any of the runs; there is nothing to ask about")
         union = " UNION ALL ".join(
             f"SELECT {_text(name)} AS run, * FROM read_parquet({_text(file)})" for name, file in files
         )
