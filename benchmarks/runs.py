@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -20,7 +21,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from effattn.verdict import Quantity, Verdict
 
 METHOD = """
 import torch
@@ -41,6 +45,8 @@ QUESTION = (
     "SELECT dtype, max(fraction), avg(z_rms) FROM verdicts WHERE kv_len > 1000 GROUP BY dtype ORDER BY dtype"
 )
 ASKED = 11
+#: Of a quantity, what differs from case to case.
+NUMBERS = ("fraction", "bit_equal", "ulp_p50", "ulp_p99", "ulp_max", "z_rms", "z_max", "z_mean")
 
 
 def sweep(options: argparse.Namespace) -> dict[str, Any]:
@@ -95,10 +101,24 @@ def record(folder: Path, count: int) -> dict[str, Any]:
         for q, k in shapes
     ]
     judged = [judge(case, get("torch")) for case in cases]
-    verdicts = [
-        replace(judged[n % len(judged)], case=replace(judged[n % len(judged)].case, seed=n))
-        for n in range(count)
-    ]
+    # Each with numbers of its own: copies would take no room in a table.
+    chance = random.Random(0)
+
+    def other(verdict: Verdict, seed: int) -> Verdict:
+        def varied(quantity: Quantity) -> Quantity:
+            known = {name: getattr(quantity, name) for name in NUMBERS}
+            return replace(
+                quantity, **{name: x * chance.uniform(0.5, 1.5) for name, x in known.items() if x is not None}
+            )
+
+        return replace(
+            verdict,
+            case=replace(verdict.case, seed=seed),
+            quantities=tuple(varied(quantity) for quantity in verdict.quantities),
+            seconds={name: x * chance.uniform(0.5, 1.5) for name, x in verdict.seconds.items()},
+        )
+
+    verdicts = [other(judged[n % len(judged)], n) for n in range(count)]
     folder.mkdir()
     appender = records.Appender(folder / "verdicts-one.jsonl")
     for verdict in verdicts:
