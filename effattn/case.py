@@ -21,7 +21,7 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -72,6 +72,11 @@ class Inputs(_Tensors):
         inputs = super().__new__(cls, q, k, v)
         inputs.extras = Extras() if extras is None else extras
         return inputs
+
+
+def id_of(data: Mapping[str, Any]) -> str:
+    """The id of the case that `Case.to_dict` gave this of."""
+    return hashlib.sha256(_CANONICAL.encode(data).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,11 +230,12 @@ class Case:
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from what they default to, and the schema; `from_dict` takes it back."""
         data: dict[str, Any] = {"schema": SCHEMA}
-        usual = {"kv_heads": self.heads, "v_dim": self.head_dim}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value != usual.get(field.name, field.default):
-                data[field.name] = list(value) if isinstance(value, tuple) else value
+        values = vars(self)
+        usual = {**_DEFAULTS, "kv_heads": self.heads, "v_dim": self.head_dim}
+        for name, default in usual.items():
+            value = values[name]
+            if value != default:
+                data[name] = list(value) if isinstance(value, tuple) else value
         return data
 
     def to_json(self) -> str:
@@ -339,7 +345,7 @@ class Case:
     @property
     def id(self) -> str:
         """A hash of the content: 12 hexadecimal digits, the same on every machine."""
-        return hashlib.sha256(_CANONICAL.encode(self.to_dict()).encode()).hexdigest()[:12]
+        return id_of(self.to_dict())
 
     def describe(self) -> str:
         """One line for people."""
@@ -395,6 +401,10 @@ class Case:
                 " case."
             ) from None
         return Inputs(*tensors, extras=extras)
+
+
+#: Field -> what it is unless given, of `Case.to_dict`, which every record of a sweep comes through.
+_DEFAULTS = {field.name: field.default for field in fields(Case)}
 
 
 def _integer(field: str, value: object, least: int, most: int) -> int:

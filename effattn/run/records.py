@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from effattn.case import id_of
+
 if TYPE_CHECKING:
     from effattn.verdict import Verdict
 
@@ -65,8 +67,9 @@ class Record:
 
 def encode(verdict: Verdict, *, spec: str, device: str) -> bytes:
     """The line of a verdict."""
+    told = verdict.to_dict()
     body = _encoder.encode(
-        {"id": verdict.case.id, "spec": spec, "device": device, "verdict": verdict.to_dict()}
+        {"id": id_of(told["case"]), "spec": spec, "device": device, "verdict": told}
     ).encode()
     return b"".join((_FRONT, b"%08x" % zlib.crc32(body), _MIDDLE, body, _BACK))
 
