@@ -16,7 +16,6 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effattn.errors import NotSupported, RequestError
@@ -99,31 +98,28 @@ def is_own(name: str) -> bool:
 
 
 def load(spec: str) -> Approximation:
-    """The approximation of FILE.py or package.module:NAME, NAME being a function of the kind `attention`, or a
-    namespace (a class, a module) that has the functions; or effattn's own, "performer" and "linformer".
+    """The approximation of FILE.py or package.module:NAME, NAME being a function of the kind `attention`, or an object
+    (an instance, a class of static methods, a module) that has the functions; or effattn's own, "performer" and "linformer".
 
     RequestError where there is none, with what was looked for.
     """
-    from effattn.methods.load import load_file, load_function
+    from effattn.methods.load import load_file, load_function, load_object
 
     if spec in BUILT_IN:
         return BUILT_IN[spec]()
-    where, separator, name = spec.rpartition(":")
-    if not separator:
+    if ":" not in spec:
         if not spec.endswith(".py"):
             raise RequestError(
                 f"unknown approximation {spec!r}; expected {' or '.join(BUILT_IN)}, path/to/file.py, or"
                 " package.module:attention"
             )
         return of_namespace(vars(load_file(spec)), spec)
-    try:
-        function = load_function(spec)
-    except RequestError:
-        # A class of functions is welcome here.
-        found = vars(load_file(where)).get(name) if where.endswith(".py") and Path(where).is_file() else None
-        if not inspect.isclass(found):
-            raise
-        return of_namespace({n: getattr(found, n) for n in dir(found)}, spec)
+    found = load_object(spec)
+    if any(callable(getattr(found, name, None)) for name in FUNCTIONS):
+        return of_namespace(
+            {name: getattr(found, name) for name in (*FUNCTIONS, "CLAIMS") if hasattr(found, name)}, spec
+        )
+    function = load_function(spec)
     claims = getattr(function, "__globals__", {}).get("CLAIMS", ())
     return of_namespace({"attention": function, "CLAIMS": claims}, spec)
 

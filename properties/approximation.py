@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -161,9 +162,9 @@ class Trial:
         """The user's code; `Crashed` where it raises."""
         try:
             return function(*arguments, **keywords)
-        except (NotSupported, NotImplementedError):
+        except (NotSupported, NotImplementedError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:  # SystemExit too: it would end the judgement without a word
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise Crashed(
                 f"raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
@@ -212,7 +213,19 @@ class Trial:
     ) -> torch.Tensor:
         """`attention`, from the generator of that number."""
         seed = self.generator(number).initial_seed()
-        return self.call(self.subject.attention, q, k, v, size=size, seed=seed, **options)
+        with self.untouched("attention", q=q, k=k, v=v):
+            return self.call(self.subject.attention, q, k, v, size=size, seed=seed, **options)
+
+    @contextmanager
+    def untouched(self, function: str, **tensors: torch.Tensor) -> Iterator[None]:
+        """`Broken` where what runs inside writes into its inputs: what a law compares would be of others."""
+        import torch
+
+        copies = {name: x.detach().clone() for name, x in tensors.items()}
+        yield
+        for name, x in tensors.items():
+            if not torch.equal(x.detach(), copies[name]):
+                raise Broken(f"`{function}` changed its input {name} in place; work on a copy")
 
     @cached_property
     def sample(self) -> Sample:

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 import effattn
 from effattn.approximation import BUILT_IN, Approximation, is_own, load, of_namespace
 from effattn.cli import cli, main
+from effattn.errors import RequestError
 from effattn.properties.approximation import ABSENT, all_laws, judge
 
 #: law -> what it rejects
@@ -137,6 +138,46 @@ def test_what_is_right_keeps_all_laws(name: str) -> None:
     findings = list(judge(subject))
     assert [(f.law.name, f.text) for f in findings if f.broken] == []
     assert sum(f.outcome == "holds" for f in findings) >= (4 if "prefix_sums" in RIGHT.get(name, {}) else 9)
+
+
+def test_objects_and_functions_are_taken_by_name(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+        class Mine:
+            CLAIMS = ("averages",)
+            def slots(self, size, n, generator): ...
+        class Static:
+            @staticmethod
+            def slots(size, n, generator): ...
+        mine = Mine()
+        CLAIMS = ("kernel",)
+        def other(q, k, v, *, size, generator): ...
+        """,
+    )
+    assert load(f"{path}:mine").claims == {"averages"}
+    assert load(f"{path}:Static").functions.keys() == {"slots"}
+    assert load(f"{path}:other").functions.keys() == {"attention"}
+    assert load(f"{path}:other").claims == {"kernel"}
+    with pytest.raises(RequestError, match="did you mean 'mine'"):
+        load(f"{path}:mime")
+
+
+def test_inputs_that_are_changed_in_place_are_named() -> None:
+    def attention(q, k, v, *, size, generator):
+        return v.mul_(2)
+
+    (finding,) = judge(of({"attention": attention}), names=["the_generator_alone_is_random"])
+    assert finding.broken
+    assert "changed its input v in place" in finding.text
+
+
+def test_code_that_exits_has_crashed() -> None:
+    def attention(q, k, v, *, size, generator):
+        raise SystemExit(0)
+
+    (finding,) = judge(of({"attention": attention}), names=["the_generator_alone_is_random"])
+    assert finding.outcome == "crashed"
 
 
 def test_a_function_that_raises_has_crashed_with_its_line() -> None:

@@ -33,6 +33,13 @@ def load_function(spec: str) -> Callable[..., Any]:
     Raises `RequestError` that says what is missing: the file, the module, the function (with close matches),
     or what the code raised while it was imported.
     """
+    found = load_object(spec)
+    where, _, path = spec.rpartition(":")
+    return _checked_function(found, where, path)
+
+
+def load_object(spec: str) -> Any:
+    """What `spec` names, function or not. `RequestError` as for `load_function`."""
     where, separator, path = spec.rpartition(":")
     if not separator or not where or not path:
         raise RequestError(
@@ -48,7 +55,7 @@ def load_function(spec: str) -> Callable[..., Any]:
             found = getattr(found, name)
         except AttributeError:
             raise RequestError(_no_such_function(where, path, found, name, top=i == 0)) from None
-    return _checked_function(found, where, path)
+    return found
 
 
 def source_digest(spec: str) -> str:

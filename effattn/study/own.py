@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from effattn.approximation import Approximation, is_own, load
-from effattn.errors import EffattnError, NotSupported, RequestError
+from effattn.errors import EffattnError, RequestError
 from effattn.study import measures
 
 if TYPE_CHECKING:
@@ -49,10 +49,13 @@ def measure(job: Job, data: Problem, *, divergence: bool) -> Mapping[str, float]
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         try:
             with torch.no_grad():
-                out = found.attention(q, k, v, size=point.size, seed=seed, causal=data.causal)
-        except (EffattnError, NotSupported):
+                # Copies: the inputs are shared by all methods of a draw.
+                out = found.attention(
+                    q.clone(), k.clone(), v.clone(), size=point.size, seed=seed, causal=data.causal
+                )
+        except (EffattnError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:  # SystemExit too
             raise RequestError(
                 f"`attention` of {point.method} raised {type(error).__name__}: {error}; size = {point.size}, n = {point.n},"
                 f" {point.dtype}"
