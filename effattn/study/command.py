@@ -153,8 +153,9 @@ def _inverse(
     note = (
         f"{_SIZE[name]} between two sizes that were measured is interpolated, by the logarithms of size and error."
         f" CPU time and memory: of one head in float32{_not_in(plan.dtype)}, on one thread, with"
-        f" {'positive features' if name == 'performer' else 'averages of neighbours'}; exact attention with all scores"
-        " written out."
+        f" {'positive features' if name == 'performer' else 'averages of neighbours'}"
+        f"{', or with your function' if any(map(own.is_own, plan.methods)) else ''}; exact attention with all scores written"
+        " out."
     )
     click.echo(note)
     charts = results.write(
