@@ -174,7 +174,8 @@ def report(folder: Path, _: int) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         size = target.stat().st_size
     return {
-        "command": material.runs[0][1].get("command"),
+        "methods": material.methods,
+        "profile": material.runs[0][1].get("profile"),
         "verdicts": len(material.verdicts),
         "seconds": round(seconds, 1),
         "megabytes": round(size / 1e6, 2),
