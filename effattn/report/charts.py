@@ -373,6 +373,11 @@ _DASHES: dict[str, tuple[list[int], ...]] = {
 }
 
 
+#: Of the legend. By the container's width, not by that of the chart: that one changes while the chart is fitted, and the
+#: height would be the one for the columns before. A picture has no container.
+_COLUMNS = "max(1, floor(((containerSize()[0] || 640) - 60) / 260))"
+
+
 def _looks(kinds: Mapping[str, str]) -> list[tuple[list[int], str]]:
     """Dashes and shape of each method of some kind; what is no method has no points, a short line in the legend."""
     counts: Counter[str] = Counter()
@@ -410,7 +415,7 @@ def _study(alt: Any, table: studies.Table) -> Chart:
     # one title and one order, so that there is one legend, whose symbols have colour, dashes and shape.
     legend = alt.Legend(
         symbolOpacity=1, symbolSize=90, symbolStrokeWidth=2, labelLimit=240, orient="bottom",
-        columns={"expr": "max(1, floor(width / 260))"},
+        columns={"expr": _COLUMNS},
     )  # fmt: skip
 
     def by_method(channel: Any, values: list[Any] | None) -> Any:

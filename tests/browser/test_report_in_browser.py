@@ -84,7 +84,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> gather.Material:
     )
     baseline.write_text(baselines.render(kept))
     study = Store(folder / "study", {"study": "linformer"}, ("error",))
-    points = [Point(n=64, head_dim=16, method=m, size=k) for m in ("gaussian", HOSTILE) for k in (8, 16, 32)]
+    methods = ("gaussian", HOSTILE, *(f"method {i}" for i in range(14)))
+    points = [Point(n=64, head_dim=16, method=m, size=k) for m in methods for k in (8, 16, 32)]
     jobs = [Job(point=point, draw=draw) for point in points for draw in range(4)]
     study.run(jobs, lambda job: {"error": (1 + job.draw) / job.point.size})
     return gather.gather(
@@ -128,6 +129,26 @@ def test_every_chart_is_drawn(opened: Any, material: gather.Material, screenshot
         assert box[0] > 300, name
         assert box[1] > 80, name
     opened.screenshot(screenshots / "report-light.png", whole=True)
+
+
+@pytest.mark.parametrize("width", [1280, 1130, 420])
+def test_a_studys_legend_is_whole_and_has_shapes(page: Any, report: Path, width: int) -> None:
+    """Its rows fit below the chart, whatever the width. Each of 12 methods has a shape of its own, of 16 a few come again."""
+    page.media(scheme="light")
+    page.size(width, 900)
+    page.open(report)
+    below = page.evaluate(
+        "(() => { const svg = document.querySelector('[data-chart=study-0-0] svg');"
+        " const labels = [...svg.querySelectorAll('.role-legend-label text')];"
+        " const end = svg.getBoundingClientRect().bottom;"
+        " return [labels.length, labels.filter(l => l.getBoundingClientRect().bottom > end).length]; })()"
+    )
+    assert below == [16, 0]
+    shapes = page.evaluate(
+        "[...document.querySelectorAll('[data-chart=study-0-0] .role-legend-symbol path')].map(p => p.getAttribute('d'))"
+    )
+    assert len(shapes) == 16
+    assert len(set(shapes)) == 12
 
 
 def test_nothing_is_asked_of_the_network_and_nothing_complains(opened: Any, report: Path) -> None:
