@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from effattn.report import studies
-from effattn.study import inverse, plans, results, words
+from effattn.study import inverse, plans, results, summary, words
 from effattn.study.engine import Job, Point, Row
 from effattn.study.intervals import median_interval
 
@@ -177,8 +177,8 @@ def test_parts_have_headings_of_their_own_and_errors_come_first(tmp_path: Path) 
         *rows({("singular values", 1): [0.25], ("singular values", 64): [1.0]}, part="spectrum"),
         *rows(FALLING, input_scale=0.5),
     ]
-    results.write(every, tmp_path, ["error", "row_p50"], title="Study linformer", size="k")
-    text = (tmp_path / results.SUMMARY_MD).read_text()
+    summary.write(every, tmp_path, ["error", "row_p50"], title="Study linformer", size="k")
+    text = (tmp_path / summary.SUMMARY_MD).read_text()
     assert re.findall("^## (.*)$", text, re.MULTILINE) == [
         "Error of the output: n = 64, d = 8, normal x 0.5, fp32",
         "Singular values of the attention matrix: n = 64, d = 8, normal, fp32",

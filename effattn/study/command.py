@@ -27,6 +27,7 @@ from effattn.study import (
     plans,
     probe,
     results,
+    summary,
     traffic,
     words,
 )
@@ -78,7 +79,7 @@ def _run(name: str, *, out: Path | None, profile: str, target_error: float | Non
         return
     plan = plans.adapt(plans.profile(name, profile), **changes)
     rows = _measure(plan, folder, plans.jobs(plan))
-    charts = results.write(rows, folder, plans.ERROR_COLUMNS, title=f"Study {name}", size=_SIZE[name])
+    charts = summary.write(rows, folder, plans.ERROR_COLUMNS, title=f"Study {name}", size=_SIZE[name])
     size = _SIZE[name]
     for where, of_setting in results.curves(rows).items():
         click.echo(f"{words.heading(where.part)}: {where.words()}")
@@ -158,7 +159,7 @@ def _inverse(
         " out."
     )
     click.echo(note)
-    charts = results.write(
+    charts = summary.write(
         rows, folder, plans.ERROR_COLUMNS, title=f"Study {name}: which {_SIZE[name]} for an error of {target:g}?",
         size=_SIZE[name], lead=[*said, note, ""],
     )  # fmt: skip
@@ -270,7 +271,7 @@ def _fixed(name: str, folder: Path, profile: str) -> None:
     for line in chosen.notes:
         click.echo(f"- {line}")
     click.echo()
-    with (folder / results.SUMMARY_MD).open("a", encoding="utf-8") as file:
+    with (folder / summary.SUMMARY_MD).open("a", encoding="utf-8") as file:
         file.write("\n" + "".join(f"- {text.markdown(line)}\n" for line in chosen.notes))
     _say_where(folder, charts)
 

@@ -1,11 +1,9 @@
-"""What a study says in the end: medians with intervals, slopes, comparisons, as CSV, Markdown and charts."""
+"""What a study finds: medians with intervals, slopes and comparisons, as tables and charts of each setting."""
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from effattn.report import text
@@ -13,8 +11,6 @@ from effattn.study import charts, words
 from effattn.study.engine import Point, Row, by_point
 from effattn.study.intervals import Interval, constant, mean_interval, median_interval, sign_test, slope
 
-SUMMARY_CSV = "summary.csv"
-SUMMARY_MD = "summary.md"
 #: method -> how a chart draws it, if it is none of those that a study is about
 STYLES = {
     "theory": "theory",
@@ -136,64 +132,6 @@ def _interval(sample: Sequence[float], part: str) -> Interval:
     if part == "moments" and len(sample) > 1:
         return mean_interval(sample)
     return constant(sample[0]) if len(sample) == 1 else median_interval(sample)
-
-
-def write(
-    rows: Sequence[Row],
-    folder: Path,
-    columns: Sequence[str],
-    *,
-    title: str,
-    size: str,
-    lead: Sequence[str] = (),
-) -> list[Path]:
-    """summary.csv, summary.md and one chart for each setting. Returns the charts; none without matplotlib.
-
-    `lead` are lines of Markdown that stand first in summary.md.
-    """
-    from effattn.study import axes  # which is made of what is here
-
-    with (folder / SUMMARY_CSV).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        fields = [*Setting._fields, "method", "size", "measure", "median", "low", "high", "coverage", "draws"]
-        writer.writerow(fields)
-        for measure in columns:
-            for where, of_setting in curves(rows, measure).items():
-                for curve in of_setting:
-                    for number, got in zip(curve.sizes, curve.intervals, strict=True):
-                        writer.writerow([*where, curve.method, number, measure, *got])
-    drawn = []
-    parts = [f"# {title}", "", *lead]
-    for where, of_setting in curves(rows).items():
-        parts += [
-            f"## {words.heading(where.part)}: {where.words()}",
-            "",
-            words.meaning(where.part, size=size),
-            "",
-        ]
-        if charts.available() and any(len(curve.sizes) > 1 for curve in of_setting):
-            path = charts.draw(chart(where, of_setting, size=size), folder)
-            drawn.append(path)
-            parts += [f"![{where.words()}]({path.name})", ""]
-        shown = with_second(rows, where, of_setting)
-        parts += [*table(shown, size=size), ""]
-        if sentences := comparisons(of_setting, size=size):
-            parts += [*(f"- {text.markdown(line)}" for line in sentences), ""]
-    for line in axes.along(curves(rows)):
-        parts += [f"## {axes.heading(line)}: {line.title(size)}", ""]
-        if charts.available():
-            path = charts.draw(axes.chart(line, size=size), folder)
-            drawn.append(path)
-            parts += [f"![{line.title(size)}]({path.name})", ""]
-        parts += [*axes.table(line), ""]
-    parts += [
-        "## What the names mean",
-        "",
-        *(f"- {text.markdown(line)}" for line in legend(rows, size=size)),
-        "",
-    ]
-    (folder / SUMMARY_MD).write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
-    return drawn
 
 
 def with_second(rows: Sequence[Row], where: Setting, of_setting: Sequence[Curve]) -> list[Curve]:
