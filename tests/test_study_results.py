@@ -11,7 +11,7 @@ import pytest
 
 from effattn.report import studies
 from effattn.study import inverse, plans, results, summary, words
-from effattn.study.engine import Job, Point, Row
+from effattn.study.engine import SCHEMA, Job, Point, Row, read_draws
 from effattn.study.intervals import median_interval
 
 
@@ -129,6 +129,52 @@ def test_nothing_is_interpolated_towards_a_size_where_a_method_is_exact() -> Non
     assert got.smallest is not None
     assert 64 < got.smallest.median < 128
     assert got.too_few is None
+
+
+def test_sizes_between_the_last_that_misses_and_the_first_that_reaches_are_asked_for() -> None:
+    (curve,) = curves({("a", 64): [0.7], ("a", 128): [0.6], ("a", 256): [3e-7]})
+    assert inverse.between(curve, 0.1) == (128, 181)
+    assert inverse.between(curve, 0.65) == (64, 91)
+    assert inverse.between(curve, 0.7) is None  # the first size does
+    assert inverse.between(curve, 1e-9) is None  # none does
+    (near,) = curves({("a", 128): [0.6], ("a", 140): [0.1]})
+    assert inverse.between(near, 0.1) is None
+    (pairs,) = curves({("trigonometric, iid", 8): [0.6], ("trigonometric, iid", 16): [0.1]})
+    assert inverse.between(pairs, 0.1) == (8, 12)  # 11 is odd
+    (next_to,) = curves({("a", 1): [0.6], ("a", 2): [0.1]})
+    assert inverse.between(next_to, 0.1) is None
+
+
+def test_a_search_comes_nearer_to_the_smallest_size_and_ends(tmp_path: Path) -> None:
+    """Of a method that is exact from size 45 on, and off by its own size below."""
+    from effattn.cli import main
+
+    out = tmp_path / "out"
+    path = tmp_path / "runs.py"
+    path.write_text(
+        "def attention(q, k, v, *, size, generator):\n"
+        "    import torch\n"
+        "    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)\n"
+        "    return exact if size >= 45 else 2 * exact\n",
+        encoding="utf-8",
+    )
+    asked = ["study", "linformer", "--method", str(path), "--n", "64", "--values", "normal", "--draws", "2"]
+    assert main([*asked, "--target-error", "0.1", "--out", str(out)]) == 0
+    sizes = {row.job.point.size for row in read_draws(out / "draws.csv", schema=SCHEMA).rows}
+    assert sizes == {1, 2, 4, 8, 16, 32, 64, 45, 38, 41}
+    text = (out / summary.SUMMARY_MD).read_text()
+    assert "| 45, where it is exact; 41 are too few |" in text
+    # Sizes that are asked for are the only ones.
+    only = tmp_path / "only"
+    assert main([*asked, "--target-error", "0.1", "--size", "32,64", "--out", str(only)]) == 0
+    assert {row.job.point.size for row in read_draws(only / "draws.csv", schema=SCHEMA).rows} == {32, 64}
+
+
+def test_a_size_of_one_method_alone_has_no_column() -> None:
+    errors = {(name, m): [0.1] for name in ("a", "b", "c", "d") for m in (8, 16)} | {("a", 11): [0.1]}
+    assert results.table(curves(errors), size="m")[0] == "| method | m = 8 | m = 16 | slope |"
+    half = errors | {("b", 11): [0.1]}
+    assert "m = 11" in results.table(curves(half), size="m")[0]
 
 
 def test_draws_that_never_get_there_are_counted() -> None:

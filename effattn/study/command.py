@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,6 +138,9 @@ def _inverse(
     kept = _open(folder, {**plan.request(), "question": "smallest size"}, plans.ERROR_COLUMNS)
     with _bar(len(jobs)) as progress:
         rows = kept.run(jobs, measure, progress)
+    while not changes.get("sizes") and (more := _halfway(rows, target)):
+        with _bar(len(more)) as progress:
+            rows = rows + kept.run(more, measure, progress)
     _write_provenance(folder)
     said: list[str] = []
     for where, of_setting in results.curves(rows).items():
@@ -164,6 +168,22 @@ def _inverse(
         size=_SIZE[name], lead=[*said, note, ""],
     )  # fmt: skip
     _say_where(folder, charts)
+
+
+def _halfway(rows: Sequence[Row], target: float) -> list[Job]:
+    """Draws at sizes between the last that misses the target and the first that reaches it, while these lie apart."""
+    found = []
+    for where, of_setting in results.curves(rows).items():
+        for curve in of_setting:
+            if (between := inverse.between(curve, target)) is not None:
+                below, middle = between
+                found += [
+                    replace(row.job, point=replace(row.job.point, size=middle))
+                    for row in rows
+                    if results.setting(row.job.point) == where
+                    and (row.job.point.method, row.job.point.size) == (curve.method, below)
+                ]
+    return found
 
 
 def _not_in(dtypes: Sequence[str]) -> str:

@@ -52,6 +52,26 @@ def sizes_up_to(n: int, *, pairs: bool) -> tuple[int, ...]:
     return (*(2**i for i in range(least - 1, 30) if 2**i < last), last)
 
 
+#: sizes this near to each other are not told apart
+NEAR = 1.125
+
+
+def between(curve: Curve, target: float) -> tuple[int, int] | None:
+    """Where a curve first gets to the target: the last size whose median misses it and a size halfway, by ratio, from there
+    to the next. None where that is near enough, or there is no such size."""
+    medians = [got.median for got in curve.intervals]
+    first = next((i for i, median in enumerate(medians) if median <= target), 0)
+    if first == 0:
+        return None
+    below, above = curve.sizes[first - 1], curve.sizes[first]
+    # Features of these come in pairs.
+    step = 2 if curve.method.startswith(("trigonometric", "hyperbolic")) else 1
+    middle = round(math.sqrt(below * above) / step) * step
+    if above <= NEAR * below or not below < middle < above:
+        return None
+    return below, middle
+
+
 def answer(curve: Curve, target: float) -> Answer:
     """The smallest size with an error of at most `target`, for each draw between two sizes by interpolation of the
     logarithms, then median and interval over draws. A draw that never gets there counts as infinite. Towards a size

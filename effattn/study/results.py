@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -183,7 +184,9 @@ def table(of_setting: Sequence[Curve], *, size: str) -> list[str]:
     """Medians with intervals as Markdown, one row a method; slopes where errors fall with the size."""
     part = of_setting[0].setting.part
     size = words.size_of(part, size)
-    sizes = sorted({n for curve in of_setting for n in curve.sizes if n})
+    counts = Counter(n for curve in of_setting for n in curve.sizes if n)
+    # One that a search went through, of one method, is left to summary.csv.
+    sizes = sorted(n for n, count in counts.items() if 2 * count >= max(counts.values()))
     shown = sizes if len(sizes) <= 5 else sorted({sizes[round(i * (len(sizes) - 1) / 4)] for i in range(5)})
     columns = [f"{text.markdown(size)} = {n}" for n in shown] or ["value"]
     slopes = part == "error" and len(sizes) > 1
