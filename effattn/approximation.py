@@ -35,7 +35,8 @@ CLAIM_WORDS: dict[str, str] = {
     "gaussian": "`slots` draws N(0, 1/size): x E^T E y has the mean x . y and the variance of theory",
     "averages": "`slots` averages tokens: rows are not negative and sum to one",
     "kernel": "weights of `attention` depend on the query, the key and the projections alone: order and copies do not count",
-    "consistent": "the error of `attention` falls as size^-1/2 where it is small",
+    "own features": "`attention` is the quadratic evaluation of the file's `draw` and `features`, from one draw for all heads",
+    "consistent": "the error of `attention` falls as size^-1/2 where it is small; of files with `features` unless 'biased'",
     "exact at n": "`attention` is exact with size = n",
     "unnormalised": "weights of `attention` need not sum to one, as where values are projected by random numbers",
     "rounded weights": "`prefix_sums` stores weights and states in the dtype of its inputs: up to three roundings of each term",
@@ -210,7 +211,7 @@ def _performer() -> Approximation:
         return linear_attention(q, k, v)
 
     functions = {"draw": draw, "features": features, "attention": attention, "prefix_sums": prefix_sums}
-    claims = frozenset({"orthogonal", "positive", "kernel", "consistent", "low rank"})
+    claims = frozenset({"orthogonal", "positive", "kernel", "own features", "consistent", "low rank"})
     return Approximation(name="performer", functions=functions, claims=claims)
 
 

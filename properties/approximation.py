@@ -133,11 +133,17 @@ def _one(law: Law, trial: Trial) -> Finding:
         law.check(trial)
     except Broken as error:
         return Finding(law=law, outcome="broken", text=str(error))
+    except NotClaimed as error:
+        return Finding(law=law, outcome="not claimed", text=str(error))
     except (NotSupported, NotImplementedError) as error:
         return Finding(law=law, outcome="not supported", text=str(error) or type(error).__name__)
     except Crashed as error:
         return Finding(law=law, outcome="crashed", text=str(error))
     return Finding(law=law, outcome="holds")
+
+
+class NotClaimed(Exception):
+    """The law is tried only where something is claimed; the text says what."""
 
 
 class Crashed(Exception):

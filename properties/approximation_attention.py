@@ -12,7 +12,7 @@ import math
 import torch
 
 from effattn.errors import NotSupported
-from effattn.properties.approximation import Broken, Trial, law
+from effattn.properties.approximation import Broken, NotClaimed, Trial, law
 from effattn.study import measures, theory
 
 #: what float32 inside may be off by, relative
@@ -108,16 +108,14 @@ def the_future_never_changes_a_row(trial: Trial) -> None:
             )
 
 
-@law("attention")
+@law("attention", claims=["kernel"])
 def a_causal_row_is_the_unmasked_row_of_its_prefix(trial: Trial) -> None:
-    """Row i under a causal mask is row i without one of the first i + 1 tokens, with the same projections: the
-    prefix sums are those of the masked quadratic evaluation."""
+    """Row i under a causal mask is row i without one of the first i + 1 tokens, with the same projections, also on both
+    sides of the borders of usual chunks: the prefix sums are those of the masked quadratic evaluation."""
     _needs(trial, "causal")
-    if "kernel" not in trial.subject.claims:
-        raise NotSupported("'kernel' isn't claimed")
-    q, k, v = _inputs(trial, 4, scale=0.5)
+    q, k, v = _inputs(trial, 4, n=300, scale=0.5)
     whole = trial.attention(q, k, v, size=_SIZE, causal=True)
-    for i in (0, 1, 16, 33, _N - 1):
+    for i in (0, 1, 16, 33, 63, 64, 127, 128, 200, 255, 256, 299):
         prefix = [x[:, :, : i + 1] for x in (q, k, v)]
         share, words = _off(whole[:, :, i], trial.attention(*prefix, size=_SIZE)[:, :, i])
         if share > 0.2:
@@ -208,15 +206,23 @@ def long_inputs_give_finite_outputs(trial: Trial) -> None:
 
 @law("attention")
 def gradients_are_those_of_finite_differences(trial: Trial) -> None:
-    """The directional derivative by autograd is that of a central difference, for q, k and v, of some step: short ones do
-    not cross the kinks of a ReLU, long ones outweigh float32."""
-    tensors = [x.requires_grad_() for x in _inputs(trial, 10, n=12, scale=0.5, batch=1)]
-    directions = [x.detach() for x in _inputs(trial, 11, n=12, batch=1)]
-    for causal in _modes(trial):
-        weight = _inputs(trial, 12, n=12, batch=1)[2]
+    """The directional derivative by autograd is that of a central difference, for q, k and v, short and long, padded too,
+    of some step: short ones do not cross the kinks of a ReLU, long ones outweigh float32."""
+    padded = (False, True) if trial.subject.takes("padding_mask") else (False,)
+    for n, causal, hidden in itertools.product((12, 150), _modes(trial), padded):
+        tensors = [x.requires_grad_() for x in _inputs(trial, 10, n=n, scale=0.5, batch=1)]
+        directions = _inputs(trial, 11, n=n, batch=1)
+        weight = _inputs(trial, 12, n=n, batch=1)[2]
+        mask = (torch.arange(n) < n - n // 4)[None] if hidden else None
 
-        def loss(*x: torch.Tensor, causal: bool = causal, weight: torch.Tensor = weight) -> torch.Tensor:
-            return (trial.attention(*x, size=_SIZE // 2, causal=causal).double() * weight).sum()
+        def loss(
+            *x: torch.Tensor,
+            causal: bool = causal,
+            weight: torch.Tensor = weight,
+            mask: torch.Tensor | None = mask,
+        ) -> torch.Tensor:
+            out = trial.attention(*x, size=_SIZE // 2, causal=causal, padding_mask=mask)
+            return (out.double() * weight).sum()
 
         start = loss(*tensors)
         if not start.requires_grad:
@@ -233,10 +239,11 @@ def gradients_are_those_of_finite_differences(trial: Trial) -> None:
                     moved[i] = moved[i] + sign * step * directions[i]
                     ends.append(float(loss(*moved).detach()))
                 found.append((ends[0] - ends[1]) / (2 * step))
-            if not any(abs(value - x) <= 0.02 * max(abs(x), float(weight.norm()) * 0.05) for x in found):
+            if not any(abs(value - x) <= 0.005 * max(abs(x), float(weight.norm()) * 0.05) for x in found):
                 raise Broken(
                     f"the derivative by {name} along a direction is {value:.6g}; finite differences give"
-                    f" {', '.join(f'{x:.6g}' for x in found)}{', causal' if causal else ''}"
+                    f" {', '.join(f'{x:.6g}' for x in found)}; n = {n}{', causal' if causal else ''}"
+                    f"{', padded' if hidden else ''}"
                 )
 
 
@@ -285,10 +292,37 @@ def no_error_is_below_the_floor_of_the_rank(trial: Trial) -> None:
                 )
 
 
-@law("attention", claims=["consistent"])
+@law("attention", claims=["own features"])
+def it_is_the_quadratic_evaluation_of_its_features(trial: Trial) -> None:
+    """With omega = draw(size, head_dim, generator) of the same generator, out is
+    sum_j phi(q).phi(k_j) v_j / sum_j phi(q).phi(k_j), q and k times head_dim^-1/4: attention adds no stabiliser and no
+    scale of its own to the features."""
+    if not trial.subject.has("features"):
+        raise NotSupported("there is no function `features`")
+    q, k, v = _inputs(trial, 18)
+    number = 19
+    got = trial.attention(q, k, v, size=_SIZE, number=number)
+    omega = trial.draw(_SIZE, _D, trial.generator(number))
+    wanted = torch.empty_like(v)
+    for b, h in itertools.product(range(q.shape[0]), range(q.shape[1])):
+        (fq, _), (fk, e) = (
+            trial.features(x[b, h] * _D**-0.25, omega, query=query) for x, query in ((q, True), (k, False))
+        )
+        # A query's exponent cancels; of those of the keys a common part does.
+        pairs = fq @ (fk * (e - e.max()).exp()[:, None]).mT
+        wanted[b, h] = (pairs @ v[b, h]) / pairs.sum(-1, keepdim=True)
+    share, words = _off(got, wanted)
+    if share > 0.2:
+        raise Broken(f"out isn't that of the file's own `draw` and `features`: {words}")
+
+
+@law("attention")
 def the_error_falls_with_the_square_root_of_the_size(trial: Trial) -> None:
-    """For queries and keys with entries N(0, 0.3^2) the error falls as size^-1/2. One that estimates another kernel stays
-    where it is."""
+    """For queries and keys with entries N(0, 0.3^2) the error falls as size^-1/2; tried where 'consistent' is claimed, or
+    where there are features that are not 'biased'. One that estimates another kernel stays where it is."""
+    claims = trial.subject.claims
+    if "consistent" not in claims and ("biased" in claims or not trial.subject.has("features")):
+        raise NotClaimed("'consistent'")
     q, k, v = _inputs(trial, 17, n=128, scale=0.3, batch=4)
     exact = _exact(q, k, v)
     sizes = (64, 256, 1024)

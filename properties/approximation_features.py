@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from effattn.errors import NotSupported
-from effattn.properties.approximation import HEAD_DIM, LIMIT, Broken, Trial, law, sample, score
+from effattn.properties.approximation import HEAD_DIM, LIMIT, Broken, Sample, Trial, law, sample, score
 from effattn.study import theory
 
 
@@ -118,18 +118,17 @@ def rows_of_a_block_are_orthogonal(trial: Trial) -> None:
 def estimates_are_unbiased_in_every_direction(trial: Trial) -> None:
     """The mean of phi(x) . phi(y) over projections is exp(x . y), along +1 and -1 and the axes too: what leans to one side
     averages out over random directions. A factor for all features of a token is part of them: return it as `exponent`."""
-    _unbiased(trial, near=True)
+    _unbiased(trial.sample, near=True)
 
 
 @law("features", unless=["biased"])
 def estimates_are_unbiased_for_long_opposite_vectors(trial: Trial) -> None:
     """For y = -x positive features have no variance at all: phi(x) . phi(-x) = exp(-|x|^2). A stabiliser that is added to
     the features, 1e-4 in much code, is larger than most of them there."""
-    _unbiased(trial, near=False)
+    _unbiased(trial.sample, near=False)
 
 
-def _unbiased(trial: Trial, *, near: bool) -> None:
-    drawn = trial.sample
+def _unbiased(drawn: Sample, *, near: bool) -> None:
     scores = score(drawn.ratios, 1.0, rounding=1e-3)
     for i, word in enumerate(drawn.words):
         if word.startswith("|x + y|") is not near:
@@ -173,9 +172,11 @@ def the_mean_square_error_is_that_of_theory(trial: Trial) -> None:
 
 @law("features", claims=["orthogonal", "positive"], unless=["biased"])
 def orthogonal_projections_err_less_than_iid_by_the_theorems_margin(trial: Trial) -> None:
-    """With m = head_dim orthogonal rows the mean square error is below that of iid rows by at least
+    """With m = head_dim orthogonal rows the estimate is unbiased and the mean square error is below that of iid rows by at least
     2 (m-1) / (m (d+2)) (exp(x.y) - exp(-(|x|^2+|y|^2)/2))^2: theorem 2 of arXiv:2009.14794."""
     drawn = sample(trial, 20_000, far=False)
+    # So many draws also show the bias of projections that all have the length sqrt(d).
+    _unbiased(drawn, near=True)
     for i in (5, 9):  # |x + y|^2 = 1, along +1 and slanted
         x, y = drawn.x[i].numpy(), drawn.y[i].numpy()
         iid = float(theory.mean_square_error("positive", x, y, HEAD_DIM))

@@ -30,14 +30,23 @@ REJECTED: dict[str, list[dict]] = {
         {"attention": wrong.slots_under_a_mask},
     ],
     "a_causal_row_is_the_unmasked_row_of_its_prefix": [
-        {"attention": wrong.without_the_diagonal, "CLAIMS": ("kernel",)}
+        {"attention": wrong.without_the_diagonal, "CLAIMS": ("kernel",)},
+        {"attention": wrong.of_chunks_alone, "CLAIMS": ("kernel",)},
     ],
     "padding_has_no_influence": [{"attention": wrong.ignored_padding}],
     "a_row_does_not_depend_on_the_batch": [{"attention": wrong.seeded_by_the_data}],
     "the_generator_alone_is_random": [{"attention": wrong.of_the_global_state}],
     "every_dtype_takes_the_same_projections": [{"attention": wrong.drawn_in_the_dtype}],
     "long_inputs_give_finite_outputs": [{"attention": wrong.unscaled_features}],
-    "gradients_are_those_of_finite_differences": [{"attention": wrong.constant_keys}],
+    "gradients_are_those_of_finite_differences": [
+        {"attention": wrong.constant_keys},
+        {"attention": wrong.nearly(1.02)},
+        {"attention": wrong.constant_under_padding},
+    ],
+    "it_is_the_quadratic_evaluation_of_its_features": [
+        wrong.performer("positive", "orthogonal", "own features") | {"attention": wrong.stabilised},
+        wrong.performer("positive", "orthogonal", "own features") | {"attention": wrong.wrong_scale},
+    ],
     "copies_and_order_of_keys_change_nothing": [
         {"attention": wrong.weights(wrong.pairs, normalise=False), "CLAIMS": ("kernel",)},
         {**wrong.linformer("kernel")},
@@ -49,6 +58,7 @@ REJECTED: dict[str, list[dict]] = {
     "the_error_falls_with_the_square_root_of_the_size": [
         wrong.performer("relu", "orthogonal", "consistent"),
         {"attention": wrong.all_pairs, "CLAIMS": ("consistent",)},
+        wrong.performer() | {"attention": wrong.wrong_scale},  # without a claim, for it has features
     ],
     "projections_come_from_the_generator_alone": [
         {"draw": wrong.from_the_global_state, "features": wrong.mapping()},
@@ -75,7 +85,12 @@ REJECTED: dict[str, list[dict]] = {
         wrong.performer("positive", "iid", "trigonometric"),
     ],
     "orthogonal_projections_err_less_than_iid_by_the_theorems_margin": [
-        wrong.performer("positive", "iid", "positive", "orthogonal")
+        wrong.performer("positive", "iid", "positive", "orthogonal"),
+        {
+            "draw": wrong.drawer("regularised"),
+            "features": wrong.mapping(),
+            "CLAIMS": ("positive", "orthogonal"),
+        },
     ],
     "features_of_a_token_do_not_depend_on_others": [
         {"draw": wrong.drawer(), "features": wrong.with_the_maximum_of_all}
@@ -122,8 +137,8 @@ def test_a_law_rejects_what_is_wrong(name: str) -> None:
 
 #: right ones of other kinds than effattn's two, each with the laws that it must keep
 RIGHT = {
-    "iid positive": wrong.performer("positive", "iid", "positive", "kernel", "consistent", "low rank"),
-    "hyperbolic": wrong.performer("hyperbolic", "iid", "hyperbolic", "kernel", "low rank"),
+    "iid positive": wrong.performer("positive", "iid", "positive", "kernel", "own features", "low rank"),
+    "hyperbolic": wrong.performer("hyperbolic", "iid", "hyperbolic", "kernel", "own features", "low rank"),
     "trigonometric": wrong.performer("trigonometric", "iid", "trigonometric", "kernel"),
     "relu": wrong.performer("relu", "orthogonal", "orthogonal", "biased", "kernel"),
     "gaussian": wrong.linformer("gaussian", "unnormalised", "low rank"),

@@ -280,6 +280,50 @@ def constant_keys(q, k, v, *, size, generator):
     return (a / a.sum(-1, keepdim=True).detach()) @ v
 
 
+def nearly(factor: float):
+    """The gradient of the keys times a factor."""
+
+    def attention(q, k, v, *, size, generator):
+        return performer()["attention"](
+            q, factor * k + (1 - factor) * k.detach(), v, size=size, generator=generator
+        )
+
+    return attention
+
+
+def constant_under_padding(q, k, v, *, size, generator, padding_mask=None):
+    """Where there is padding, keys have no gradient."""
+    k = k if padding_mask is None else k.detach()
+    return performer()["attention"](q, k, v, size=size, generator=generator, padding_mask=padding_mask)
+
+
+def of_chunks_alone(q, k, v, *, size, generator, causal=False):
+    """Causal, and the sums begin anew at every 128 rows."""
+    state = generator.get_state()
+    parts = []
+    for start in range(0, q.shape[2], 128 if causal else q.shape[2]):
+        generator.set_state(state)
+        rows = slice(start, start + 128) if causal else slice(None)
+        parts.append(
+            performer()["attention"](
+                q[:, :, rows], k[:, :, rows], v[:, :, rows], size=size, generator=generator, causal=causal
+            )
+        )
+    return torch.cat(parts, 2)
+
+
+def stabilised(q, k, v, *, size, generator):
+    """A stabiliser that the file's features do not have."""
+    omega = drawer()(size, q.shape[-1], generator)
+    return performer_attention(q, k, v, omega, stabiliser=1e-2)
+
+
+def wrong_scale(q, k, v, *, size, generator):
+    """Scores are divided by head_dim^1/4."""
+    omega = drawer()(size, q.shape[-1], generator)
+    return performer_attention(q, k, v, omega, scale=q.shape[-1] ** -0.25)
+
+
 def all_pairs(q, k, v, *, size, generator):
     """Exact attention, whatever the size."""
     return torch.nn.functional.scaled_dot_product_attention(q, k, v)
