@@ -125,7 +125,11 @@ def test_a_study_resumes_without_losing_or_repeating_a_draw(tmp_path: Path) -> N
 
 
 def test_a_folder_keeps_to_one_study(tmp_path: Path) -> None:
-    Store(tmp_path / "a", {"seed": 1}, ["error"])
+    early = Store(tmp_path / "a", {"seed": 2}, ["error"])
+    Store(tmp_path / "a", {"seed": 1}, ["error"]).run(_jobs(), lambda job: {"error": 1.0})
+    with pytest.raises(RequestError, match="holds the draws of another study"):
+        # It was opened while there was no draw.
+        early.run(_jobs(), lambda job: pytest.fail("measured"))
     with pytest.raises(RequestError, match="holds the draws of another study"):
         Store(tmp_path / "a", {"seed": 2}, ["error"])
     (tmp_path / "b").mkdir()

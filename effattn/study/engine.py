@@ -164,6 +164,13 @@ def _decode(header: Sequence[str], line: bytes, *, with_checks: bool) -> Row:
         raise ValueError("it has another form than a draw") from None
 
 
+def _edited(found: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """The files of two requests that differ in nothing but the contents of these."""
+    mine, theirs = ({**request, "schema": SCHEMA} for request in (asked, found))
+    now, before = mine.pop("sources", {}), theirs.pop("sources", {})
+    return [name for name in now if now[name] != before.get(name)] if mine == theirs else []
+
+
 class Store:
     """The rows of a study in its folder. RequestError if the folder holds something else or can't be written."""
 
@@ -176,35 +183,62 @@ class Store:
         self.columns = tuple(columns)
         self._header = (*_KEYS, *self.columns)
         self._schema = SCHEMA
-        self._asked = asked = {"kind": "effattn study", "schema": SCHEMA, **request}
+        self._asked = {"kind": "effattn study", "schema": SCHEMA, **request}
+        self.rows, self.damaged = {}, []
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            before = folder / STUDY
-            # An empty one is what a full disk has left.
-            if before.exists() and before.stat().st_size:
-                found = json.loads(before.read_text(encoding="utf-8"))
-                schema = found.pop("schema", None) if isinstance(found, dict) else None
-                schema = schema if isinstance(schema, int) else 0
-                if schema > SCHEMA:
-                    raise RequestError(
-                        f"{folder} holds a study of schema {schema}, and this effattn knows {SCHEMA}: take a newer one, or"
-                        " name another folder with --out"
-                    )
-                if schema < 1 or {**found, "schema": SCHEMA} != json.loads(json.dumps(asked)):
-                    raise RequestError(
-                        f"{folder} holds the draws of another study, see {before}. Name another folder with --out, or"
-                        " delete this one"
-                    )
-                self._schema = schema
-            elif any(path != before for path in folder.iterdir()):
-                raise RequestError(f"{folder} holds something already; name an empty folder with --out")
-            else:
-                self._say_what()
-        except (OSError, json.JSONDecodeError) as error:
+            ours = self._ours()
+        except OSError as error:
+            raise self._unusable(error) from None
+        if ours:
+            self._load()
+
+    def _unusable(self, error: Exception) -> RequestError:
+        return RequestError(f"cannot use the folder {self.folder} ({error}); name another one with --out")
+
+    def _ours(self) -> bool:
+        """Whether the folder is this study's; if not, it is nobody's: another one's that has no draw, as after a request
+        that failed. RequestError if it holds something else."""
+        before = self.folder / STUDY
+        # An empty one is what a full disk has left.
+        if not before.exists() or not before.stat().st_size:
+            if any(path != before for path in self.folder.iterdir()):
+                raise RequestError(f"{self.folder} holds something already; name an empty folder with --out")
+            self._say_what()
+            return True
+        try:
+            found = json.loads(before.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise self._unusable(error) from None
+        schema = found.pop("schema", None) if isinstance(found, dict) else None
+        schema = schema if isinstance(schema, int) else 0
+        if schema > SCHEMA:
             raise RequestError(
-                f"cannot use the folder {folder} ({error}); name another one with --out"
-            ) from None
-        self._load()
+                f"{self.folder} holds a study of schema {schema}, and this effattn knows {SCHEMA}: take a newer one, or"
+                " name another folder with --out"
+            )
+        asked = json.loads(json.dumps(self._asked))
+        if schema >= 1 and {**found, "schema": SCHEMA} == asked:
+            self._schema = schema
+            return True
+        if schema >= 1 and self._without_draws():
+            return False
+        if edited := _edited(found, asked):
+            raise RequestError(
+                f"{' and '.join(edited)} was edited since its draws in {self.folder} were recorded. Name another folder"
+                " with --out, or delete this one"
+            )
+        raise RequestError(
+            f"{self.folder} holds the draws of another study, see {before}. Name another folder with --out, or"
+            " delete this one"
+        )
+
+    def _without_draws(self) -> bool:
+        """Whether the folder has nothing but study.json and a table without a whole line of a draw."""
+        if any(path.name not in (STUDY, DRAWS) for path in self.folder.iterdir()):
+            return False
+        path = self.folder / DRAWS
+        return not path.exists() or path.read_bytes().count(b"\n") <= 1
 
     def _say_what(self) -> None:
         """Write study.json."""
@@ -239,6 +273,10 @@ class Store:
     def _writer(self) -> Iterator[Callable[[Row], None]]:
         with ExitStack() as stack:
             file = stack.enter_context(self._locked())
+            # Under the lock: nobody measures for a folder that is taken over here, or was since it was looked at.
+            if not self._ours():
+                file.truncate(0)
+                self._say_what()
             if not self._load():
                 # The lock on the old file is kept until the end: who waits at either of the two is refused.
                 file = stack.enter_context(self._anew())

@@ -139,6 +139,9 @@ def _check(plan: Plan) -> None:
                 raise RequestError(
                     f"--size {size} with --n {n}: expected k up to n; more slots than tokens save nothing"
                 )
+    for head_dim in plan.head_dim:
+        if head_dim < 1:
+            raise RequestError(f"--head-dim {head_dim}: expected at least 1")
     for size in plan.sizes:
         if size % 2 and any(m.startswith(("trigonometric", "hyperbolic")) for m in plan.methods):
             raise RequestError(
