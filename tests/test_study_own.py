@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from effattn.cli import main
-from effattn.study.engine import DRAWS, STUDY
+from effattn.study.engine import DRAWS, STUDY, Point
+from effattn.study.limits import least_bytes
 
 AVERAGE = """
 import torch
@@ -93,3 +94,99 @@ def test_an_edited_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     # Where more differs, it is another study.
     assert study(path, out, "--seed", "3") == 2
     assert "another study" in capsys.readouterr().err
+
+
+# -- what is refused ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--n", "100000000"], "--n 100000000: expected at most 1048576"),
+        (["--size", "100000000"], "--size 100000000: expected at most 1048576"),
+        (["--head-dim", "100000000"], "--head-dim 100000000: expected at most"),
+        (["--draws", "100000000"], "--draws 100000000: expected at most"),
+        (
+            ["--n", "1048576", "--size", "1048576"],
+            "--size 1048576, --head-dim 16 has to hold 17,593 GB at least",
+        ),
+        (["--size", "4", "--head-dim", "1048576"], "--head-dim 1048576 has to hold 17,593 GB at least"),
+    ],
+)
+def test_what_no_memory_has_room_for_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    out = tmp_path / "out"
+    small = ["--n", "16", "--size", "4", "--draws", "1"]
+    assert study("positive, orthogonal", out, small=[*_without(small, options), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def _without(small: list[str], options: list[str]) -> list[str]:
+    """An option that is given twice has both values."""
+    pairs = zip(small[::2], small[1::2], strict=True)
+    return [word for pair in pairs if pair[0] not in options for word in pair]
+
+
+def test_memory_is_that_of_what_has_to_be_held() -> None:
+    def point(**changes: object) -> Point:
+        return Point(**{"n": 1024, "head_dim": 16, "method": "positive, iid", "size": 256, **changes})  # pyright: ignore
+
+    features, causal, theirs = (
+        least_bytes("performer", p) for p in (point(), point(causal=True), point(method="a.py"))
+    )
+    assert features - causal == 2 * 1024 * 256 * 8
+    assert theirs == 5 * 1024 * 16 * 8
+    slots = least_bytes("linformer", point(method="mean pooling"))
+    assert slots - theirs == 2 * 1024 * 256 * 8
+    assert least_bytes("linformer", point(part="lemma", method="R^T R")) == 1024 * 1024 * 8
+    assert least_bytes("linformer", point(part="spectrum")) > 3 * 1024 * 1024 * 8
+    assert least_bytes("performer", point(part="moments")) == 0
+
+
+@pytest.mark.parametrize(
+    ("check", "more", "message"),
+    [
+        (
+            "assert size % 2 == 0",
+            "",
+            "size = 1, n = 16, float32. Where it takes some sizes only, name them with --size",
+        ),
+        ("assert q.dtype != torch.float32", "", "size = 1, n = 16, float32."),
+        ("assert q.dtype != torch.float64", "", "size = 1, n = 16, float64."),
+        (
+            "if q.dtype == torch.float32: raise NotImplementedError('no')",
+            "",
+            "raised NotImplementedError: no;",
+        ),
+        ("pass", ".to(torch.complex64)", "returned complex64; expected a real floating dtype"),
+        ("pass", ".long()", "returned int64; expected a real floating dtype"),
+        ("pass", "[..., :3]", "returned (1, 1, 16, 3); expected"),
+    ],
+)
+def test_a_method_that_fails_is_told_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], check: str, more: str, message: str
+) -> None:
+    path = write(tmp_path, check, more)
+    assert study(path, tmp_path / "out", small=["--n", "16", "--size", "1", "--draws", "1"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", ["NotImplementedError", "effattn.errors.NotSupported"])
+def test_a_method_of_one_dtype_is_measured_in_it(tmp_path: Path, error: str) -> None:
+    out = tmp_path / "all"
+    path = write(tmp_path)
+    assert study(path, out) == 0
+    every = draws(out, path)
+    assert all(row[name] for row in every for name in ("approximation", "rounding", "kl"))
+    out = tmp_path / "one"
+    write(tmp_path, f"import effattn\n    if q.dtype != torch.float32: raise {error}('float32 only')")
+    assert study(path, out) == 0
+    one = draws(out, path)
+    assert len(one) == len(every) == 2
+    for row, whole in zip(one, every, strict=True):
+        assert [row[name] for name in ("approximation", "rounding", "kl")] == ["", "", ""]
+        assert row["error"] == whole["error"] != ""
+    # In another dtype there is nothing to measure.
+    assert study(path, tmp_path / "other", "--dtype", "bf16") == 2

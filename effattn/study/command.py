@@ -21,6 +21,7 @@ from effattn.study import (
     axes,
     complexity,
     inverse,
+    limits,
     linformer,
     model,
     own,
@@ -109,6 +110,7 @@ def _open(folder: Path, request: Mapping[str, Any], columns: Sequence[str]) -> S
 
 
 def _measure(plan: plans.Plan, folder: Path, jobs: Sequence[Job]) -> list[Row]:
+    limits.check_memory(plan.study, jobs)
     kept = _open(folder, plan.request(), plans.ERROR_COLUMNS)
     with _bar(len(jobs)) as progress:
         rows = kept.run(jobs, partial(_MEASURES[plan.study], seed=plan.seed), progress)
@@ -134,6 +136,7 @@ def _inverse(
         job for job in plans.jobs(plan)
         if job.point.part == "error" and (job.point.method in known or own.is_own(job.point.method))
     ]  # fmt: skip
+    limits.check_memory(name, jobs)
     measure = partial(_MEASURES[name], seed=plan.seed, divergence=False)
     kept = _open(folder, {**plan.request(), "question": "smallest size"}, plans.ERROR_COLUMNS)
     with _bar(len(jobs)) as progress:

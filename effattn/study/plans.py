@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from effattn.errors import RequestError
-from effattn.study import linformer, own, performer
+from effattn.study import limits, linformer, own, performer
 from effattn.study.engine import Job, Point
 from effattn.study.problems import FULL
 
@@ -127,21 +127,17 @@ def adapt(plan: Plan, **changes: Any) -> Plan:
 def _check(plan: Plan) -> None:
     from effattn.case import DTYPES
 
-    if plan.draws < 1:
-        raise RequestError(f"--draws {plan.draws}: expected at least 1")
+    limits.check_count("--draws", plan.draws)
     for n in plan.n:
-        if n < 1:
-            raise RequestError(f"--n {n}: expected at least 1 token")
+        limits.check_count("--n", n, "1 token")
         for size in plan.sizes:
-            if size < 1:
-                raise RequestError(f"--size {size}: expected at least 1")
+            limits.check_count("--size", size)
             if plan.study == "linformer" and size > n:
                 raise RequestError(
                     f"--size {size} with --n {n}: expected k up to n; more slots than tokens save nothing"
                 )
     for head_dim in plan.head_dim:
-        if head_dim < 1:
-            raise RequestError(f"--head-dim {head_dim}: expected at least 1")
+        limits.check_count("--head-dim", head_dim)
     for size in plan.sizes:
         if size % 2 and any(m.startswith(("trigonometric", "hyperbolic")) for m in plan.methods):
             raise RequestError(
