@@ -137,6 +137,69 @@ def test_projections_of_a_module_go_to_its_device() -> None:
     assert module.omega.dtype == torch.float32
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_of_16_bits_is_loaded_as_float32(assign: bool) -> None:
+    module = PerformerAttention(D, 16, generator=generator(3))
+    state = {"omega": PerformerAttention(D, 16, generator=generator(4)).omega.bfloat16()}
+    module.load_state_dict(state, assign=assign)
+    assert module.omega.dtype == torch.float32
+    assert torch.equal(module.omega, state["omega"].float())
+    assert "omega" in dict(module.named_buffers())
+    module.redraw(generator(3))
+    assert torch.equal(module.omega, PerformerAttention(D, 16, generator=generator(3)).omega)
+
+
+@pytest.mark.parametrize("given", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["performer", "performer, causal", "linformer"])
+def test_autocast_does_not_change_what_is_computed_in(
+    name: str, inputs: torch.dtype, given: torch.dtype | None
+) -> None:
+    def run(compute_dtype: torch.dtype | None, backward: bool = True) -> tuple[torch.Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in problem(inputs)]
+        if name == "linformer":
+            out = linformer_attention(*leaves, POOLED, compute_dtype=compute_dtype)
+        else:
+            out = performer_attention(
+                *leaves, OMEGA, causal="causal" in name, block=7, compute_dtype=compute_dtype
+            )
+        assert out.dtype == inputs
+        return out.detach(), *(torch.autograd.grad(out.float().square().sum(), leaves) if backward else ())
+
+    plain = run(given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        # Only the causal backward computes features again; others are torch's, and belong outside.
+        inside = run(given, backward="causal" in name)
+    assert all(map(torch.equal, inside, plain))
+    # The dtype would be seen.
+    other = run(torch.bfloat16 if given is None else torch.float32)
+    assert not torch.equal(other[0], plain[0])
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(0, N), (N, 0), (0, 0)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_without_queries_or_keys_gradients_are_zeros(q_len: int, kv_len: int, causal: bool) -> None:
+    """As those of torch's own attention, also where a sum of the inputs would overflow."""
+    modules: list[torch.nn.Module] = [PerformerAttention(D, 16, generator=generator(3), causal=causal)]
+    if not causal:
+        modules.append(
+            LinformerAttention(LinformerProjections(N, 6, kind="mean-pooling", sharing="headwise"))
+        )
+    for module in modules:
+        leaves = [
+            x[:, :, :length].half().mul(0).add(60000).requires_grad_()
+            for x, length in zip(problem(), (q_len, kv_len, kv_len), strict=True)
+        ]
+        out = module(*leaves)
+        assert tuple(out.shape) == (2, 4, q_len, D)
+        assert out.dtype == torch.float16
+        assert not bool(out.any())
+        out.sum().backward()
+        for x in (*leaves, *module.parameters()):
+            assert x.grad is not None
+            assert not bool(x.grad.any())
+
+
 # -- what constructors and fits refuse ---------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ Tensors come from anywhere, so each check names what it saw, what was expected a
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 from typing import Any, NamedTuple
@@ -92,6 +93,21 @@ def visible_only(
                 " would reach every row. Replace them, or hide their tokens with padding_mask"
             )
     return k, v
+
+
+def without_keys(sizes: Sizes, q: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """The output where there is no query or no key: zeros (batch, heads, q_len, v_dim) in the dtype of q, that depend on q
+    and the others as exact attention's do, so that `backward` runs and gives zeros."""
+    # Sums over nothing are 0 whatever the tensors hold; 0 * x would not be.
+    nothing = sum((x[..., :0].sum().to(q) for x in others), q[..., :0].sum())
+    return q.new_zeros((*q.shape[:3], sizes.v_dim)) + nothing
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Where products are in the dtype of their operands, also under `torch.autocast`: `compute_dtype` says which."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def check_finite(name: str, x: torch.Tensor) -> None:

@@ -46,6 +46,9 @@ def linformer_attention(
         present, so that averages stay averages: by k/n at least for windows of n/k tokens, whatever training has made
         of the weights. Without a token, out is 0.
 
+    compute_dtype is that of projected keys and values, scores and weights; float32 for inputs of 16 bits if None.
+    `torch.autocast` does not change it.
+
     Cost: O(N k d) time, O(N k) memory for the weights.
 
     Raises
@@ -65,9 +68,22 @@ def linformer_attention(
     _check_projections(e, f, sizes)
     k, v = checks.visible_only(q, k, v, mask)
     if sizes.kv_len == 0 or q.numel() == 0:
-        return q.new_zeros((*q.shape[:3], sizes.v_dim))
+        return checks.without_keys(sizes, q, k, v, *{id(x): x.matrix for x in (e, f)}.values())
+    with checks.without_autocast(q.device):
+        return _attention(q, k, v, e, f, sizes, scale, mask, checks.compute_dtype(compute_dtype, q.dtype))
 
-    dtype = checks.compute_dtype(compute_dtype, q.dtype)
+
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    e: Projection,
+    f: Projection,
+    sizes: checks.Sizes,
+    scale: float,
+    mask: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     e_matrix, e_there = _present(e, sizes.kv_len, mask, q.device, dtype)
     # (batch, kv_heads, 1, k, d): slots aren't copied for the query heads that share them.
     keys = (e_matrix @ k.to(dtype)).unsqueeze(2)

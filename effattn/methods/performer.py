@@ -59,7 +59,8 @@ def performer_attention(
         padding_mask: (batch, kv_len) bool, True where there is a token; others have no influence, whatever k and v
             hold there, NaN included, and gradients of 0. A row that sees no key has output 0.
         block: rows of a block of the causal prefix sum. It changes rounding and speed, not the meaning.
-        compute_dtype: of features, sums and quotient; float32 for inputs of 16 bits if None.
+        compute_dtype: of features, sums and quotient; float32 for inputs of 16 bits if None. `torch.autocast` does not
+            change it.
 
     Cost: O(N m d) time; memory O(N m) without a mask, O(N (d + m d / block)) if causal. The causal backward computes
     features and sums again from the states at the borders of blocks; nothing is subtracted.
@@ -83,6 +84,8 @@ def performer_attention(
     _check_omega(omega, sizes)
     k, v = checks.visible_only(q, k, v, mask)
 
+    if sizes.kv_len == 0 or q.numel() == 0:
+        return checks.without_keys(sizes, q, k, v, omega)
     dtype = checks.compute_dtype(compute_dtype, q.dtype)
     half = abs(scale) ** 0.5
     # (batch, kv_heads, group, length, head_dim): key heads are not copied for the query heads that share them.
@@ -94,18 +97,17 @@ def performer_attention(
         omega = omega.unsqueeze(1)
     visible = None if mask is None else mask[:, None, None, :]
 
-    if sizes.kv_len == 0 or q.numel() == 0:
-        return q.new_zeros((*q.shape[:3], sizes.v_dim))
-    if causal:
-        if causal_alignment == "top-left":
-            y, values = y[..., : sizes.q_len, :], values[..., : sizes.q_len, :]
-            visible = None if visible is None else visible[..., : sizes.q_len]
-        out = causal_linear_attention(
-            x, y, values, omega, features=features, a=a, stabiliser=stabiliser, visible=visible, block=block,
-            before=causal_alignment == "bottom-right",
-        )  # fmt: skip
-    else:
-        out = _bidirectional(x, y, values, omega, features, a, stabiliser, visible)
+    if causal and causal_alignment == "top-left":
+        y, values = y[..., : sizes.q_len, :], values[..., : sizes.q_len, :]
+        visible = None if visible is None else visible[..., : sizes.q_len]
+    with checks.without_autocast(q.device):
+        if causal:
+            out = causal_linear_attention(
+                x, y, values, omega, features=features, a=a, stabiliser=stabiliser, visible=visible, block=block,
+                before=causal_alignment == "bottom-right",
+            )  # fmt: skip
+        else:
+            out = _bidirectional(x, y, values, omega, features, a, stabiliser, visible)
     return out.flatten(1, 2).to(q.dtype)
 
 
@@ -161,7 +163,8 @@ class PerformerAttention(torch.nn.Module):
     num_features is the length of phi(x): trigonometric and hyperbolic features have two for each projection.
     The projections are a buffer, saved with the state; `redraw` replaces them from a generator. They stay float32 in
     `module.to(torch.bfloat16)`: rounded rows are not orthogonal any more, and nobody trains or multiplies them in 16
-    bits. Other arguments as for `performer_attention` and `draw_projections`, which say what is raised; all are
+    bits. A state of 16 bits holds rounded ones: they are loaded as float32, with `assign=True` too, and `redraw` makes
+    new ones. Other arguments as for `performer_attention` and `draw_projections`, which say what is raised; all are
     checked here, not at the first call.
     """
 
@@ -207,6 +210,12 @@ class PerformerAttention(torch.nn.Module):
     def redraw(self, generator: torch.Generator) -> None:
         """New projections, from the generator and nothing else."""
         self.omega.copy_(draw_projections(generator=generator, **self._draw))
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        dtype = self.omega.dtype
+        super()._load_from_state_dict(*args, **options)
+        # assign=True puts the state's tensor in the buffer's place, whatever its dtype.
+        self.omega = self.omega.to(dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # What `to`, `half`, `cuda` and their like call. A change of device is followed, one of dtype is not.

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from effattn.methods.inputs import without_autocast
 from effattn.methods.performer_features import feature_map
 
 
@@ -90,31 +91,34 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, y, values, omega, visible = ctx.saved_tensors
-        options = ctx.options
-        needed = ctx.needs_input_grad[:4]
-        wanted = [
-            torch.zeros_like(t) if need else None
-            for t, need in zip((x, y, values, omega), needed, strict=True)
-        ]
-        d_sums = torch.zeros_like(_start(y, values, omega, options).sums)
-        ranges = list(_blocks(x.shape[-2], y.shape[-2], options))
-        for (queries, keys), state in zip(reversed(ranges), reversed(ctx.states), strict=True):
-            q, k, v, seen = _cut(x, y, values, visible, queries, keys)
-            leaves = [t.detach().requires_grad_() for t in (q, k, v, omega, state.sums)]
-            q, k, v, projections, sums = leaves
-            with torch.enable_grad():
-                rows, after = _step(
-                    q, k, v, seen, projections, _State(sums, state.top), queries, keys, options
-                )
-            got = torch.autograd.grad(
-                [rows, after.sums], leaves, [d_out[..., queries, :], d_sums], allow_unused=True
-            )
-            for target, part, where in zip(wanted, got[:4], (queries, keys, keys, None), strict=True):
-                if target is not None and part is not None:
-                    (target if where is None else target[..., where, :]).add_(part)
-            d_sums = torch.zeros_like(d_sums) if got[4] is None else got[4]
-        return (*wanted, None, None)
+        # It computes anew, and may be called where autocast is on.
+        with without_autocast(d_out.device):
+            return _backward(ctx, d_out)
+
+
+def _backward(ctx: Any, d_out: torch.Tensor) -> Any:
+    x, y, values, omega, visible = ctx.saved_tensors
+    options = ctx.options
+    needed = ctx.needs_input_grad[:4]
+    wanted = [
+        torch.zeros_like(t) if need else None for t, need in zip((x, y, values, omega), needed, strict=True)
+    ]
+    d_sums = torch.zeros_like(_start(y, values, omega, options).sums)
+    ranges = list(_blocks(x.shape[-2], y.shape[-2], options))
+    for (queries, keys), state in zip(reversed(ranges), reversed(ctx.states), strict=True):
+        q, k, v, seen = _cut(x, y, values, visible, queries, keys)
+        leaves = [t.detach().requires_grad_() for t in (q, k, v, omega, state.sums)]
+        q, k, v, projections, sums = leaves
+        with torch.enable_grad():
+            rows, after = _step(q, k, v, seen, projections, _State(sums, state.top), queries, keys, options)
+        got = torch.autograd.grad(
+            [rows, after.sums], leaves, [d_out[..., queries, :], d_sums], allow_unused=True
+        )
+        for target, part, where in zip(wanted, got[:4], (queries, keys, keys, None), strict=True):
+            if target is not None and part is not None:
+                (target if where is None else target[..., where, :]).add_(part)
+        d_sums = torch.zeros_like(d_sums) if got[4] is None else got[4]
+    return (*wanted, None, None)
 
 
 def _blocks(q_len: int, kv_len: int, options: _Options) -> list[tuple[slice, slice]]:
