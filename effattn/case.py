@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from effattn import options
-from effattn.errors import RequestError
+from effattn.errors import RequestError, TooLarge
 from effattn.options import Extras
 
 if TYPE_CHECKING:
@@ -396,7 +396,7 @@ class Case:
                 )
             extras = options.draw(self, device)
         except (MemoryError, torch.OutOfMemoryError):
-            raise RequestError(
+            raise TooLarge(
                 f"case {self.describe()}: its tensors don't fit into the memory of {device}. Take a smaller"
                 " case."
             ) from None

@@ -11,6 +11,10 @@ class RequestError(EffattnError, ValueError):
     """The request or the environment is wrong, so nothing was judged. The command line exits with 2."""
 
 
+class TooLarge(RequestError):
+    """The tensors of a case don't fit into memory."""
+
+
 class NotSupported(EffattnError):
     """Raised by a method that does not offer what a case asks for: counted and shown, never a failure."""
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effattn.cpu import models
-from effattn.errors import NotSupported, RequestError, WrongReturn
+from effattn.errors import NotSupported, RequestError, TooLarge, WrongReturn
 from effattn.verdict import Outcome, Verdict
 
 if TYPE_CHECKING:
@@ -57,14 +57,22 @@ def judge(
     inaccurate output to the message, see `effattn.causes`.
 
     Never raises for what the method does, except KeyboardInterrupt outside of a worker. RequestError where the request
-    itself is wrong: a device that is not there, numerics that contradict themselves, no C compiler, a kernel with an
-    operation that the CPU backend does not offer.
+    itself is wrong: a device that is not there, a case too large for the memory (`TooLarge`), numerics that contradict
+    themselves, no C compiler, a kernel with an operation that the CPU backend does not offer.
     """
     from effattn import threads
     from effattn.methods import surroundings
 
-    with surroundings.noted() as notes, threads.fitted(case):
-        verdict = _judge_method(case, method, device, checks, weigh, explain)
+    try:
+        with surroundings.noted() as notes, threads.fitted(case):
+            verdict = _judge_method(case, method, device, checks, weigh, explain)
+    except (MemoryError, RuntimeError) as error:  # not the method's: that has become a verdict
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        raise TooLarge(
+            f"case {case.describe()}: exact attention and bounds for it don't fit into the memory of this process. Take a"
+            " smaller case."
+        ) from None
     return replace(verdict, notes=tuple(notes)) if notes else verdict
 
 

@@ -22,7 +22,7 @@ import pytest
 
 from effattn.case import Case
 from effattn.errors import RequestError
-from effattn.run import chunk, isolation, records, spec, store, sweep
+from effattn.run import chunk, isolation, records, spec, store, sweep, work
 from effattn.run.isolation import IsolatedExecutor, WorkerDied
 
 Command = Callable[..., tuple[int, str, str]]
@@ -560,14 +560,57 @@ def test_worker_that_outlives_an_edit_judges_nothing(folder: Path) -> None:
     assert run(folder / "run", small(), Rerunning(), overwrite=True).added == 12
 
 
+EDITS_ITSELF = """
+
+def edits_its_file_and_dies(q, k, v):
+    # As somebody does who mends a kernel while a run is judging it: the first case goes well, the next one ends the process.
+    if k.shape[2] > 6:
+        with open(__file__, "a") as file:
+            file.write("edited = True\\n")
+        os._exit(3)
+    return right(q, k, v)
+"""
+
+
+def test_worker_that_replaces_another_refuses_a_file_edited_meanwhile(
+    effattn_command: Command, folder: Path
+) -> None:
+    (folder / "mine.py").write_text(METHODS + EDITS_ITSELF)
+    was = (folder / "mine.py").read_text()
+    wanted = small(methods=["mine.py:edits_its_file_and_dies"])
+    with (
+        IsolatedExecutor(1, quiet=True) as own,
+        pytest.raises(
+            RequestError,
+            match=r"^'mine.py:edits_its_file_and_dies' was edited since the run began: process \d+ on",
+        ),
+    ):
+        run(folder / "run", wanted, own)
+    there = keys(folder / "run")
+    assert len(there) >= 3
+    assert set(there) < expected(wanted)
+    # The gate has no folder to keep anything in: it is there when all is judged.
+    (folder / "mine.py").write_text(was)
+    code, _, err = effattn_command(
+        "gate", "mine.py:edits_its_file_and_dies", "--dtype", "fp32", "--jobs", "2", "--out", "gate"
+    )
+    assert code == 2
+    assert "was edited since the run began" in err
+    assert not (folder / "gate").exists()
+    # Mended after the process has loaded it, and nothing ended it: that changes no verdict of this run.
+    with IsolatedExecutor(1) as own:
+        assert run(folder / "other", small(), own).added == 12
+
+
 def test_leftover_of_another_session_does_nothing(folder: Path) -> None:
     with sweep.Sweep(folder / "run", small()) as first:
         old = first.session
     with sweep.Sweep(folder / "run", small()) as second:
         items = [(method, case.to_dict()) for method, case in small().cases()]
-        assert "refused" in chunk.run(str(second.folder), old, "a", "cpu", 60.0, items)
-        assert chunk.run(str(second.folder), second.session, "a", "cpu", 60.0, items[:1])["cases"] == 1
-        assert "refused" in chunk.run(str(second.folder), second.session, "a", "cpu", 60.0, items[:1])
+        place, sources = str(second.folder), {"mine.py:right": work.source("mine.py:right")}
+        assert "refused" in chunk.run(place, old, "a", "cpu", 60.0, items, sources)
+        assert chunk.run(place, second.session, "a", "cpu", 60.0, items[:1], sources)["cases"] == 1
+        assert "refused" in chunk.run(place, second.session, "a", "cpu", 60.0, items[:1], sources)
     assert sum(keys(folder / "run").values()) == 1
 
 
@@ -691,6 +734,30 @@ def test_workers_are_killed_while_they_work(folder: Path) -> None:
     assert process.returncode == 0, err
     assert keys(folder / "run") == Counter(expected(wanted))
     assert {record.verdict["outcome"] for record in store.read_records(folder / "run")} == {"pass"}
+
+
+@pytest.mark.parametrize("cause", ["no array", "no tensors", "no reference"])
+def test_case_too_large_for_memory_is_not_judged_and_the_others_are(folder: Path, cause: str) -> None:
+    # No array has 2^48 elements; 2^28 queries of 8 are more than the worker may allocate, exact attention on 2^21 too.
+    heads, q_len = {"no array": (2**14, 2**31 - 1), "no tensors": (1, 2**28), "no reference": (1, 2**21)}[
+        cause
+    ]
+    large = {"q_len": q_len, "kv_len": 5, "head_dim": 8, "heads": heads}
+    wanted = small(shapes=[large, SMALL["shapes"][0]], dtypes=["fp16"], seeds=[0, 1])
+    with IsolatedExecutor(1, memory_limit=2**30, quiet=True) as own:
+        result = run(folder / "run", wanted, own)
+    found = [record.verdict for record in store.read_records(folder / "run")]
+    outcomes = {(v["case"]["q_len"], v["case"].get("seed", 0)): v["outcome"] for v in found}
+    assert outcomes == {
+        (n, s): "pass" if n == 3 else "not judged" for n in (large["q_len"], 3) for s in (0, 1)
+    }
+    told = [v["message"] for v in found if v["outcome"] == "not judged"]
+    assert all(
+        ("exact attention" if cause == "no reference" else "memory of cpu") in message for message in told
+    )
+    assert (result.exit_code, result.added) == (0, 4)
+    with IsolatedExecutor(1, memory_limit=2**30, quiet=True) as own:
+        assert run(folder / "run", wanted, own).added == 0
 
 
 def test_death_from_outside_is_told_from_the_cases_own(folder: Path) -> None:

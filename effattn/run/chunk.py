@@ -13,10 +13,14 @@ import socket
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from effattn.errors import RequestError
+from effattn.errors import RequestError, TooLarge
 from effattn.run.records import Appender, encode
+
+if TYPE_CHECKING:
+    from effattn.case import Case
+    from effattn.verdict import Verdict
 
 #: Inside the run folder, while the sweep runs.
 WORK = "work"
@@ -29,7 +33,13 @@ _current: dict[str, tuple[str, set[str]]] = {}
 
 
 def run(
-    folder: str, session: str, claim: str, device: str, limit: float, items: list[tuple[str, dict[str, Any]]]
+    folder: str,
+    session: str,
+    claim: str,
+    device: str,
+    limit: float,
+    items: list[tuple[str, dict[str, Any]]],
+    sources: dict[str, str],
 ) -> dict[str, Any]:
     """Judge cases and append the verdicts.
 
@@ -40,15 +50,15 @@ def run(
         device: where the methods run.
         limit: seconds for one case; beyond, the process ends.
         items: method and case, as plain data.
+        sources: method -> digest of the source that the sweep began with.
 
     Returns:
         `{"cases": n, "seconds": s, "judging": s}`, or `{"refused": reason}` where nothing was done.
 
     Raises:
-        RequestError: the file cannot be written, the machine cannot run the method, or has loaded another version of it.
+        RequestError: the file cannot be written, the machine cannot run the method, or has another version of it.
     """
     from effattn.case import Case
-    from effattn.run import work
 
     started = time.perf_counter()
     place = Path(folder) / WORK
@@ -67,10 +77,10 @@ def run(
     # Whoever resumes a sweep waits for this lock, so nobody reads a file that is still growing.
     fcntl.flock(out.descriptor, fcntl.LOCK_EX)
     try:
-        _check_current(folder, session, {spec for spec, _ in items})
+        _check_current(folder, session, {spec: sources[spec] for spec, _ in items})
         for spec, data in items:
             before = time.perf_counter()
-            verdict = work.judged(Case.from_dict(data), spec, device, limit)
+            verdict = _judged(Case.from_dict(data), spec, device, limit)
             judging += time.perf_counter() - before
             try:
                 out.append(encode(verdict, spec=spec, device=device))
@@ -79,6 +89,25 @@ def run(
     finally:
         fcntl.flock(out.descriptor, fcntl.LOCK_UN)
     return {"cases": len(items), "seconds": time.perf_counter() - started, "judging": judging}
+
+
+def _judged(case: Case, spec: str, device: str, limit: float) -> Verdict:
+    """The verdict on a case. One that is too large for this machine is not judged: the others are not to wait for it."""
+    from effattn.judge import replay_line
+    from effattn.run import work
+    from effattn.verdict import Outcome, Verdict
+
+    try:
+        return work.judged(case, spec, device, limit)
+    except TooLarge as error:
+        method = work.method(spec)
+        return Verdict(
+            case=case,
+            method=method.name,
+            outcome=Outcome.NOT_JUDGED,
+            message=f"not judged: {error}",
+            replay=replay_line(case, method.spec, device),
+        )
 
 
 def _appender(folder: str, session: str) -> Appender:
@@ -102,15 +131,17 @@ def _appender(folder: str, session: str) -> Appender:
     return made
 
 
-def _check_current(folder: str, session: str, specs: set[str]) -> None:
-    """Once in each session: a worker that outlives a sweep may have loaded methods that were edited since."""
+def _check_current(folder: str, session: str, sources: dict[str, str]) -> None:
+    """Once in each session: a worker that outlives a sweep may have loaded methods that were edited since, and one that takes
+    the place of another finds what was edited since the sweep began.
+    """
     from effattn.run import work
 
     if _current.get(folder, ("",))[0] != session:
         _current[folder] = session, set()
     known = _current[folder][1]
-    for spec in specs - known:
-        work.check_current(spec)
+    for spec in sources.keys() - known:
+        work.check_source(spec, sources[spec])
         known.add(spec)
 
 

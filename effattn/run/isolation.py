@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -170,10 +170,18 @@ class Worker:
     Args:
         memory_limit: bytes that it may allocate; None for no limit.
         quiet: keep what the method prints for the verdicts' notes, in place of printing it.
+        sources: method -> digest of its source; the process refuses to judge by another version of it.
     """
 
-    def __init__(self, *, memory_limit: int | None = None, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        memory_limit: int | None = None,
+        quiet: bool = False,
+        sources: Mapping[str, str] | None = None,
+    ) -> None:
         self._memory_limit, self._quiet = memory_limit, quiet
+        self.sources = dict(sources or {})
         self._connection: socket.socket | None = None
         self._status = -1
         self._faults: Path | None = None
@@ -196,7 +204,8 @@ class Worker:
         """
         connection = self._connected()
         try:
-            work.send(connection, {"call": function, "arguments": list(arguments)})
+            asked = {"call": function, "arguments": list(arguments), "sources": self.sources}
+            work.send(connection, asked)
             late = not self._wait(connection, backstop)
             reply = None if late else work.receive(connection)
         except (ConnectionError, BrokenPipeError):
@@ -402,6 +411,7 @@ class Isolated:
         try:
             self._worker.call("effattn.run.work:check_device", device)
             described = self._worker.call("effattn.run.work:describe", spec)
+            source = self._worker.call("effattn.run.work:loaded_source", spec)
         except WorkerDied as died:
             self.close()
             at = f" (at {died.place})" if died.place else ""
@@ -415,6 +425,8 @@ class Isolated:
             raise
         self.name: str = described["name"]
         self.spec: str = described["spec"]
+        # A process that takes the place of one that died, and each that helps, must load what this one has loaded.
+        self._worker.sources = {spec: source}
         #: what happened when the file was imported, see `effattn.methods.surroundings`
         self.notes: tuple[str, ...] = tuple(described["notes"])
 
@@ -453,7 +465,9 @@ class Isolated:
     def _workers(self) -> IsolatedExecutor:
         """The processes that share what is asked."""
         if self._pool is None:
-            self._pool = IsolatedExecutor(self.jobs, memory_limit=self.memory_limit, quiet=self._quiet)
+            self._pool = IsolatedExecutor(
+                self.jobs, memory_limit=self.memory_limit, quiet=self._quiet, sources=self._worker.sources
+            )
         return self._pool
 
     def _asking(
@@ -574,14 +588,23 @@ class IsolatedExecutor(concurrent.futures.Executor):
     Args:
         workers: processes.
         memory_limit: bytes that each may allocate; None for no limit.
-        quiet: as for `Worker`.
+        quiet, sources: as for `Worker`.
     """
 
-    def __init__(self, workers: int, *, memory_limit: int | None = None, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        workers: int,
+        *,
+        memory_limit: int | None = None,
+        quiet: bool = False,
+        sources: Mapping[str, str] | None = None,
+    ) -> None:
         self._queue: queue.SimpleQueue[
             tuple[concurrent.futures.Future[Any], str, tuple[Any, ...], float | None] | None
         ] = queue.SimpleQueue()
-        self.workers = [Worker(memory_limit=memory_limit, quiet=quiet) for _ in range(workers)]
+        self.workers = [
+            Worker(memory_limit=memory_limit, quiet=quiet, sources=sources) for _ in range(workers)
+        ]
         start()
         self._threads = [threading.Thread(target=self._run, args=(w,), daemon=True) for w in self.workers]
         for thread in self._threads:

@@ -140,6 +140,8 @@ class Sweep:
         self.damaged: list[Damage] = []
         #: the folder's provenance.json as it was before
         self._found: str | None = None
+        #: method -> digest of the source that its verdicts of this session are of
+        self.sources: dict[str, str] = {}
         self._session = uuid.uuid4().hex
         self._lock = -1
         self._own: records.Appender | None = None
@@ -323,6 +325,7 @@ class Sweep:
                 " verdicts of two versions are never mixed. Name another folder with --out, begin anew with --overwrite, or"
                 " undo the edit"
             )
+        self.sources = sources
         self._write_provenance(sources=sources)
 
     def _missing(self, done: Mapping[Key, None], begun: set[Key]) -> Iterator[Item]:
@@ -447,6 +450,7 @@ class _State:
             self._sweep.device,
             limit,
             [(spec, case.to_dict()) for spec, case in items],
+            {spec: self._sweep.sources[spec] for spec, _ in items},
         )
         if isinstance(self._executor, isolation.IsolatedExecutor):
             return self._executor.submit(

@@ -1,8 +1,9 @@
 """What runs inside a worker process: a loop that calls functions of effattn, with JSON in and JSON out.
 
-A request is `{"call": "module:function", "arguments": [...]}`, a reply `{"result": ...}`, `{"refused": "..."}` where
-the function raised `RequestError`, or `{"fault": "traceback"}` where effattn itself is at fault. Each is preceded by
-its length in four bytes. Only functions of effattn are called.
+A request is `{"call": "module:function", "arguments": [...], "sources": {...}}`, a reply `{"result": ...}`,
+`{"refused": "..."}` where the function raised `RequestError`, or `{"fault": "traceback"}` where effattn itself is at
+fault. Each is preceded by its length in four bytes. Only functions of effattn are called. `sources` has the digests of the
+methods that the run began with: a worker that takes the place of one that died refuses to load anything else.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def serve(connection: socket.socket) -> int:
     pid = os.getpid()
     while (request := receive(connection)) is not None:
         try:
+            _begun_with.update(request.get("sources") or {})
             reply = {"result": find(request["call"])(*request["arguments"])}
         except RequestError as error:
             reply = {"refused": str(error)}
@@ -98,9 +100,24 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
+#: method -> digest of the source that the run of this process began with
+_begun_with: dict[str, str] = {}
+
+
 def method(spec: str) -> Method:
-    """The method, loaded once in each worker."""
+    """The method, loaded once in each worker.
+
+    Raises:
+        RequestError: it cannot be loaded, or it is another version than the one that the run began with.
+    """
+    begun_with = _begun_with.get(spec)
+    if begun_with is not None:
+        check_source(spec, begun_with)
     return _loaded(spec, os.getcwd())[0]
+
+
+#: what `_loaded` has loaded
+_known: set[tuple[str, str]] = set()
 
 
 @functools.cache
@@ -111,16 +128,39 @@ def _loaded(spec: str, folder: str) -> tuple[Method, tuple[str, ...], str]:
 
     with surroundings.noted_import() as notes:
         loaded = methods.get(spec)
+    _known.add((spec, folder))
     return loaded, tuple(notes), source(spec)
 
 
-def check_current(spec: str) -> None:
-    """Raise RequestError where this process has loaded another version of the method than there is on the disk."""
-    if _loaded(spec, os.getcwd())[2] != source(spec):
-        raise RequestError(
-            f"{spec!r} was edited since a worker loaded it, process {os.getpid()} on {socket.gethostname()}; start the workers"
-            " again. What is recorded is kept"
-        )
+def check_source(spec: str, begun_with: str) -> None:
+    """Raise RequestError where this process has, or would load, another version of the method than the run began with.
+
+    What is loaded stays: an edit after that changes nothing in this process.
+    """
+    if (spec, os.getcwd()) not in _known and source(spec) != begun_with:  # what it is now may not even load
+        raise _edited(spec)
+    loaded = loaded_source(spec)
+    if loaded == begun_with:
+        return
+    if loaded == source(spec):
+        raise _edited(spec)
+    raise RequestError(
+        f"{spec!r} was edited since a worker loaded it, process {os.getpid()} on {socket.gethostname()}; start the workers"
+        " again. What is recorded is kept"
+    )
+
+
+def _edited(spec: str) -> RequestError:
+    return RequestError(
+        f"{spec!r} was edited since the run began: process {os.getpid()} on {socket.gethostname()}, which took the place of one"
+        " that had ended, found another version. Verdicts of two versions are never mixed: undo the edit, or begin anew. What"
+        " is recorded is kept"
+    )
+
+
+def loaded_source(spec: str) -> str:
+    """The digest of the source that this process has loaded the method from."""
+    return _loaded(spec, os.getcwd())[2]
 
 
 def describe(spec: str) -> dict[str, Any]:
