@@ -72,12 +72,15 @@ def report(
 
     RUN is a run folder, the name of one in effattn-runs/, or the start of an identity that `effattn runs list` shows.
     """
-    from effattn.report import exports, gather, html, text
+    from effattn.report import exports, gather, html, targets, text
     from effattn.run import catalog
 
     folders = [catalog.resolve(name) for name in run]
     if pictures is not None and markdown_file is None:
         raise RequestError("--pictures are for the summary; give --markdown FILE too")
+    target = out if out is not None else folders[0] / "report.html"
+    outputs = [("--out", target), ("--markdown", markdown_file), ("--junit", junit_file)]
+    targets.check([(option, file) for option, file in outputs if file is not None], studies)
     material = gather.gather(
         folders,
         against=None if against is None else catalog.resolve(against),
@@ -85,9 +88,10 @@ def report(
         baseline=baseline_file,
         studies=studies,
     )
-    target = out if out is not None else folders[0] / "report.html"
     write(target, html.render(material))
     click.echo(f"Report: {target}")
+    for note in material.notes:
+        click.echo(f"effattn: {text.plain(note)}", err=True)
     for damage in material.damaged:
         click.echo(f"effattn: {text.plain(str(damage))}", err=True)
     if markdown_file is not None:
@@ -152,7 +156,8 @@ def write(file: Path, content: str) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content, encoding="utf-8")
+        # A name of a folder need not be text.
+        temporary.write_text(content, encoding="utf-8", errors="replace")
         temporary.replace(file)
     except OSError as error:
         with contextlib.suppress(OSError):  # of a file system that can't be written, say

@@ -6,6 +6,7 @@ Each names its data instead of holding it: the page has the rows once, and its f
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -280,22 +281,31 @@ def _difference(alt: Any, rows: list[dict[str, Any]]) -> Chart:
 
 
 def _history(alt: Any, material: Material) -> Chart:
-    words = "The largest error over bound of each run, a line for each method and dtype, the oldest left. Red: the first bad one."
+    words = (
+        "The largest error over bound of each run, a line for each method and dtype, in the order in which the runs were "
+        "started, which need not be that of the commits. Red: the first bad one. A + marks uncommitted changes. What failed "
+        "without an error to show, by a crash for example, is at the upper edge."
+    )
+    known = [m.fraction for m in material.history if m.fraction is not None and not math.isnan(m.fraction)]
+    edge = 2 * max(min(x, 1e4) for x in [*known, 1.0])
     rows = [
         {
             "run": moment.run,
             "commit": moment.commit or moment.run,
             "line": f"{moment.method} · {moment.dtype}",
             "dtype": moment.dtype,
-            "drawn": min(max(moment.fraction or 1e-4, 1e-4), 1e4),
+            "drawn": _height(moment, edge),
             "failed": moment.failed,
-            "state": "first bad" if moment.first_bad else "failed" if moment.failed else "passed",
+            "first_bad": moment.first_bad,
+            "changed": moment.clean is False,
+            "state": moment.state,
         }
         for moment in material.history
     ]
     labels: dict[str, str] = {}
     for row in rows:
         short = row["commit"][:8] if row["commit"] != row["run"] else row["run"]
+        short += "+" if row["changed"] else ""
         same = sum(label.partition(" (")[0] == short for run, label in labels.items() if run != row["run"])
         labels.setdefault(row["run"], f"{short} ({same + 1})" if same else short)
         row["at"] = labels[row["run"]]
@@ -303,7 +313,7 @@ def _history(alt: Any, material: Material) -> Chart:
         x=alt.X(
             "at:O",
             sort=list(labels.values()),
-            title="commit, the oldest first",
+            title="commit, by start of the run",
             axis=alt.Axis(labelAngle=-40, labelLimit=120),
         ),
         y=alt.Y(
@@ -315,10 +325,17 @@ def _history(alt: Any, material: Material) -> Chart:
     )
     lines = base.mark_line(opacity=0.6).encode(color=_colour(alt))
     dots = base.mark_point(filled=True, size=60).encode(
-        color=alt.condition("datum.state == 'first bad'", alt.value("#cc3311"), _colour(alt)),
+        color=alt.condition("datum.first_bad", alt.value("#cc3311"), _colour(alt)),
         tooltip=["run:N", "commit:N", "line:N", "state:N", "failed:Q"],
     )
     return Chart("history", "Accuracy per commit", words, _spec(lines + dots, 260, words), rows)
+
+
+def _height(moment: gather.Moment, edge: float) -> float | None:
+    """Where a moment is drawn; None where nothing was judged."""
+    if moment.fraction is None:
+        return edge if moment.failed else None
+    return edge if math.isnan(moment.fraction) else min(max(moment.fraction, 1e-4), edge)
 
 
 def _baseline(alt: Any, rows: list[dict[str, Any]]) -> Chart:

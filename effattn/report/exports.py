@@ -40,6 +40,8 @@ def pull_request(material: Material, pictures: Sequence[Path] = (), *, link: str
         f"**{text.markdown(material.sentence)}**",
         "",
     ]
+    for note in material.notes:
+        head += [text.markdown(note), ""]
     if link:
         head += [f"The whole report: {text.code(link)}", ""]
     table = markdown.table(material.rows[:40], ("method", "dtype"))
@@ -144,6 +146,7 @@ def junit(material: Material) -> str:
     suites: dict[tuple[str, str], list[Verdict]] = {}
     for verdict in material.verdicts:
         suites.setdefault((verdict.method, verdict.case.dtype), []).append(verdict)
+    names = _names(material)
     lines = ['<?xml version="1.0" encoding="UTF-8"?>', '<testsuites name="effattn">']
     for (method, dtype), verdicts in suites.items():
         row = summary.row((method, dtype), verdicts)
@@ -157,7 +160,7 @@ def junit(material: Material) -> str:
             seconds = sum(verdict.seconds.values())
             start = (
                 f"<testcase classname={_attribute(f'{method}.{dtype}')}"
-                f' name={_attribute(f"{verdict.case.describe()} [{verdict.case.id}]")} time="{seconds:.6f}"'
+                f' name={_attribute(names[id(verdict)])} time="{seconds:.6f}"'
             )
             if summary.failed(verdict.outcome):
                 first = verdict.message.partition("\n")[0]
@@ -172,6 +175,20 @@ def junit(material: Material) -> str:
                 lines.append(f"{start}/>")
         lines.append("</testsuite>")
     return "\n".join([*lines, "</testsuites>", ""])
+
+
+def _names(material: Material) -> dict[int, str]:
+    """`id` of each verdict -> the name of its test, unique in its method: readers of JUnit take one name for one test."""
+    names: dict[int, str] = {}
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for verdict, of in zip(material.verdicts, material.origins, strict=True):
+        law = f"{verdict.law}: " if verdict.law else ""
+        names[id(verdict)] = f"{law}{verdict.case.describe()} [{verdict.case.id}]"
+        numbers.setdefault((verdict.method, names[id(verdict)]), []).append(of)
+    for verdict, of in zip(material.verdicts, material.origins, strict=True):
+        if len(numbers[verdict.method, names[id(verdict)]]) > 1:
+            names[id(verdict)] += f" in {material.runs[of][0]}"
+    return names
 
 
 def _text(given: str) -> str:

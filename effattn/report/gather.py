@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from effattn.errors import RequestError
-from effattn.report import beside, summary
+from effattn.report import beside, origin, summary, text
 from effattn.report.studies import Study
 from effattn.report.studies import read as read_study
 from effattn.run import catalog, store
@@ -52,8 +52,16 @@ class Moment:
     failed: int
     fraction: float | None
     z_rms: float | None
+    #: whether the tree was as committed; None where that is not known
+    clean: bool | None = None
     #: the first of its line that fails after one that did not
     first_bad: bool = False
+
+    @property
+    def state(self) -> str:
+        """What to say of it, in words."""
+        words = "first bad" if self.first_bad else "failed" if self.failed else "passed"
+        return f"{words}, with uncommitted changes" if self.clean is False else words
 
 
 @dataclass(kw_only=True)
@@ -62,7 +70,8 @@ class Material:
 
     runs: list[tuple[Path, dict[str, Any]]]
     verdicts: list[Verdict]
-    keys: list[Key]
+    #: of each verdict, the place of its run in `runs`
+    origins: list[int]
     rows: list[summary.Row]
     options: list[OptionRow]
     laws: list[OptionRow]
@@ -74,6 +83,8 @@ class Material:
     history: list[Moment] = field(default_factory=list)
     beside: beside.Beside | None = None
     studies: list[Study] = field(default_factory=list)
+    #: what to know of the runs before reading on: which are the same, and how many cases are in several
+    notes: list[str] = field(default_factory=list)
 
     @property
     def methods(self) -> list[str]:
@@ -98,21 +109,55 @@ class Material:
     @property
     def evidence(self) -> list[dict[str, Any]]:
         """What cases of a run say together, of each run that failed by it; as `effattn.run.evidence` has it as data."""
-        return [facts["evidence"] for _, facts in self.runs if isinstance(facts.get("evidence"), dict)]
+        return [facts["evidence"] for _, facts in self.runs if _speaks(facts)]
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was judged, and nothing speaks against any method."""
+        return bool(self.judged) and not self.failed and not self.evidence
 
     @property
     def sentence(self) -> str:
-        """The result in a sentence."""
-        subject = self.methods[0] if len(self.methods) == 1 else f"{len(self.methods)} methods"
+        """The result in a sentence: how many methods failed, of how many, and in how many cases."""
         if not self.judged:
-            return f"Nothing was judged of {subject}: that is not a pass."
-        if self.failed:
-            return f"{subject} failed {self.failed} of {self.judged} judged cases."
+            return f"Nothing was judged of {_subject(self.methods)}: that is not a pass."
+        judged = {v.method for v in self.verdicts if str(v.outcome) not in summary.SET_ASIDE}
+        wrong = {v.method for v in self.verdicts if summary.failed(v.outcome)}
+        if wrong:
+            subject = self._some_of(wrong, judged)
+            return f"{subject} failed {self.failed} of {self.judged} judged cases.{self._unjudged(judged)}"
+        speaking = [number for number, (_, facts) in enumerate(self.runs) if _speaks(facts)]
+        against = {v.method for v, of in zip(self.verdicts, self.origins, strict=True) if of in speaking}
         if any(found.get("alarms") for found in self.evidence):
-            return f"{subject} passed each of {self.judged} judged cases, and failed all of them together."
-        if self.evidence:
-            return f"{subject} passed all {self.judged} judged cases, but not when some were judged again."
-        return f"{subject} passed all {self.judged} judged cases."
+            result = f"passed each of {self.judged} judged cases, and failed all of them together."
+        elif self.evidence:
+            result = f"passed all {self.judged} judged cases, but not when some were judged again."
+        else:
+            subject = _subject([method for method in self.methods if method in judged])
+            return f"{subject} passed all {self.judged} judged cases.{self._unjudged(judged)}"
+        return f"{self._some_of(against, judged)} {result}{self._unjudged(judged)}"
+
+    def _some_of(self, these: set[str], judged: set[str]) -> str:
+        """Methods as a subject: a single one by name, some of several with their names, or all."""
+        if len(judged) == 1:
+            return next(iter(judged))
+        if len(these) == len(judged):
+            return f"All {len(judged)} methods"
+        names = text.some([method for method in self.methods if method in these])
+        return f"{len(these)} of {len(judged)} methods ({names})"
+
+    def _unjudged(self, judged: set[str]) -> str:
+        missing = [method for method in self.methods if method not in judged]
+        return f" Nothing was judged of {text.some(missing)}: that is not a pass." if missing else ""
+
+
+def _speaks(facts: dict[str, Any]) -> bool:
+    """Whether the cases of a run say together what none says alone."""
+    return any((facts.get("evidence") or {}).get(name) for name in ("alarms", "unsteady"))
+
+
+def _subject(methods: Sequence[str]) -> str:
+    return methods[0] if len(methods) == 1 else f"{len(methods)} methods"
 
 
 def gather(
@@ -136,47 +181,76 @@ def gather(
         RequestError: a folder is no run, or none of them has a verdict; what is to be compared with does not fit.
     """
     damaged: list[Damage] = []
-    found: dict[Key, Verdict] = {}
-    origins: dict[Key, int] = {}
+    folders, notes = origin.distinct(folders)
+    found: list[tuple[int, Key, Verdict]] = []
     for number, folder in enumerate(folders):
-        for key, verdict in store.read_judged(folder, damaged):
-            found[key] = verdict
-            origins[key] = number
+        found += [(number, key, _sound(verdict)) for key, verdict in store.read_judged(folder, damaged)]
     if not found:
         names = ", ".join(str(folder) for folder in folders)
         raise RequestError(f"there is no verdict in {names}; a report needs at least one")
-    verdicts = list(found.values())
+    # The worse verdict on a case that several runs have stands for it where one verdict must.
+    worse: dict[Key, tuple[int, Verdict]] = {}
+    for number, key, verdict in found:
+        if key not in worse or _badness(verdict) > _badness(worse[key][1]):
+            worse[key] = (number, verdict)
+    notes += _repeated(found)
+    verdicts = [verdict for _, _, verdict in found]
     compared = [verdict for verdict in verdicts if verdict.law is None]
     rows = summary.rows(compared, by=lambda v: (v.method, v.case.dtype))
     rows.sort(key=lambda row: (-sum(row.failed.values()), -(row.fraction or 0.0)))
     material = Material(
-        runs=[(folder, catalog.facts(folder)) for folder in folders],
+        runs=[(folder, origin.facts(folder, damaged)) for folder in folders],
         verdicts=verdicts,
-        keys=list(found),
+        origins=[number for number, _, _ in found],
         rows=rows,
         options=_options(compared),
         laws=_groups("law", [v for v in verdicts if v.law is not None], lambda v: v.law or ""),
         worst=_worst(verdicts),
         shrunk=_shrunk(folders, {v.case.id for v in verdicts}),
         damaged=damaged,
+        notes=notes,
     )
     if against is not None:
-        material.difference = catalog.compare(catalog.verdicts_by_case(against, damaged), found)
+        material.difference = catalog.compare(
+            catalog.verdicts_by_case(against, damaged), {key: verdict for key, (_, verdict) in worse.items()}
+        )
         material.against = str(against)
         if not material.difference.both:
             raise RequestError(
                 f"the run {str(against)!r} has no case in common with the others; nothing to compare"
             )
     if history is not None:
-        material.history = moments(history, damaged)
+        material.history = moments(history, damaged, material.notes)
     if baseline is not None:
-        members = [[found[key] for key, of in origins.items() if of == i] for i in range(len(folders))]
+        members = [[verdict for of, verdict in worse.values() if of == i] for i in range(len(folders))]
         facts = [facts for _, facts in material.runs]
         material.beside = beside.compare(baseline, list(zip(facts, members, strict=True)))
     material.studies = [read_study(folder, number) for number, folder in enumerate(studies)]
     damaged += [damage for study in material.studies for damage in study.damaged]
     material.damaged = list(dict.fromkeys(damaged))  # a run may be reported on and part of the history
     return material
+
+
+def _sound(verdict: Verdict) -> Verdict:
+    """The verdict with texts that a file can hold."""
+    changed = {
+        name: origin.sound(given)
+        for name in ("method", "message", "replay", "law")
+        if (given := getattr(verdict, name)) is not None and origin.sound(given) != given
+    }
+    return replace(verdict, **changed) if changed else verdict
+
+
+def _repeated(found: Sequence[tuple[int, Key, Verdict]]) -> list[str]:
+    """A sentence where several runs have verdicts on the same case and method."""
+    runs: dict[tuple[str, str, str, str], set[int]] = {}
+    for number, key, verdict in found:
+        runs.setdefault((key.case_id, key.device, key.law, verdict.method), set()).add(number)
+    several = sum(len(of) > 1 for of in runs.values())
+    if not several:
+        return []
+    cases, are = ("case", "is") if several == 1 else ("cases", "are")
+    return [f"{several} {cases} of a method {are} in more than one run; the verdict of each run counts."]
 
 
 def _worst(verdicts: Sequence[Verdict]) -> list[Verdict]:
@@ -381,41 +455,65 @@ def pairs(material: Material) -> tuple[str, list[dict[str, Any]]]:
     return reference, found[:MOST_POINTS]
 
 
-def moments(folder: Path, damaged: list[Damage] | None = None) -> list[Moment]:
-    """Each method and dtype of each run in a folder, the oldest first, with the first bad one of each line marked. `damaged`
-    takes what cannot be read, runs and lines, which is left out; without it, a run that cannot be read is an error.
+def moments(
+    folder: Path, damaged: list[Damage] | None = None, notes: list[str] | None = None
+) -> list[Moment]:
+    """Each method and dtype of each run in a folder, in the order in which the runs were started.
+
+    The first bad one of each line is marked: it fails after one that did not. A run with uncommitted changes says nothing
+    of a commit that a run without them judged. A run that is there twice, as a link or a copy, is read once.
+
+    Args:
+        folder: has the run folders.
+        damaged: takes what cannot be read, runs and lines, which is left out; without it, a run that cannot be read is an
+            error.
+        notes: takes a sentence for each run that is there twice.
 
     Raises:
         RequestError: there is no such folder, or no run in it.
     """
-    runs = catalog.runs_in(folder, damaged)
+    runs, same = origin.distinct(catalog.runs_in(folder, damaged))
+    if notes is not None:
+        notes += same
     if not runs:
         raise RequestError(f"there is no run in {str(folder)!r}; --history takes a folder of run folders")
     found: list[Moment] = []
-    good: dict[tuple[str, str], bool] = {}
     for run in runs:
-        provenance = store.read_provenance(run, [])
+        provenance = origin.provenance(run, [] if damaged is None else damaged)
         where = provenance.get("working_directory") or {}
-        verdicts = list(store.read_verdicts(run, [] if damaged is None else damaged))
+        verdicts = [_sound(v) for v in store.read_verdicts(run, [] if damaged is None else damaged)]
         broken = Counter((v.method, v.case.dtype) for v in verdicts if v.law and summary.failed(v.outcome))
         compared = [v for v in verdicts if v.law is None]
-        for row in summary.rows(compared, by=lambda v: (v.method, v.case.dtype)):
-            line = (row.label[0], row.label[1])
-            failed = sum(row.failed.values()) + broken[line]
-            found.append(
-                Moment(
-                    started=str(provenance.get("started", "")),
-                    run=run.name,
-                    commit=str(where.get("commit") or "")[:10],
-                    method=line[0],
-                    dtype=line[1],
-                    judged=row.judged,
-                    failed=failed,
-                    fraction=row.fraction,
-                    z_rms=row.z_rms,
-                    first_bad=bool(failed) and good.get(line, False),
-                )
+        clean = where.get("clean")
+        found += [
+            Moment(
+                started=provenance.get("started") or "",
+                run=run.name,
+                commit=str(where.get("commit") or "")[:10],
+                method=row.label[0],
+                dtype=row.label[1],
+                judged=row.judged,
+                failed=sum(row.failed.values()) + broken[row.label[0], row.label[1]],
+                fraction=row.fraction,
+                z_rms=row.z_rms,
+                clean=clean if isinstance(clean, bool) else None,
             )
-            if row.judged:
-                good[line] = not failed
-    return found
+            for row in summary.rows(compared, by=lambda v: (v.method, v.case.dtype))
+        ]
+    return _marked(found)
+
+
+def _marked(found: Sequence[Moment]) -> list[Moment]:
+    """The moments with the first bad one of each line marked."""
+    known = {(m.method, m.dtype, m.commit) for m in found if m.judged and m.commit and m.clean is not False}
+    good: dict[tuple[str, str], bool] = {}
+    marked: list[Moment] = []
+    for moment in found:
+        line = (moment.method, moment.dtype)
+        changed = moment.clean is False and (*line, moment.commit) in known
+        marked.append(
+            replace(moment, first_bad=bool(moment.failed) and good.get(line, False) and not changed)
+        )
+        if moment.judged and not changed:
+            good[line] = not moment.failed
+    return marked

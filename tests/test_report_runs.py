@@ -1,0 +1,314 @@
+"""Reports on several runs and on damaged ones: no verdict hides another, nothing of a run is written over, no run is blamed for
+what another did."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from effattn.case import Case
+from effattn.report import charts, exports, gather, html
+from effattn.run import store
+from effattn.verdict import Outcome, Quantity, Verdict
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def verdicts(method: str = "mine", *, bad: int = 0, cases: int = 6, factor: float = 1.0) -> list[Verdict]:
+    """Verdicts of which the first `bad` fail."""
+    found = []
+    for seed in range(cases):
+        fraction = factor * (2.0 + seed if seed < bad else 0.5)
+        outcome = Outcome.INACCURATE if fraction > 1 else Outcome.PASS
+        quantity = Quantity(name="out", count=64, fraction=fraction, z_rms=0.5)
+        case = Case(q_len=8, kv_len=8, head_dim=8, dtype="fp16", seed=seed)
+        found.append(
+            Verdict(
+                case=case, method=method, outcome=outcome, message="m", quantities=(quantity,), replay="r"
+            )
+        )
+    return found
+
+
+def write(folder: Path, items: list[Verdict], **facts: Any) -> Path:
+    with store.RunWriter(folder, spec=f"{items[0].method}.py:f") as writer:
+        for item in items:
+            writer.add(item)
+        writer.commit({"started": "2030-01-01T00:00:00+00:00", "kind_of_run": "gate", **facts})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+# Several runs
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_a_failure_is_shown_in_whatever_order_the_runs_are_given(
+    effattn_command: Command, order: tuple[str, str]
+) -> None:
+    write(Path("a"), verdicts(bad=0))
+    write(Path("b"), verdicts(bad=3))
+    material = gather.gather([Path(name) for name in order])
+    assert material.sentence == "mine failed 3 of 12 judged cases."
+    sentence = "6 cases of a method are in more than one run; the verdict of each run counts."
+    assert material.notes == [sentence]
+    code, _, err = effattn_command("report", *order, "--markdown", "m.md", "--junit", "j.xml")
+    assert code == 0
+    assert sentence in err
+    assert sentence in Path("m.md").read_text()
+    assert sentence in (Path(order[0]) / "report.html").read_text()
+    root = ElementTree.parse("j.xml").getroot()
+    assert [suite.get("failures") for suite in root] == ["3"]
+    names = [case.get("name") or "" for case in root.iter("testcase")]
+    assert len(set(names)) == 12
+    failed = [case.get("name") or "" for case in root.iter("testcase") if case.find("failure") is not None]
+    assert all(name.endswith(" in b") for name in failed)
+
+
+def test_the_worse_verdict_is_compared_with_the_other_run() -> None:
+    write(Path("a"), verdicts(bad=0))
+    write(Path("b"), verdicts(bad=3))
+    before = write(Path("before"), verdicts(bad=0), started="2029-01-01T00:00:00+00:00")
+    for order in (["a", "b"], ["b", "a"]):
+        difference = gather.gather([Path(name) for name in order], against=before).difference
+        assert difference is not None
+        assert (len(difference.broken), difference.both) == (3, 6)
+
+
+def test_runs_with_other_cases_repeat_nothing() -> None:
+    write(Path("a"), verdicts("mine"))
+    write(Path("b"), verdicts("torch"))
+    write(Path("c"), verdicts("mine", cases=8)[6:])
+    assert gather.gather([Path("a"), Path("b"), Path("c")]).notes == []
+
+
+def test_the_same_run_counts_once_through_links_and_as_a_copy() -> None:
+    run = write(Path("a"), verdicts(bad=1))
+    Path("link").symlink_to(run)
+    shutil.copytree(run, "copy")
+    material = gather.gather([run, Path("link"), Path("copy"), run])
+    assert material.sentence == "mine failed 1 of 6 judged cases."
+    assert material.notes == [
+        f"{name} is the same run as a and counts once." for name in ("link", "copy", "a")
+    ]
+
+
+def test_the_headline_blames_those_that_failed() -> None:
+    def sentence(*runs: list[Verdict], **facts: Any) -> str:
+        made = []
+        for number, items in enumerate(runs):
+            shutil.rmtree(str(number), ignore_errors=True)
+            made.append(write(Path(str(number)), items, **(facts if number == 0 else {})))
+        material = gather.gather(made)
+        page = html.render(material)
+        assert f'class="verdict {"good" if material.passed else "bad"}"' in page
+        return material.sentence
+
+    att, torch = verdicts("att", bad=3), verdicts("torch")
+    assert sentence(att, torch) == "1 of 2 methods (att) failed 3 of 12 judged cases."
+    assert sentence(torch, att) == "1 of 2 methods (att) failed 3 of 12 judged cases."
+    assert sentence(att, verdicts("torch", bad=1)) == "All 2 methods failed 4 of 12 judged cases."
+    assert sentence(verdicts("att"), torch) == "2 methods passed all 12 judged cases."
+    assert sentence(att) == "att failed 3 of 6 judged cases."
+    unjudged = [replace(v, outcome=Outcome.NOT_SUPPORTED) for v in verdicts("other")]
+    nothing = " Nothing was judged of other: that is not a pass."
+    assert sentence(torch, unjudged) == f"torch passed all 6 judged cases.{nothing}"
+    assert sentence(att, unjudged) == f"att failed 3 of 6 judged cases.{nothing}"
+    alarm = {"alarms": [{"sentence": "s", "replay": "r"}], "explained": [], "unsteady": []}
+    assert sentence(verdicts("att"), torch, evidence=alarm).startswith(
+        "1 of 2 methods (att) passed each of 12"
+    )
+
+
+# Where it is written
+
+
+@pytest.mark.parametrize("option", ["--out", "--markdown", "--junit"])
+@pytest.mark.parametrize(
+    "target",
+    ["run/verdicts.jsonl", "run/verdicts-9.jsonl", "run/provenance.json", "run/verdicts.parquet", "run/cases/x.json",
+     "run/summary.md", "link/provenance.json", "link.html", "kernel.py", "notes"],
+)  # fmt: skip
+def test_nothing_of_a_run_or_of_others_is_written_over(
+    effattn_command: Command, option: str, target: str
+) -> None:
+    run = write(Path("run"), verdicts(bad=1))
+    (run / "summary.md").write_text("# effattn gate: mine\n")
+    Path("link").symlink_to("run")
+    Path("link.html").symlink_to("run/provenance.json")
+    for name in ("kernel.py", "notes"):
+        Path(name).write_text("mine")
+    before = {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
+    code, _, err = effattn_command("report", "run", option, target)
+    assert code == 2
+    assert repr(target) in err
+    assert "name another" in err.lower()
+    assert {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--out", "x.html", "--markdown", "x.html"), ("--markdown", "y/../x.xml", "--junit", "x.xml"),
+     ("--junit", "run/report.html"), ("--out", "/dev/null")],
+)  # fmt: skip
+def test_two_outputs_have_two_files(effattn_command: Command, arguments: tuple[str, ...]) -> None:
+    write(Path("run"), verdicts())
+    code, _, err = effattn_command("report", "run", *arguments)
+    assert code == 2
+    assert "name a file" in err
+    assert not Path("x.html").exists()
+    assert not Path("run/report.html").exists()
+
+
+def test_a_report_is_replaced_and_others_with_its_suffix_too(effattn_command: Command) -> None:
+    write(Path("run"), verdicts(bad=1))
+    Path("mine.md").write_text("old")
+    arguments = ("--out", "page", "--markdown", "text", "--junit", "tests.txt")
+    for more in (
+        arguments,
+        arguments,
+        ("--markdown", "mine.md", "--out", "run/page.HTM", "--junit", "run/j.xml"),
+    ):
+        code, _, err = effattn_command("report", "run", *more)
+        assert (code, err) == (0, "")
+    assert Path("mine.md").read_text().startswith("# effattn")
+    Path("page").write_text("<!doctype html> of somebody else")
+    assert effattn_command("report", "run", *arguments)[0] == 2
+
+
+# History
+
+
+def history(*runs: tuple[str, bool | None, float]) -> Path:
+    """A folder of runs: commit, whether its tree was clean, and error/bound."""
+    for number, (commit, clean, factor) in enumerate(runs):
+        write(
+            Path("runs") / f"r{number}",
+            verdicts(cases=1, factor=2 * factor),
+            started=f"203{number}-01-01T00:00:00+00:00",
+            working_directory={"commit": commit * 40, "clean": clean},
+        )
+    return Path("runs")
+
+
+def test_a_commit_is_not_bad_by_changes_that_are_not_in_it() -> None:
+    found = gather.moments(history(("a", True, 0.5), ("b", False, 3.0), ("b", True, 0.5), ("c", True, 2.0)))
+    assert [moment.state for moment in found] == [
+        "passed",
+        "failed, with uncommitted changes",
+        "passed",
+        "first bad",
+    ]
+    shutil.rmtree("runs")
+    found = gather.moments(history(("a", True, 0.5), ("b", False, 0.4), ("b", True, 3.0), ("b", False, 3.0)))
+    assert [moment.first_bad for moment in found] == [False, False, True, False]
+    shutil.rmtree("runs")
+    found = gather.moments(history(("a", None, 0.5), ("b", False, 3.0), ("b", False, 4.0)))
+    assert [moment.state for moment in found][1] == "first bad, with uncommitted changes"
+    assert [moment.first_bad for moment in found] == [False, True, False]
+
+
+def test_history_counts_a_run_once_and_says_its_order() -> None:
+    runs = history(("a", True, 0.5), ("b", True, 0.5), ("c", False, 2.0))
+    (runs / "again").symlink_to(runs.absolute() / "r0")
+    shutil.copytree(runs / "r2", runs / "r3")
+    material = gather.gather([runs / "r0"], history=runs)
+    assert [moment.commit[0] for moment in material.history] == ["a", "b", "c"], (
+        "equal verdicts of two commits are two"
+    )
+    assert len(material.notes) == 2
+    (drawn,) = [chart for chart in charts.charts(material) if chart.name == "history"]
+    assert [row["at"] for row in drawn.rows or []] == ["aaaaaaaa", "bbbbbbbb", "cccccccc+"]
+    assert "by start of the run" in json.dumps(drawn.spec)
+    page = html.render(material)
+    assert "which need not be that of the commits" in page
+    assert "<code>cccccccccc+</code>" in page
+    assert "first bad, with uncommitted changes" in page
+
+
+def test_a_crash_is_no_small_error_in_the_history() -> None:
+    runs = history(("a", True, 0.5), ("b", True, 3.0))
+    crashed = [replace(v, outcome=Outcome.CRASHED, quantities=()) for v in verdicts(cases=1)]
+    write(runs / "r9", crashed, started="2039-01-01T00:00:00+00:00")
+    wrong = [
+        replace(v, quantities=(replace(v.quantities[0], fraction=float("nan")),)) for v in verdicts(cases=1)
+    ]
+    write(runs / "r8", wrong, started="2038-01-01T00:00:00+00:00")
+    material = gather.gather([runs / "r0"], history=runs)
+    (drawn,) = [chart for chart in charts.charts(material) if chart.name == "history"]
+    assert [row["drawn"] for row in drawn.rows or []] == [0.5 * 2 * 0.5, 3.0, 6.0, 6.0]
+
+
+# Damage
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"evidence": [1]}, "evidence is [1]"),
+        ({"evidence": {"alarms": "x", "unsteady": 3}}, "evidence.unsteady is 3"),
+        ({"evidence": {"alarms": [1, "x", {}, {"sentence": "s", "replay": "r"}], "unsteady": [2]}}, "evidence.alarms[2] is {}"),
+        ({"working_directory": [1]}, "working_directory is [1]"),
+        ({"method": "mine", "started": 5}, "started is 5"),
+        ({"command": "\ud800", "method": {"\udfff": "\ud800"}}, ""),
+        ({"working_directory": {"commit": 5, "clean": "x"}, "cases": [], "exit_code": {"a": None}}, ""),
+    ],
+)  # fmt: skip
+def test_damage_of_provenance_is_named_and_the_rest_is_shown(
+    effattn_command: Command, facts: dict[str, Any], words: str
+) -> None:
+    write(Path("runs/good"), verdicts())
+    run = write(Path("runs/run"), verdicts())
+    file = run / "provenance.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **facts}))
+    for arguments in (("runs/run", "--junit", "j.xml"), ("runs/good", "--history", "runs")):
+        code, out, err = effattn_command("report", *arguments, "--markdown", "m.md", "--github")
+        assert code == 0, err
+        assert "Report: " in out
+        assert words in err
+        assert ("provenance.json" in err) == bool(words)
+
+
+@pytest.mark.parametrize("field", ["method", "message", "replay"])
+def test_halves_of_surrogates_in_records_are_shown_as_what_cannot_be_read(
+    effattn_command: Command, field: str
+) -> None:
+    import zlib
+
+    run = write(Path("runs/run"), verdicts(bad=2))
+    file = run / "verdicts.jsonl"
+    lines = []
+    for line in file.read_bytes().splitlines():
+        body = json.loads(line)["body"]
+        body["verdict"][field] = "odd \ud800"
+        encoded = json.dumps(body, separators=(",", ":")).encode()
+        lines.append(b'{"crc32":"%08x","body":%b}\n' % (zlib.crc32(encoded), encoded))
+    file.write_bytes(b"".join(lines))
+    code, _, err = effattn_command(
+        "report",
+        run,
+        "--history",
+        "runs",
+        "--markdown",
+        "m.md",
+        "--pictures",
+        "svg",
+        "--junit",
+        "j.xml",
+        "--github",
+    )
+    assert code == 0, err
+    assert "odd \N{REPLACEMENT CHARACTER}" in (run / "report.html").read_text()
+    assert "odd" in Path("j.xml").read_text()
+    assert exports.pull_request(gather.gather([run])).encode()
