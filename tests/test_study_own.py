@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from effattn.cli import main
+from effattn.report.text import MISSING
 from effattn.study.engine import DRAWS, STUDY, Point
 from effattn.study.limits import least_bytes
 
@@ -190,3 +192,46 @@ def test_a_method_of_one_dtype_is_measured_in_it(tmp_path: Path, error: str) -> 
         assert row["error"] == whole["error"] != ""
     # In another dtype there is nothing to measure.
     assert study(path, tmp_path / "other", "--dtype", "bf16") == 2
+
+
+# -- what it costs -----------------------------------------------------------------------------------------
+
+
+#: exact attention but for a factor: the error is 4 / size
+FALLS = " * 0 + torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v * (1 + 4 / size)"
+ASKED = ["--n", "16", "--size", "4,16", "--draws", "1", "--input-scale", "0.5", "--target-error", "0.5"]
+
+
+def rows(out: str) -> dict[str, list[str]]:
+    """The table of answers, by method."""
+    return {row[0]: row[1:] for row in (re.split("  +", line) for line in out.splitlines()) if len(row) == 4}
+
+
+def test_costs_are_those_of_the_users_function(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """64 MB that nothing of effattn's needs show."""
+    path = write(tmp_path, "held = torch.ones(2**24)", FALLS)
+    assert study(path, tmp_path / "out", "--method", "positive, iid", small=ASKED) == 0
+    out = capsys.readouterr().out
+    memory = {method: cells[2] for method, cells in rows(out).items()}
+    assert 60 < float(memory[path].removesuffix(" MB")) < 80
+    assert float(memory["exact"].removeprefix("under ").removesuffix(" MB")) < 8
+    assert f"with positive features; of {path} with its own function `attention`; exact" in out
+
+
+def test_costs_are_of_a_size_that_the_method_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, "assert size in (4, 16)", FALLS)
+    assert study(path, tmp_path / "a", small=ASKED) == 0
+    said = capsys.readouterr()
+    size, *costs = rows(said.out)[path]
+    assert 4 < int(size) < 16
+    assert all(cell.endswith(" at m = 16") for cell in costs)
+    assert "AssertionError" in said.err
+    assert "positive features" not in said.out
+    # None where it doesn't take float32.
+    write(tmp_path, "if q.dtype == torch.float32: raise NotImplementedError('no')", FALLS)
+    assert study(path, tmp_path / "b", "--dtype", "bf16", small=ASKED) == 0
+    said = capsys.readouterr()
+    assert rows(said.out)[path][1:] == [MISSING, MISSING]
+    assert "NotImplementedError: no; its costs there are left out" in said.err

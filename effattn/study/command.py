@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from effattn.errors import RequestError
+from effattn.errors import EffattnError, RequestError
 from effattn.report import text
 from effattn.run import provenance
 from effattn.run import store as runs
@@ -160,10 +160,8 @@ def _inverse(
     click.echo()
     note = (
         f"{_SIZE[name]} between two sizes that were measured is interpolated, by the logarithms of size and error."
-        f" CPU time and memory: of one head in float32{_not_in(plan.dtype)}, on one thread, with"
-        f" {'positive features' if name == 'performer' else 'averages of neighbours'}"
-        f"{', or with your function' if any(map(own.is_own, plan.methods)) else ''}; exact attention with all scores written"
-        " out."
+        f" CPU time and memory: of one head in float32{_not_in(plan.dtype)}, on one thread, {_measured_with(name, plan)};"
+        " exact attention with all scores written out."
     )
     click.echo(note)
     charts = summary.write(
@@ -195,6 +193,15 @@ def _not_in(dtypes: Sequence[str]) -> str:
     return f", not in {' or '.join(other)}" if other else ""
 
 
+def _measured_with(name: str, plan: plans.Plan) -> str:
+    """What the costs are of, in words."""
+    theirs = [method for method in plan.methods if own.is_own(method)]
+    words = ["with positive features" if name == "performer" else "with averages of neighbours"]
+    if len(theirs) == len(plan.methods):
+        words.clear()
+    return "; ".join([*words, *(f"of {method} with its own function `attention`" for method in theirs)])
+
+
 def _answers(
     name: str, where: results.Setting, of_setting: Sequence[results.Curve], target: float
 ) -> list[str]:
@@ -213,25 +220,41 @@ def _answers(
             lines.append(f"| {curve.method} | none up to {got.limit}{some}, error {error} there | - | - |")
             continue
         size = int(got.smallest.median)
-        cost = probe.measure(
-            method=_costs(name, curve.method, causal=where.causal),
-            n=(n,), head_dim=where.head_dim, size=size, causal=where.causal,
-        )[0]  # fmt: skip
+        time, memory = _cost(name, curve, size)
         low, high = (_whole(x, got.limit) for x in (got.smallest.low, got.smallest.high))
         spread = f" ({low} to {high})" if low != high else ""
         if got.open_below:
             spread = " or fewer; none below was tried"
         elif got.too_few is not None:
             spread += f", where it is exact; {got.too_few} are too few"
-        lines.append(
-            f"| {curve.method} | {size}{spread} | {text.seconds(cost['seconds'])} | {_bytes(cost['bytes'])} |"
-        )
+        lines.append(f"| {curve.method} | {size}{spread} | {time} | {memory} |")
     exact = probe.measure(method="standard", n=(n,), head_dim=where.head_dim, size=1)[0]
     lines.append(f"| exact | - | {text.seconds(exact['seconds'])} | {_bytes(exact['bytes'])} |")
     return lines
 
 
-def _costs(study: str, method: str, *, causal: bool) -> str:
+def _cost(study: str, curve: results.Curve, size: int) -> tuple[str, str]:
+    """CPU time and memory of a method at a size, for the table. A user's own that doesn't take that size, which may be
+    interpolated, is measured at the next one that it took."""
+    where, theirs = curve.setting, own.is_own(curve.method)
+    larger = [taken for taken in curve.sizes if taken > size][:1] if theirs else []
+    for tried in (size, *larger):
+        try:
+            (cost,) = probe.measure(
+                method=_probed(study, curve.method, causal=where.causal),
+                n=(where.n,), head_dim=where.head_dim, size=tried, causal=where.causal,
+            )  # fmt: skip
+        except EffattnError as error:
+            if not theirs:
+                raise
+            click.echo(f"effattn: {text.plain(str(error))}; its costs there are left out", err=True)
+            continue
+        at = f" at {_SIZE[study]} = {tried}" if tried != size else ""
+        return f"{text.seconds(cost['seconds'])}{at}", f"{_bytes(cost['bytes'])}{at}"
+    return text.MISSING, text.MISSING
+
+
+def _probed(study: str, method: str, *, causal: bool) -> str:
     """The name by which `probe` knows what is to be measured."""
     if own.is_own(method):
         return method
