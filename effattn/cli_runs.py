@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +15,8 @@ from effattn.errors import RequestError
 if TYPE_CHECKING:
     from effattn.run.records import Damage
 
+#: Seconds that a query may be given at most.
+LONGEST_QUERY = 86_400
 _FOLDER = click.Path(path_type=Path)
 
 
@@ -76,7 +79,7 @@ def show(run: str, as_json: bool) -> int:
     damaged: list[Damage] = []
     verdicts = list(store.read_verdicts(folder, damaged))
     if as_json:
-        click.echo(json.dumps(provenance, indent=2, allow_nan=False))
+        click.echo(json.dumps(_strict(provenance), indent=2, allow_nan=False))
         _name(damaged)
         return 0
     console = terminal.console()
@@ -130,7 +133,7 @@ def compact(run: str) -> int:
 @runs.command()
 @click.argument("sql")
 @click.argument("run", nargs=-1)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a row.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a row; null for NaN and infinity.")
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
@@ -148,6 +151,10 @@ def query(sql: str, run: tuple[str, ...], as_json: bool, timeout: float) -> int:
     from effattn.run import catalog, store, tables
 
     damaged: list[Damage] = []
+    if not 0 < timeout <= LONGEST_QUERY:
+        raise RequestError(
+            f"--timeout {timeout:g}: expected seconds, more than 0 and at most {LONGEST_QUERY}, a day"
+        )
     folders = [catalog.resolve(name) for name in run] or catalog.runs_in(store.DEFAULT_FOLDER, damaged)
     if not folders:
         _name(damaged)
@@ -156,10 +163,22 @@ def query(sql: str, run: tuple[str, ...], as_json: bool, timeout: float) -> int:
     _name(damaged)
     if as_json:
         for row in rows:
-            click.echo(json.dumps(dict(zip(names, row, strict=True)), default=str))
+            told = {name: _strict(cell) for name, cell in zip(names, row, strict=True)}
+            click.echo(json.dumps(told, default=str, allow_nan=False))
         return 0
     _print_table(names, [tuple("" if cell is None else str(cell) for cell in row) for row in rows])
     return 0
+
+
+def _strict(cell: Any) -> Any:
+    """The cell as JSON has it, which has no NaN and no infinity."""
+    if isinstance(cell, float):
+        return cell if math.isfinite(cell) else None
+    if isinstance(cell, (list, tuple)):
+        return [_strict(inner) for inner in cell]
+    if isinstance(cell, dict):
+        return {str(name): _strict(inner) for name, inner in cell.items()}
+    return cell
 
 
 def _name(damaged: Sequence[Damage]) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
+import shlex
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +19,11 @@ from effattn.errors import RequestError
 if TYPE_CHECKING:
     from effattn.run.sweep import Result
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came, as from a scheduler of jobs whose time is over."""
 
 
 @click.command()
@@ -76,7 +83,10 @@ def sweep(
         out if out is not None else store.DEFAULT_FOLDER / f"{store.file_name(spec.stem)}-{wanted.id[:8]}"
     )
     try:
-        with _executor(executor, device=device, jobs=jobs, memory_limit=memory_limit) as (pool, parallel):
+        with (
+            _ended_by_sigterm(),
+            _executor(executor, device=device, jobs=jobs, memory_limit=memory_limit) as (pool, parallel),
+        ):
             origin = {
                 "command": provenance.command_line(click.get_current_context().obj),
                 "started": provenance.now(),
@@ -92,16 +102,39 @@ def sweep(
                     store.ignore_in_git(store.DEFAULT_FOLDER)
                 with _progress(wanted.count) as progress:
                     result = taken.run(pool, parallel=parallel, progress=progress)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as end:
+        terminated = isinstance(end, _Terminated)
+        how = "ended by SIGTERM" if terminated else "interrupted"
         there = sum(1 for file in store.verdict_files(folder) for _ in records.lines(file))
         click.echo(
-            f"effattn: interrupted; {there} of {wanted.count} verdicts are recorded in {text.plain(str(folder))}/, and the "
-            "same command goes on from there",
+            f"effattn: {how}; {there} of {wanted.count} verdicts are recorded in {text.plain(str(folder))}/, and the same "
+            "command goes on from there",
             err=True,
         )
-        raise click.exceptions.Exit(INTERRUPTED) from None
+        raise click.exceptions.Exit(TERMINATED if terminated else INTERRUPTED) from None
     _print(result, folder)
     return result.exit_code
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Raise `_Terminated` on SIGTERM, where it would end this process; only the main thread can."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ending the workers is not to be broken off
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -153,7 +186,7 @@ def _print(result: Result, folder: Path) -> None:
                 str(tally.outcomes["not supported"]),
                 str(tally.outcomes["not judged"]),
                 text.number(tally.fraction),
-                tally.worst,
+                tally.failing[0] if tally.failing is not None else tally.worst,
             )
         )
     names = (
@@ -182,6 +215,10 @@ def _print(result: Result, folder: Path) -> None:
             f"Workers spent {result.judging / result.busy:.1%} of their time in the cases.", markup=False
         )
     console.print(f"Written to {folder}/", markup=False, soft_wrap=True)
+    failing = next((tally.failing for tally in result.tallies.values() if tally.failing is not None), None)
+    if failing is not None:
+        line = shlex.join(["effattn", "replay", *failing, "--run", str(folder)])
+        console.print(f"To see a failed case again: {line}", markup=False, soft_wrap=True)
 
 
 def _failed(outcome: str) -> bool:

@@ -42,6 +42,12 @@ class Outcome(StrEnum):
     TIMED_OUT = "timed out"
 
 
+#: Characters of a message or note at most: an exception's text may be megabytes, and every record would have it.
+MOST_CHARACTERS = 8000
+_KEPT_END = 2000
+_KEPT_START = MOST_CHARACTERS - _KEPT_END - 60
+
+
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
     """The errors of one output, "out" or "lse", in numbers. None where there is no element to count."""
@@ -96,6 +102,12 @@ class Verdict:
     #: the command line that judges the case again
     replay: str
 
+    def __post_init__(self) -> None:
+        # What a method says may be anything: a record is UTF-8, and some kilobytes of it suffice.
+        object.__setattr__(self, "message", _kept(self.message))
+        if self.notes:
+            object.__setattr__(self, "notes", tuple(map(_kept, self.notes)))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; infinities and NaN become the strings "inf", "-inf" and "nan"."""
         return {
@@ -141,10 +153,20 @@ class Verdict:
                 seconds={_text(name): float(s) for name, s in data["seconds"].items()},
                 replay=_text(data["replay"]),
             )
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             if isinstance(error, RequestError):
                 raise
             raise RequestError(f"a verdict that cannot be read: {error}.") from None
+
+
+def _kept(text: str) -> str:
+    """The text as it is recorded: without what UTF-8 has not, cut in its middle where it is long."""
+    if not text.isascii():
+        text = text.encode("utf-8", "backslashreplace").decode()
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    left_out = len(text) - _KEPT_START - _KEPT_END
+    return f"{text[:_KEPT_START]}\n[{left_out} characters left out]\n{text[-_KEPT_END:]}"
 
 
 def _findings(data: list[Any]) -> tuple[Finding, ...]:
@@ -197,6 +219,8 @@ def _rebuild(cls: type, data: dict[str, Any]) -> Any:
             values[name] = tuple(float(b) for b in x)
         elif name in ("count", "set_aside"):
             values[name] = int(x)
+            if not 0 <= values[name] < 2**63:
+                raise ValueError(f"{name} out of range")
         else:
             values[name] = None if x is None else float(x)
     return cls(**values)

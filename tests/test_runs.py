@@ -7,9 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -419,7 +421,140 @@ def test_query_names_what_it_leaves_out(effattn_command: Command, two_runs: tupl
     assert (code, err) == (0, "")
 
 
+def record_line(body: bytes) -> bytes:
+    return b'{"crc32":"%08x","body":%s}\n' % (zlib.crc32(body), body)
+
+
+WRONG: dict[str, Callable[[dict[str, Any]], None]] = {
+    "seconds": lambda body: body["verdict"].update(seconds=3),
+    "text seconds": lambda body: body["verdict"].update(seconds={"method": "soon"}),
+    "fraction": lambda body: body["verdict"]["quantities"][0].update(fraction="much"),
+    "size": lambda body: body["verdict"]["case"].update(q_len=-5),
+    "quantities": lambda body: body["verdict"].update(quantities="none"),
+    "surrogate": lambda body: body["verdict"].update(method="\ud800"),
+    "count": lambda body: body["verdict"]["quantities"][0].update(count=10**400),
+    "nested": lambda body: body["verdict"].update(findings=json.loads("[" * 90 + "]" * 90)),
+}
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, "nested without end"])
+def test_record_with_a_right_checksum_and_wrong_content_is_named_and_the_rest_is_read(
+    effattn_command: Command, two_runs: tuple[Path, Path], wrong: str
+) -> None:
+    file = two_runs[0] / "verdicts.jsonl"
+    line, *rest = file.read_bytes().splitlines(keepends=True)
+    body = json.loads(line)["body"]
+    if wrong in WRONG:
+        WRONG[wrong](body)
+    told = json.dumps(body).encode()
+    if wrong not in WRONG:
+        told = told.replace(b'"findings": []', b'"findings": ' + b"[" * 5000 + b"]" * 5000)
+    file.write_bytes(b"".join([record_line(told), *rest]))
+    for arguments, found in (
+        (["list"], "first"),
+        (["show", "first"], ""),
+        (["compact", "first"], "5 verdicts in"),
+        (["query", "SELECT count(*) AS n FROM verdicts", "first", "--json"], '{"n": 5}'),
+    ):
+        code, out, err = effattn_command("runs", *arguments)
+        assert code == 0, err
+        assert found in out
+        if (arguments[0], wrong) not in (
+            ("list", "size"),
+            ("list", "count"),
+        ):  # which does not look into cases and counts
+            assert "is damaged" in err or "the verdict on case" in err
+
+
+def test_what_is_recorded_twice_counts_once_wherever_it_is_counted(
+    effattn_command: Command, two_runs: tuple[Path, Path]
+) -> None:
+    file = two_runs[0] / "verdicts.jsonl"
+    file.write_bytes(file.read_bytes() * 2)
+    assert catalog.entry(two_runs[0]).recorded == 6
+    assert tables.compact(two_runs[0]).rows == 6
+    assert tables.query("SELECT count(*) FROM verdicts", [two_runs[0]])[1] == [(6,)]
+
+
+def test_full_disk_ends_a_compaction_with_a_message(two_runs: tuple[Path, Path]) -> None:
+    write(Path("large"), [verdict(seed, 0.1, message=str(seed) * 100) for seed in range(300)])
+    for arguments in (["compact", "large"], ["query", "SELECT 1", "large"]):
+        done = subprocess.run(
+            [sys.executable, "-c", SMALL_DISK, "runs", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("effattn: cannot write")
+        assert "Traceback" not in done.stderr
+
+
+#: The command line where no file can be larger than a page.
+SMALL_DISK = (
+    "import resource, signal, sys; from effattn.cli import main; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+    " resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); sys.exit(main())"
+)
+
+
+@pytest.mark.parametrize("given", ["inf", "nan", "1e300", "86401", "0"])
+def test_time_that_is_none_is_refused(
+    effattn_command: Command, two_runs: tuple[Path, Path], given: str
+) -> None:
+    code, out, err = effattn_command("runs", "query", "SELECT 1", "--timeout", given)
+    assert (code, out) == (2, "")
+    assert "--timeout" in err
+    assert effattn_command("runs", "query", "SELECT 1", "--timeout", "86400")[0] == 0
+
+
+def test_rows_are_strict_json(effattn_command: Command, two_runs: tuple[Path, Path]) -> None:
+    sql = "SELECT 'nan'::REAL AS a, ['inf'::DOUBLE, 1.5] AS b, {'c': '-inf'::REAL} AS d"
+    code, out, _ = effattn_command("runs", "query", sql, "--json")
+    assert (code, out) == (0, '{"a": null, "b": [null, 1.5], "d": {"c": null}}\n')
+
+
 # A damaged provenance
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("evidence", []),
+        ("evidence", "none"),
+        ("evidence", {"alarms": [1]}),
+        ("evidence", {"unsteady": 3}),
+        ("working_directory", [1]),
+        ("sources", [1]),
+        ("started", 5),
+        ("cases", "many"),
+    ],
+)
+def test_provenance_with_a_field_of_another_form_is_named_and_the_rest_is_read(
+    effattn_command: Command, two_runs: tuple[Path, Path], field: str, value: object
+) -> None:
+    file = two_runs[0] / "provenance.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    complaint = f"first/provenance.json: {field}: of another form"
+    for arguments, words in (
+        (["list"], "first"),
+        (["show", "first"], "inaccurate"),
+        (["show", "first", "--json"], "kind"),
+    ):
+        code, out, err = effattn_command("runs", *arguments)
+        assert code == 0, err
+        assert words in out
+        assert err.count(complaint) == 1
+    with pytest.raises(RequestError, match=f"{field}: of another form"):
+        store.read_provenance(two_runs[0])
+
+
+def test_provenance_with_numbers_that_json_has_not_is_shown_as_json(
+    effattn_command: Command, two_runs: tuple[Path, Path]
+) -> None:
+    file = two_runs[0] / "provenance.json"
+    file.write_text(file.read_text().replace("{", '{"far": 1e400, ', 1))
+    code, out, _ = effattn_command("runs", "show", "first", "--json")
+    assert (code, json.loads(out)["far"]) == (0, None)
 
 
 @pytest.mark.parametrize(
@@ -428,6 +563,10 @@ def test_query_names_what_it_leaves_out(effattn_command: Command, two_runs: tupl
         (lambda text: text[: len(text) // 2], "it is no JSON, at byte"),
         (lambda text: b"", "it is empty"),
         (lambda text: text.replace(b'"kind"', b'"kin\xff"'), "it is no text"),
+        (
+            lambda text: text.replace(b"{", b'{"x":' + b"[" * 5000 + b"]" * 5000 + b",", 1),
+            "it is nested too deeply",
+        ),
     ],
 )
 def test_damaged_provenance_is_named_and_the_rest_is_read(

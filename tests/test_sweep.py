@@ -9,6 +9,7 @@ import concurrent.futures
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -35,6 +36,10 @@ import torch
 def right(q, k, v):
     scores = q.double() @ k.double().transpose(-2, -1) * q.shape[-1] ** -0.5
     return (scores.softmax(-1) @ v.double()).to(q.dtype)
+
+
+def says_what_no_text_is(q, k, v):
+    raise ValueError("\\ud800" + "x" * 1_000_000 + " the end")
 
 
 def zeros(q, k, v):
@@ -230,6 +235,36 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         spec.load(tmp_path / "broken.toml")
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("seeds = { from = 0, count = 100000000000000000000000000 }", "seeds below 2**63"),
+        ("seeds = { from = 9223372036854775807, count = 1 }", "seeds below 2**63"),
+        (
+            "mode = 'random'\nsamples = 5\nseeds = { count = 9223372036854775806 }",
+            "18,446,744,073,709,551,612 combinations",
+        ),
+        ("options = [{ scale = 2030-01-01 }]", "options has scale = 2030-01-01; expected a number"),
+        ("options = [{ causal = [2030-01-01T00:00:00] }]", "no date"),
+        (f"values = {'[' * 3000}{']' * 3000}", "nested too deeply"),
+        (f"samples = {'9' * 5000}", "is not TOML"),
+        ("seedz = [1]", "did you mean 'seeds'?"),
+        ("mode = 'random'\nsamples = 1\nseeds = [1]\nsede = 1", "did you mean 'seed'?"),
+    ],
+    ids=str,
+)
+def test_specification_of_another_kind_is_refused(
+    effattn_command: Command, tmp_path: Path, given: str, words: str
+) -> None:
+    (tmp_path / "sweep.toml").write_text(
+        f"{given}\nmethods = ['flash']\ndtypes = ['fp16', 'fp32']\nshapes = [{{ q_len = 3, kv_len = 5, head_dim = 8 }}]\n"
+    )
+    code, out, err = effattn_command("sweep", tmp_path / "sweep.toml", "--out", tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert words in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_identity_is_that_of_what_runs() -> None:
     assert small().id == small().id != small(seeds={"count": 4}).id
     assert small(seeds=[0, 1, 2]).count == small().count
@@ -290,6 +325,58 @@ def test_case_that_kills_its_worker_gets_the_verdict_and_no_other(
         if r.verdict["outcome"] == outcome
     }
     assert wrong == {7}
+
+
+def test_text_that_is_none_or_too_long_is_recorded_in_part(
+    effattn_command: Command, folder: Path, executor: IsolatedExecutor
+) -> None:
+    wanted = small(methods=["mine.py:says_what_no_text_is"], seeds=[0])
+    assert run(folder / "run", wanted, executor).added == 4
+    for record in store.read_records(folder / "run"):
+        message = record.verdict["message"]
+        assert message.startswith(r"the method raised ValueError: \ud800xxx")
+        assert "characters left out]" in message
+        assert " the end\nat mine.py" in message
+        assert 7000 < len(message) <= 8000
+    assert run(folder / "run", wanted, executor).added == 0
+    code, out, err = effattn_command(
+        "gate", "mine.py:says_what_no_text_is", "--dtype", "fp32", "--out", "gate"
+    )
+    assert (code, "Traceback" in err) == (1, False), err
+    assert r"\ud800xxx" in out
+
+
+def test_longest_tail_of_a_killed_writer_is_cut_off(folder: Path, executor: IsolatedExecutor) -> None:
+    run(folder / "run", small(), executor)
+    file = store.verdict_files(folder / "run")[0]
+    was = file.read_bytes()
+    file.write_bytes(was + b'{"crc32":"' + b"x" * (5 << 19))
+    other = file.with_name("verdicts-other.jsonl")
+    other.write_bytes(b"x" * (5 << 19))
+    assert [str(damage).rpartition("/")[2] for damage in run(folder / "run", small(), executor).damaged] == [
+        f"{name}, line {line} is damaged: it is cut off; the case is run again"
+        for name, line in sorted([(file.name, was.count(b"\n") + 1), (other.name, 1)])
+    ]
+    assert file.read_bytes() == was
+
+
+def test_what_is_only_named_like_records_is_left_alone(
+    effattn_command: Command, folder: Path, executor: IsolatedExecutor
+) -> None:
+    run(folder / "run", small(), executor)
+    (folder / "notes.txt").write_text("no newline at the end")
+    (folder / "run" / "verdicts-link.jsonl").symlink_to(folder / "notes.txt")
+    os.mkfifo(folder / "run" / "verdicts-pipe.jsonl")
+    (folder / "run" / "verdicts-folder.jsonl").mkdir()
+    told = ["folder.jsonl: it is a folder", "link.jsonl: it is a symbolic link", "pipe.jsonl: it is a pipe"]
+    result = run(folder / "run", small(), executor)
+    assert (result.resumed, result.added) == (12, 0)
+    assert all(any(words in str(damage) for damage in result.damaged) for words in told)
+    for arguments in (["list", "."], ["show", "run"], ["query", "SELECT count(*) FROM verdicts", "run"]):
+        code, _, err = effattn_command("runs", *arguments)
+        assert code == 0
+        assert all(words in err for words in told)
+    assert (folder / "notes.txt").read_text() == "no newline at the end"
 
 
 def test_damage_is_named_kept_where_it_is_and_made_good(folder: Path, executor: IsolatedExecutor) -> None:
@@ -716,6 +803,40 @@ def test_interrupted_sweep_says_what_is_recorded_and_how_to_go_on(folder: Path) 
     assert process.returncode == 130
     assert f"{recorded} of 6000 verdicts are recorded in run/, and the same command goes on" in complaint
     assert 4 <= recorded < 6000
+
+
+def test_sweep_that_is_terminated_says_what_is_recorded(folder: Path) -> None:
+    (folder / "sweep.toml").write_text(toml("tells", 40))
+    os.mkfifo(folder / "told")
+    pipe = os.open(folder / "told", os.O_RDWR)
+    process = start(folder, folder / "run", folder / "told")
+    os.read(pipe, 1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    os.close(pipe)
+    assert process.returncode == 143, err
+    assert "effattn: ended by SIGTERM; " in err
+    assert "of 80 verdicts are recorded in" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("method", "outcome"), [("zeros", "inaccurate"), ("crashes_on_long", "crashed")])
+def test_failed_sweep_ends_with_the_line_that_shows_a_case_again(
+    effattn_command: Command, folder: Path, method: str, outcome: str
+) -> None:
+    (folder / "sweep.toml").write_text(toml(method, 2).replace("kv_len = 5", "kv_len = 7"))
+    code, out, _ = effattn_command("sweep", "sweep.toml", "--out", "a run", "--jobs", "1")
+    assert code == 1
+    words = shlex.split(out.splitlines()[-1].removeprefix("To see a failed case again: "))
+    assert words[:2] == ["effattn", "replay"]
+    assert words[3:] == [f"mine.py:{method}", "--run", "a run"]
+    assert words[2] in next(line for line in out.splitlines() if "fp16" in line)
+    code, out, _ = effattn_command(*words[1:])
+    assert code == 1
+    assert outcome in out
+    (folder / "sweep.toml").write_text(toml("right", 2))
+    code, out, _ = effattn_command("sweep", "sweep.toml", "--out", "good", "--jobs", "1")
+    assert (code, "replay" in out) == (0, False)
 
 
 def test_workers_are_killed_while_they_work(folder: Path) -> None:

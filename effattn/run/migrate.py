@@ -9,7 +9,6 @@ A new schema adds one function from the one before to each table below, and a sm
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable
 from typing import Any
@@ -54,7 +53,7 @@ def record(line: bytes, schema: int) -> records.Record:
         return records.decode(line)
     if not line.endswith(b"\n"):
         raise ValueError("it is cut off")
-    body = json.loads(line if schema == 1 else records.body_of(line))
+    body = records.parsed(line if schema == 1 else records.body_of(line))
     try:
         for version in range(schema, SCHEMA):
             body = BODIES[version](body)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 _FRONT, _MIDDLE, _BACK = b'{"crc32":"', b'","body":', b"}\n"
 _BODY = len(_FRONT) + 8 + len(_MIDDLE)
+_LONE = re.compile("[\ud800-\udfff]")
+#: Levels that a record is nested at most; a verdict has seven.
+MOST_LEVELS = 50
 _encoder = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -68,10 +72,17 @@ class Record:
 def encode(verdict: Verdict, *, spec: str, device: str) -> bytes:
     """The line of a verdict."""
     told = verdict.to_dict()
-    body = _encoder.encode(
-        {"id": id_of(told["case"]), "spec": spec, "device": device, "verdict": told}
-    ).encode()
+    text = _encoder.encode({"id": id_of(told["case"]), "spec": spec, "device": device, "verdict": told})
+    body = encodable(text).encode()
     return b"".join((_FRONT, b"%08x" % zlib.crc32(body), _MIDDLE, body, _BACK))
+
+
+def encodable(text: str) -> str:
+    """The text with a backslash and digits for what UTF-8 has not; in JSON too, where that is doubled.
+
+    Half a surrogate pair stands for a byte of a file's name that is no UTF-8.
+    """
+    return text if text.isascii() else _LONE.sub(lambda found: f"\\\\u{ord(found[0]):04x}", text)
 
 
 def body_of(line: bytes) -> bytes:
@@ -93,7 +104,38 @@ def has_form(line: bytes) -> bool:
 
 def decode(line: bytes) -> Record:
     """The record of a line. Raises ValueError, in words, where it is damaged."""
-    return record_of(json.loads(body_of(line)))
+    return record_of(parsed(body_of(line)))
+
+
+def parsed(text: bytes) -> Any:
+    """The JSON of a body. Raises ValueError, in words, for what no record is: deep nesting, half a surrogate pair."""
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    # Both are looked for only where they can be.
+    if text.count(b"[") + text.count(b"{") > MOST_LEVELS and _levels(found) > MOST_LEVELS:
+        raise ValueError(f"it is nested more than {MOST_LEVELS} levels deep")
+    if b"\\u" in text:
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it has half a surrogate pair, which is no character") from None
+    return found
+
+
+def _levels(value: Any) -> int:
+    """How deeply it is nested; counts no further than the first level beyond `MOST_LEVELS`."""
+    level, inner = 0, [value]
+    while inner and level <= MOST_LEVELS:
+        level += 1
+        inner = [
+            x
+            for outer in inner
+            if isinstance(outer, (dict, list))
+            for x in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return level
 
 
 def record_of(body: Mapping[str, Any]) -> Record:
@@ -105,7 +147,30 @@ def record_of(body: Mapping[str, Any]) -> Record:
         raise ValueError(f"it has another form than a record: {error}") from None
     if not isinstance(verdict, dict) or not all(isinstance(part, str) for part in key):
         raise ValueError("it has another form than a record")
+    if (wrong := _wrong_form(verdict)) is not None:
+        raise ValueError(f"it has another form than a record: {wrong}")
     return Record(key, verdict)
+
+
+def _wrong_form(verdict: dict[str, Any]) -> str | None:
+    """What of a verdict has another form than all who read records count on; `Verdict.from_dict` looks at the rest."""
+    for name in ("method", "outcome", "message"):
+        if not isinstance(verdict.get(name), str):
+            return f"{name} is no text"
+    case, quantities, seconds = verdict.get("case"), verdict.get("quantities"), verdict.get("seconds")
+    if not isinstance(case, dict) or not isinstance(case.get("dtype"), str):
+        return "its case is none"
+    if not isinstance(quantities, list) or not all(isinstance(q, dict) for q in quantities):
+        return "quantities is no list of objects"
+    if not isinstance(seconds, dict):
+        return "seconds is no object"
+    try:
+        for number in (*seconds.values(), *(q.get("fraction") for q in quantities)):
+            if number is not None:
+                float(number)
+    except (TypeError, ValueError, OverflowError):
+        return "a number is none"
+    return None
 
 
 def lines(file: Path, *, start: int = 0) -> Iterator[bytes]:

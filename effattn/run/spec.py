@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import random
+import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,10 @@ MOST_CASES = 10_000_000
 MOST_TRIED = 20_000
 MODES = ("product", "zip", "random")
 _KEYS = ("methods", "dtypes", "shapes", "values", "options", "seeds", "mode", "samples", "seed")
+#: Keys of the mode "random" alone.
+_OF_RANDOM = ("samples", "seed")
+#: A case has none from there on.
+_SEEDS = 2**63
 #: The axes in the order of the product, the slowest first.
 _AXES = ("methods", "dtypes", "shapes", "values", "options", "seeds")
 #: Fields of a case that have an axis of their own.
@@ -128,7 +133,11 @@ def load(path: Path) -> Spec:
         raise RequestError(f"cannot read the specification {str(path)!r}: {error}") from None
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise RequestError(
+            f"{str(path)!r} is nested too deeply; expected lists and tables as in docs/sweep.md"
+        ) from None
+    except ValueError as error:  # TOMLDecodeError, and that of a number with thousands of digits
         raise RequestError(f"{str(path)!r} is not TOML: {error}") from None
     try:
         return parse(data)
@@ -140,7 +149,14 @@ def parse(data: Mapping[str, Any]) -> Spec:
     """Check a specification given as data; errors as those of `load`."""
     for key in data:
         if key not in _KEYS:
-            close = difflib.get_close_matches(key, _KEYS, n=1)
+            # One that is not given yet and, where there is such a one, that fits the mode.
+            free = [name for name in _KEYS if name not in data]
+            fitting = [name for name in free if name not in _OF_RANDOM or data.get("mode") == "random"]
+            close = [
+                match
+                for names in (fitting, free, _KEYS)
+                for match in difflib.get_close_matches(key, names, n=1)
+            ]
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise RequestError(f"unknown key {key!r}; expected some of {', '.join(_KEYS)}{hint}")
     for key in ("methods", "dtypes", "shapes"):
@@ -149,7 +165,7 @@ def parse(data: Mapping[str, Any]) -> Spec:
     mode = data.get("mode", "product")
     if mode not in MODES:
         raise RequestError(f"mode {mode!r}; expected one of {', '.join(MODES)}")
-    for key in ("samples", "seed"):
+    for key in _OF_RANDOM:
         if key in data and mode != "random":
             hint = ", or write 'seeds'" if key == "seed" and "seeds" not in data else ""
             raise RequestError(
@@ -177,6 +193,10 @@ def parse(data: Mapping[str, Any]) -> Spec:
 
 
 def _check_size(spec: Spec) -> None:
+    if spec.product > sys.maxsize:  # Python counts no range beyond that
+        raise RequestError(
+            f"{spec.product:,} combinations; expected at most {sys.maxsize:,}: take fewer seeds"
+        )
     if spec.mode == "random" and not 1 <= spec.samples <= spec.product:
         raise RequestError(
             f"samples = {spec.samples}; expected 1 to {spec.product:,}, the number of combinations there are"
@@ -277,7 +297,18 @@ def _tables(data: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], ...]:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
                 raise RequestError(f"{key} has {name!r}, which is no field of a case{hint}")
+            if not _is_plain(table[name]):
+                raise RequestError(
+                    f"{key} has {name} = {table[name]}; expected a number, a text or a list of those, no date and no time"
+                )
     return tuple(data[key])
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON has it too; TOML has dates and times besides."""
+    if isinstance(value, (list, dict)):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, (str, int, float))
 
 
 def _seeds(given: Any) -> Sequence[int]:
@@ -287,6 +318,8 @@ def _seeds(given: Any) -> Sequence[int]:
         first, count = (_count(given, name, 0) for name in ("from", "count"))
         if count < 1:
             raise RequestError("seeds has count 0, so there is no case at all; expected at least 1")
+        if first + count >= _SEEDS:
+            raise RequestError(f"seeds = {given!r}; expected seeds below 2**63 - 1")
         return range(first, first + count)
     if not isinstance(given, list) or not given:
         raise RequestError(

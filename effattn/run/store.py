@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +44,19 @@ SUMMARY = "summary.md"
 CASES = "cases"
 #: Held by the supervisor of a sweep while it runs (`effattn.run.sweep`).
 LOCK = "lock"
+
+
+#: The form of those fields of a provenance that are read.
+_FORMS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("command", "started", "ended", "kind_of_run", "sweep", "device"), (str, type(None))),
+    **dict.fromkeys(
+        ("effattn", "working_directory", "packages", "machine", "environment", "sources", "method"), (dict,)
+    ),
+    **dict.fromkeys(("methods", "resumed"), (list,)),
+    "cases": (int, type(None)),
+}
+#: True is an int to Python.
+_NOT_FORMS: dict[str, type] = {"cases": bool}
 
 
 class RunWriter:
@@ -207,7 +221,7 @@ def is_run(folder: Path) -> bool:
     """True where the folder is a run folder."""
     try:
         described = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(described, dict) and described.get("kind") == KIND
 
@@ -223,12 +237,10 @@ def provenance_damage(folder: Path) -> Damage | None:
         return None
     try:
         json.loads(text)
-    except ValueError as error:
-        what = (
-            f"it is no JSON, at byte {error.pos}"
-            if isinstance(error, json.JSONDecodeError)
-            else "it is no text"
-        )
+    except (ValueError, RecursionError) as error:
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else "it is no text"
+        if isinstance(error, json.JSONDecodeError):
+            what = f"it is no JSON, at byte {error.pos}"
         if not text.strip():
             what = "it is empty"
         return Damage(
@@ -272,7 +284,32 @@ def read_provenance(folder: Path, damaged: list[Damage] | None = None) -> dict[s
             f"the run {str(folder)!r} has schema {schema!r}, this effattn reads 1 to {migrate.SCHEMA}; "
             "update effattn"
         )
+    if wrong := [name for name, value in provenance.items() if not _has_form(name, value)]:
+        damage = Damage(
+            folder / PROVENANCE,
+            0,
+            f"{', '.join(wrong)}: of another form than effattn writes, so left out here",
+        )
+        if damaged is None:
+            raise RequestError(str(damage))
+        damaged.append(damage)
+        for name in wrong:
+            del provenance[name]
     return migrate.provenance(provenance)
+
+
+def _has_form(name: str, value: object) -> bool:
+    """Whether a field of the provenance is what those who read it count on."""
+    if name == "evidence":
+        return isinstance(value, dict) and all(
+            isinstance(told, list)
+            and all(
+                isinstance(x.get("sentence") if isinstance(x, dict) and part == "alarms" else x, str)
+                for x in told
+            )
+            for part, told in value.items()
+        )
+    return isinstance(value, _FORMS.get(name, (object,))) and not isinstance(value, _NOT_FORMS.get(name, ()))
 
 
 def _schema_of_lines(folder: Path) -> int:
@@ -284,8 +321,23 @@ def _schema_of_lines(folder: Path) -> int:
 
 
 def verdict_files(folder: Path) -> list[Path]:
-    """The files of verdicts of a run, in a fixed order."""
-    return sorted(folder.glob(ALL_VERDICTS))
+    """The files of verdicts of a run, in a fixed order: regular files alone, which are in the folder itself."""
+    return [file for file in sorted(folder.glob(ALL_VERDICTS)) if stat.S_ISREG(file.lstat().st_mode)]
+
+
+def foreign_files(folder: Path) -> list[Damage]:
+    """What is named like a file of verdicts and is none: a link to elsewhere, a pipe, a folder. Nobody opens it."""
+    return [
+        Damage(file, 0, f"it is {_what_it_is(file)}, so it is no file of verdicts; it is left alone")
+        for file in sorted(folder.glob(ALL_VERDICTS))
+        if not stat.S_ISREG(file.lstat().st_mode)
+    ]
+
+
+def _what_it_is(file: Path) -> str:
+    if file.is_symlink():
+        return "a symbolic link"
+    return "a folder" if file.is_dir() else "a pipe or a device"
 
 
 def read_records(folder: Path, damaged: list[Damage] | None = None) -> Iterator[Record]:
@@ -299,6 +351,8 @@ def read_records(folder: Path, damaged: list[Damage] | None = None) -> Iterator[
         RequestError: the folder is no run, a file cannot be read, or a line is damaged and `damaged` is None.
     """
     schema = read_provenance(folder, damaged)["written_as"]
+    if damaged is not None:
+        damaged += foreign_files(folder)
     seen: set[Key] = set()
     for file in verdict_files(folder):
         try:
@@ -332,7 +386,7 @@ def read_judged(folder: Path, damaged: list[Damage] | None = None) -> Iterator[t
     for record in read_records(folder, damaged):
         try:
             yield record.key, Verdict.from_dict(record.verdict)
-        except RequestError as error:
+        except (RequestError, RecursionError) as error:
             damage = Damage(folder, 0, f"the verdict on case {record.key.case_id}: {error}")
             if damaged is None:
                 raise RequestError(str(damage)) from error
@@ -413,4 +467,6 @@ def file_name(text: str) -> str:
 def to_json(value: Mapping[str, Any], *, indent: int | None = None) -> str:
     """Strict JSON: infinity and NaN must have become text before."""
     separators = None if indent else (",", ":")
-    return json.dumps(value, allow_nan=False, indent=indent, separators=separators, ensure_ascii=False)
+    return records.encodable(
+        json.dumps(value, allow_nan=False, indent=indent, separators=separators, ensure_ascii=False)
+    )

@@ -59,18 +59,27 @@ class Tally:
     #: the largest error/bound, and on which case
     fraction: float | None = None
     worst: str = ""
+    #: a failed case, as the command line names it, and its method: that of the largest error/bound, if one has any
+    failing: tuple[str, str] | None = None
+    _failing_fraction: float = -1.0
 
     def add(self, record: records.Record) -> None:
         """Add one record."""
         self.outcomes[record.verdict["outcome"]] += 1
+        largest = -1.0
         for quantity in record.verdict["quantities"]:
             given = quantity.get("fraction")
             if given is None:
                 continue
             found = float(given)
             found = float("inf") if found != found else found
+            largest = max(largest, found)
             if self.fraction is None or found > self.fraction:
                 self.fraction, self.worst = found, record.key.case_id
+        if summary.failed(record.verdict["outcome"]) and (
+            self.failing is None or largest > self._failing_fraction
+        ):
+            self.failing, self._failing_fraction = (record.key.case_id, record.key.spec), largest
 
     @property
     def failed(self) -> int:
@@ -220,10 +229,12 @@ class Sweep:
             size = opened.seek(0, os.SEEK_END)
             if not size:
                 return
-            start = max(0, size - (1 << 20))
-            opened.seek(start)
-            tail = opened.read()
-            whole = start + tail.rfind(b"\n") + 1
+            whole, start = 0, size
+            while start and not whole:  # a line may be longer than any part that is read at once
+                end, start = start, max(0, start - (1 << 20))
+                opened.seek(start)
+                if (at := opened.read(end - start).rfind(b"\n")) >= 0:
+                    whole = start + at + 1
             if whole != size:
                 opened.seek(0)
                 line = sum(1 for _ in opened)

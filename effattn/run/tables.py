@@ -15,14 +15,14 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effattn.errors import RequestError
 from effattn.run import records, store
-from effattn.run.records import Damage
+from effattn.run.records import Damage, Key
 
 if TYPE_CHECKING:
     import duckdb
@@ -134,20 +134,78 @@ def compact(folder: Path, *, into: Path | None = None) -> Compacted:
             if not rows:
                 raise NoVerdicts(f"the run {str(folder)!r} has no verdicts; there is nothing to compact")
             connection = stack.enter_context(_connect(scratch))
-            source = f"read_json({_list(files)}, format='newline_delimited', columns={{'body': '{_BODY}'}})"
             made = scratch / PARQUET
-            connection.execute(
-                f"COPY ({_select(source)} ORDER BY spec, dtype, outcome)"
-                f" TO {_text(made)} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 60000,"
-                f" KV_METADATA {{'effattn_sizes': {_text(_sizes(folder))}, 'effattn_damaged': {_text(_told(damaged))}}})"
-            )
+            try:
+                _write(connection, files, made, folder, damaged)
+            except _data_errors():
+                # A record with a right checksum and a wrong content: looked for one by one, which takes longer.
+                damaged.clear()
+                files, rows = _judged(folder, scratch, damaged)
+                if not rows:
+                    raise NoVerdicts(
+                        f"the run {str(folder)!r} has no verdict that can be read; there is nothing to compact"
+                    ) from None
+                _write(connection, files, made, folder, damaged)
             size = made.stat().st_size
             made.replace(target)
         except OSError as error:
             raise RequestError(
                 f"cannot write {str(target)!r}: {error.strerror or error}; the run itself is untouched"
             ) from error
+        except _duckdb_errors() as error:  # a full disk among them
+            raise RequestError(
+                f"cannot write {str(target)!r}: {error}; the run itself is untouched"
+            ) from error
     return Compacted(target, rows, size, damaged)
+
+
+def _duckdb_errors() -> tuple[type[Exception], ...]:
+    try:
+        import duckdb
+    except ImportError:
+        return ()
+    return (duckdb.Error,)
+
+
+def _data_errors() -> tuple[type[Exception], ...]:
+    """What DuckDB raises for values that have not the type of their column."""
+    import duckdb
+
+    return duckdb.ConversionException, duckdb.InvalidInputException, duckdb.OutOfRangeException
+
+
+def _write(
+    connection: duckdb.DuckDBPyConnection,
+    files: Sequence[Path],
+    made: Path,
+    folder: Path,
+    damaged: list[Damage],
+) -> None:
+    """Write the records in `files`, the good ones of the run `folder`, as a Parquet file."""
+    source = f"read_json({_list(files)}, format='newline_delimited', columns={{'body': '{_BODY}'}})"
+    connection.execute(
+        f"COPY ({_select(source)} ORDER BY spec, dtype, outcome)"
+        f" TO {_text(made)} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 60000,"
+        f" KV_METADATA {{'effattn_sizes': {_text(_sizes(folder))}, 'effattn_damaged': {_text(_told(damaged))}}})"
+    )
+
+
+def _judged(folder: Path, scratch: Path, damaged: list[Damage]) -> tuple[list[Path], int]:
+    """A file with each record once whose verdict can be read, and how many."""
+    return _copied(
+        scratch,
+        ((key, verdict.to_dict()) for key, verdict in store.read_judged(folder, damaged)),
+    )
+
+
+def _copied(scratch: Path, verdicts: Iterable[tuple[Key, dict[str, Any]]]) -> tuple[list[Path], int]:
+    copy, rows = scratch / "whole.jsonl", 0
+    with copy.open("w", encoding="utf-8") as out:
+        for (case_id, spec, device, _), verdict in verdicts:
+            body = {"id": case_id, "spec": spec, "device": device, "verdict": verdict}
+            out.write(store.to_json({"body": body}) + "\n")
+            rows += 1
+    return [copy], rows
 
 
 def _whole(folder: Path, scratch: Path, damaged: list[Damage]) -> tuple[list[Path], int]:
@@ -156,25 +214,30 @@ def _whole(folder: Path, scratch: Path, damaged: list[Damage]) -> tuple[list[Pat
     schema = store.read_provenance(folder, found)["written_as"]
     files = store.verdict_files(folder)
     if schema == store.migrate.SCHEMA and len(files) == 1:
-        rows, good = 0, True
-        for line in records.lines(files[0]):
-            try:
-                records.body_of(line)
-            except ValueError:
-                good = False
-                break
-            rows += 1
-        if good:
-            damaged += found
+        rows = _rows_if_good(files[0])
+        if rows is not None:
+            damaged += found + store.foreign_files(folder)
             return files, rows
-    copy, rows = scratch / "whole.jsonl", 0
-    with copy.open("w", encoding="utf-8") as out:
-        for record in store.read_records(folder, damaged):
-            case_id, spec, device, _ = record.key
-            body = {"id": case_id, "spec": spec, "device": device, "verdict": record.verdict}
-            out.write(store.to_json({"body": body}) + "\n")
-            rows += 1
-    return [copy], rows
+    return _copied(scratch, ((record.key, record.verdict) for record in store.read_records(folder, damaged)))
+
+
+def _rows_if_good(file: Path) -> int | None:
+    """How many records the file has; None where one is damaged, or two may be of the same question.
+
+    Parsing would take most of a compaction, so what a record says before its verdict stands for the question: laws make some
+    that are different alike.
+    """
+    seen: set[bytes] = set()
+    for line in records.lines(file):
+        try:
+            body = records.body_of(line)
+        except ValueError:
+            return None
+        asked, found, _ = body.partition(b',"verdict":')
+        if not found or asked in seen:
+            return None
+        seen.add(asked)
+    return len(seen)
 
 
 def _sizes(folder: Path) -> str:
@@ -197,6 +260,9 @@ def opened(
     """A connection with the view `verdicts` of the runs, a column `run` added, that can change nothing any more.
 
     `damaged` takes what of the runs could not be read, which is left out.
+
+    Raises:
+        RequestError: no run has verdicts, or a table cannot be written.
     """
     with tempfile.TemporaryDirectory(prefix="effattn-") as scratch, _connect(Path(scratch)) as connection:
         files: list[tuple[str, Path]] = []
