@@ -250,6 +250,51 @@ def test_a_crash_is_no_small_error_in_the_history() -> None:
     assert [row["drawn"] for row in drawn.rows or []] == [0.5 * 2 * 0.5, 3.0, 6.0, 6.0]
 
 
+# What is drawn
+
+
+def test_a_run_without_errors_has_no_empty_charts(effattn_command: Command) -> None:
+    crashed = [replace(v, outcome=Outcome.CRASHED, quantities=()) for v in verdicts()]
+    run = write(Path("run"), crashed)
+    material = gather.gather([run])
+    assert charts.charts(material) == []
+    page = html.render(material)
+    assert "No case has an error to draw." in page
+    assert "of the bound" not in page
+    assert effattn_command("report", "run", "--markdown", "m.md", "--pictures", "svg")[0] == 0
+    page = html.render(gather.gather([run, write(Path("other"), verdicts("torch", bad=1))]))
+    assert "No case has an error to draw." not in page
+    assert "2.00 of the bound" in page
+
+
+def test_legends_have_the_dtypes_that_there_are() -> None:
+    material = gather.gather([write(Path("run"), verdicts())], history=history(("a", True, 0.5)))
+    drawn = {chart.name: json.dumps(chart.spec) for chart in charts.charts(material)}
+    assert {"overview", "z", "kv_len", "head_dim", "scale", "history"} <= set(drawn)
+    for name, spec in drawn.items():
+        assert '"fp16"' in spec, name
+        assert '"fp32"' not in spec, name
+
+
+@pytest.mark.parametrize(
+    ("sizes", "extent"), [([0.5, 1.1], [0.5, 1.2]), ([0.33, 0.34], [0.3, 0.4]), ([7.0], [5.0, 5.1])]
+)
+def test_bars_end_within_the_chart(sizes: list[float], extent: list[float]) -> None:
+    """A value at the edge of two bars is in the second, which is within the axis."""
+    items = [
+        replace(v, quantities=(replace(v.quantities[0], z_rms=z),))
+        for v, z in zip(verdicts(), sizes, strict=False)
+    ]
+    (chart,) = [c for c in charts.charts(gather.gather([write(Path("run"), items)])) if c.name == "z"]
+    assert chart.spec["encoding"]["x"]["bin"]["extent"] == pytest.approx(extent)
+
+
+def test_long_names_break_between_words_and_are_text() -> None:
+    run = write(Path("run"), verdicts("a_<b>.py:attention__x"))
+    page = html.render(gather.gather([run]))
+    assert '<th scope="row">a_<wbr>&lt;b&gt;.<wbr>py:<wbr>attention__<wbr>x</th>' in page
+
+
 # Damage
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,15 @@ def charts(material: Material) -> list[Chart]:
     alt, _ = load()
     points = gather.points(material)
     drawn = _domain([point["drawn"] for point in points], around=1.0)
-    found = [_overview(alt, material, drawn), _ulps(alt), _z(alt)]
+    colour = _colour(alt, material.dtypes)
+    found: list[Chart] = []
+    some_drawn = any(point["drawn"] is not None for point in points)
+    if some_drawn:
+        found.append(_overview(alt, colour, material, drawn))
+    if ulps := [point["ulp_p99"] for point in points if point["ulp_p99"] is not None]:
+        found.append(_ulps(alt, colour, ulps))
+    if sizes := [point["z_rms"] for point in points if point["z_rms"] is not None]:
+        found.append(_z(alt, colour, sizes))
     if gather.places(material):
         found.append(_places(alt, material))
     for name, title, axis, log in (
@@ -64,12 +72,12 @@ def charts(material: Material) -> list[Chart]:
         ("head_dim", "Error by head dimension", "head_dim", True),
         ("scale", "Error by softmax scale", "scale", False),
     ):
-        found.append(
-            _against(alt, name, title, axis, drawn, _domain([p[name] for p in points]) if log else None)
-        )
+        if some_drawn:
+            domain = _domain([p[name] for p in points]) if log else None
+            found.append(_against(alt, colour, name, title, axis, drawn, domain))
     reference, pairs = gather.pairs(material)
     if pairs:
-        found.append(_pairs(alt, reference, pairs))
+        found.append(_pairs(alt, colour, reference, pairs))
     if material.difference is not None and (changes := _changes(material)):
         found.append(_difference(alt, changes))
     if material.history:
@@ -91,8 +99,10 @@ _FRACTION = "error / bound (over 1 fails)"
 _TOOLTIP = ("case:N", "method:N", "outcome:N", "fraction:Q", "z_rms:Q", "ulp_p99:Q", "id:N")
 
 
-def _colour(alt: Any) -> Any:
-    scale = alt.Scale(domain=list(DTYPE_COLOURS), range=list(DTYPE_COLOURS.values()))
+def _colour(alt: Any, dtypes: Collection[str]) -> Any:
+    """Colours by dtype, with a legend of those that there are."""
+    colours = {dtype: colour for dtype, colour in DTYPE_COLOURS.items() if dtype in dtypes}
+    scale = alt.Scale(domain=list(colours), range=list(colours.values()))
     return alt.Color("dtype:N", scale=scale, title="dtype")
 
 
@@ -115,7 +125,7 @@ def _spec(chart: Any, height: int | None = 220, description: str = "") -> dict[s
     return spec
 
 
-def _overview(alt: Any, material: Material, domain: list[float]) -> Chart:
+def _overview(alt: Any, colour: Any, material: Material, domain: list[float]) -> Chart:
     order = [" · ".join(row.label) for row in material.rows]
     words = "Every judged case as a mark, a line for each method and dtype, the worst line first. Right of 1 fails."
     base = (
@@ -126,7 +136,7 @@ def _overview(alt: Any, material: Material, domain: list[float]) -> Chart:
     marks = base.mark_tick(thickness=1.5, size=16, opacity=0.6).encode(
         x=alt.X("drawn:Q", scale=alt.Scale(type="log", domain=domain), title=_FRACTION),
         y=alt.Y("line:N", sort=order, title=None, axis=alt.Axis(labelLimit=220)),
-        color=_colour(alt),
+        color=colour,
         tooltip=list(_TOOLTIP),
     )
     return Chart(
@@ -137,7 +147,13 @@ def _overview(alt: Any, material: Material, domain: list[float]) -> Chart:
     )
 
 
-def _ulps(alt: Any) -> Chart:
+def _bins(alt: Any, step: float, known: Sequence[float]) -> Any:
+    """Bins that hold all values, a largest one at an edge too: left to itself, its bar is beyond the chart."""
+    first, last = (math.floor(x / step + 1e-6) for x in (min(known), max(known)))
+    return alt.Bin(step=step, extent=[round(first * step, 6), round((last + 1) * step, 6)])
+
+
+def _ulps(alt: Any, colour: Any, known: Sequence[float]) -> Chart:
     words = (
         "How far outputs are from the correctly rounded exact value, in units in the last place: cases by the 99th "
         "percentile of their elements."
@@ -148,16 +164,20 @@ def _ulps(alt: Any) -> Chart:
         .transform_calculate(ulps="log(max(datum.ulp_p99, 0.5)) / LN2")
         .mark_bar(opacity=0.75)
         .encode(
-            x=alt.X("ulps:Q", bin=alt.Bin(step=1), title="log2 of the 99th percentile in ulp"),
+            x=alt.X(
+                "ulps:Q",
+                bin=_bins(alt, 1.0, [math.log2(max(x, 0.5)) for x in known]),
+                title="log2 of the 99th percentile in ulp",
+            ),
             y=alt.Y("count():Q", title="cases", stack=True),
-            color=_colour(alt),
+            color=colour,
             tooltip=["dtype:N", "count():Q"],
         )
     )
     return Chart("ulps", "Distance in ulp", words, _spec(chart, description=words))
 
 
-def _z(alt: Any) -> Chart:
+def _z(alt: Any, colour: Any, known: Sequence[float]) -> Chart:
     words = (
         "Errors divided by the rounding noise expected there, root mean square of each case. A correct kernel is near "
         "or below 1; a line that lies right of it loses accuracy without breaking a bound."
@@ -168,9 +188,11 @@ def _z(alt: Any) -> Chart:
         .transform_calculate(z="min(datum.z_rms, 5)")
         .mark_bar(opacity=0.75)
         .encode(
-            x=alt.X("z:Q", bin=alt.Bin(step=0.1), title="z rms (5 stands for more)"),
+            x=alt.X(
+                "z:Q", bin=_bins(alt, 0.1, [min(x, 5.0) for x in known]), title="z rms (5 stands for more)"
+            ),
             y=alt.Y("count():Q", title="cases", stack=True),
-            color=_colour(alt),
+            color=colour,
             tooltip=["dtype:N", "count():Q"],
         )
     )
@@ -178,7 +200,7 @@ def _z(alt: Any) -> Chart:
 
 
 def _against(
-    alt: Any, name: str, title: str, axis: str, drawn: list[float], domain: list[float] | None
+    alt: Any, colour: Any, name: str, title: str, axis: str, drawn: list[float], domain: list[float] | None
 ) -> Chart:
     """error/bound against a field of the case; on a logarithmic axis where a domain is given."""
     words = f"Each case by its {axis}. A slope says that the error grows with it faster than what is allowed does."
@@ -191,7 +213,7 @@ def _against(
         .encode(
             x=alt.X(f"{name}:Q", scale=scale, title=axis, axis=ticks),
             y=alt.Y("drawn:Q", scale=alt.Scale(type="log", domain=drawn), title=_FRACTION),
-            color=_colour(alt),
+            color=colour,
             tooltip=list(_TOOLTIP),
         )
     )
@@ -221,7 +243,7 @@ def _places(alt: Any, material: Material) -> Chart:
     )
 
 
-def _pairs(alt: Any, reference: str, pairs: list[dict[str, Any]]) -> Chart:
+def _pairs(alt: Any, colour: Any, reference: str, pairs: list[dict[str, Any]]) -> Chart:
     words = (
         f"The same cases by both: the error of a method against the exact value, over that of {reference!r}. Above the "
         "diagonal the method is less accurate; the tooltip has the ratio."
@@ -235,7 +257,7 @@ def _pairs(alt: Any, reference: str, pairs: list[dict[str, Any]]) -> Chart:
         .encode(
             x=alt.X("reference:Q", scale=scale, title="error / bound of the reference"),
             y=alt.Y("fraction:Q", scale=scale, title=_FRACTION),
-            color=_colour(alt),
+            color=colour,
             tooltip=["case:N", "method:N", "fraction:Q", "reference:Q", "ratio:Q"],
         )
     )
@@ -302,6 +324,7 @@ def _history(alt: Any, material: Material) -> Chart:
         }
         for moment in material.history
     ]
+    colour = _colour(alt, {moment.dtype for moment in material.history})
     labels: dict[str, str] = {}
     for row in rows:
         short = row["commit"][:8] if row["commit"] != row["run"] else row["run"]
@@ -323,9 +346,9 @@ def _history(alt: Any, material: Material) -> Chart:
         ),
         detail="line:N",
     )
-    lines = base.mark_line(opacity=0.6).encode(color=_colour(alt))
+    lines = base.mark_line(opacity=0.6).encode(color=colour)
     dots = base.mark_point(filled=True, size=60).encode(
-        color=alt.condition("datum.first_bad", alt.value("#cc3311"), _colour(alt)),
+        color=alt.condition("datum.first_bad", alt.value("#cc3311"), colour),
         tooltip=["run:N", "commit:N", "line:N", "state:N", "failed:Q"],
     )
     return Chart("history", "Accuracy per commit", words, _spec(lines + dots, 260, words), rows)

@@ -6,6 +6,7 @@ that the script puts in as text; a content security policy forbids every request
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,16 @@ def render(material: Material) -> str:
     def ours(name: str) -> Any:
         return markupsafe.Markup((_TEMPLATES / name).read_text(encoding="utf-8"))
 
+    def breakable(name: str) -> Any:
+        """The name, which breaks between its words where it doesn't fit."""
+        return markupsafe.Markup("<wbr>").join(re.findall(r"[^_.:/-]*[_.:/-]+|[^_.:/-]+", name))
+
     return environment.get_template("report.html.j2").render(
         title=title(material),
         material=material,
         columns=(*terminal.VERDICT_COLUMNS[:-1], *terminal.ACCURACY_COLUMNS, terminal.VERDICT_COLUMNS[-1]),
         cell=terminal.cell,
+        breakable=breakable,
         number=text.number,
         plain=text.plain,
         fraction=catalog.fraction,

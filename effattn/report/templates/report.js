@@ -22,7 +22,7 @@
     const front = style.getPropertyValue("--front").trim(), line = style.getPropertyValue("--line").trim();
     const text = { labelColor: front, titleColor: front };
     return { background: "transparent", view: { stroke: line }, font: "system-ui, sans-serif",
-      axis: { ...text, gridColor: line, domainColor: line, tickColor: line }, legend: text, title: { color: front } };
+      axis: { ...text, labelSeparation: 6, gridColor: line, domainColor: line, tickColor: line }, legend: text, title: { color: front } };
   }
 
   async function draw() {
