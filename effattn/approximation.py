@@ -40,6 +40,8 @@ CLAIM_WORDS: dict[str, str] = {
     "exact at n": "`attention` is exact with size = n",
     "unnormalised": "weights of `attention` need not sum to one, as where values are projected by random numbers",
     "rounded weights": "`prefix_sums` stores weights and states in the dtype of its inputs: up to three roundings of each term",
+    "16 bits inside": "`attention` computes in float16 or bfloat16 whatever comes: 3 % are rounding to its laws",
+    "sparse": "`attention` leaves keys out on purpose, as the nearest or the largest only",
     "low rank": "the weights of `attention` have a rank of at most `size`: no error is below the floor of that rank",
 }
 #: keywords of `attention` that a caller gives where the function has them
@@ -116,6 +118,13 @@ def load(spec: str) -> Approximation:
             )
         return of_namespace(vars(load_file(spec)), spec)
     found = load_object(spec)
+    if inspect.isclass(found):
+        bound = [name for name in FUNCTIONS if inspect.isfunction(inspect.getattr_static(found, name, None))]
+        if bound:
+            raise RequestError(
+                f"{spec} is a class whose `{bound[0]}` needs an instance; name an instance (mine = {found.__name__}()), or"
+                " make its functions static methods"
+            )
     if any(callable(getattr(found, name, None)) for name in FUNCTIONS):
         return of_namespace(
             {name: getattr(found, name) for name in (*FUNCTIONS, "CLAIMS") if hasattr(found, name)}, spec
@@ -145,7 +154,8 @@ def of_namespace(namespace: Mapping[str, Any], name: str) -> Approximation:
                     " causal=False, padding_mask=None)"
                 )
     claims = namespace.get("CLAIMS", ())
-    if isinstance(claims, str) or not all(isinstance(claim, str) for claim in claims):
+    listed = isinstance(claims, (tuple, list, set, frozenset))
+    if not listed or not all(isinstance(claim, str) for claim in claims):
         raise RequestError(f"CLAIMS of {name} must be a tuple of words, got {claims!r}")
     for claim in claims:
         if claim not in CLAIM_WORDS:

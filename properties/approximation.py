@@ -234,6 +234,22 @@ class Trial:
                 raise Broken(f"`{function}` changed its input {name} in place; work on a copy")
 
     @cached_property
+    def dtype(self) -> torch.dtype:
+        """What laws of attention are tried in: float64, or float32 for a function that refuses it."""
+        import torch
+
+        for dtype in (torch.float64, torch.float32):
+            x = torch.ones(1, 3, 48, HEAD_DIM, dtype=dtype)
+            try:
+                self.subject.attention(x, x, x, size=HEAD_DIM, seed=0)
+            except KeyboardInterrupt:
+                raise
+            except BaseException:  # a law that tries it will say so
+                continue
+            return dtype
+        return torch.float64
+
+    @cached_property
     def sample(self) -> Sample:
         """Estimates of many draws at many pairs, drawn once for all laws that ask."""
         return sample(self, DRAWS)

@@ -16,7 +16,7 @@ from effattn.properties.approximation import Broken, Trial, law
 from effattn.tolerances.linear import linear_bounds
 
 #: (n, features, v_dim)
-SHAPES = ((1, 16, 16), (63, 16, 5), (64, 64, 64), (130, 80, 33), (257, 32, 64))
+SHAPES = ((1, 16, 16), (63, 16, 5), (64, 64, 64), (130, 80, 33), (257, 32, 64), (70, 256, 128), (1100, 16, 8))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: how often a term may be rounded to 16 bits where 'rounded weights' is claimed: the weight, the state, what it comes from
 STORED = 3
@@ -26,8 +26,8 @@ def _inputs(trial: Trial, number: int, shape: tuple[int, int, int], dtype: torch
     """Positive features as those of softmax kernels are, spread over e^-3 to e^3; values, an upstream gradient."""
     n, features, v_dim = shape
     g = trial.generator(300 + number)
-    q, k = ((0.8 * torch.randn(1, 2, n, features, generator=g, dtype=torch.float64)).exp() for _ in range(2))
-    v, d_out = (torch.randn(1, 2, n, v_dim, generator=g, dtype=torch.float64) for _ in range(2))
+    q, k = ((0.8 * torch.randn(2, 2, n, features, generator=g, dtype=torch.float64)).exp() for _ in range(2))
+    v, d_out = (torch.randn(2, 2, n, v_dim, generator=g, dtype=torch.float64) for _ in range(2))
     return [x.to(dtype) for x in (q / features**0.5, k / features**0.5, v, d_out)]
 
 
@@ -103,6 +103,17 @@ def later_features_never_change_a_sum(trial: Trial) -> None:
     if not torch.equal(before, after):
         off = float((before - after).abs().max())
         raise Broken(f"rows before 77 changed by up to {off:.3g} when later features and values did")
+
+
+@law("prefix_sums")
+def a_factor_of_the_features_changes_nothing(trial: Trial) -> None:
+    """It cancels: with all features times 2^-20 the output is the same but for rounding. An epsilon in the denominator, or a
+    least value of it, shows."""
+    q, k, v, d_out = _inputs(trial, 11, (130, 64, 32), torch.float32)
+    exact, bounds = quadratic(q, k, v, d_out), linear_bounds(q, k, v, d_out, chunk=130)
+    for factor in (2.0**-20, 2.0**20):
+        out = _run(trial, q * factor, k * factor, v).detach()
+        _compare(Linear(out, *exact[1:]), exact, bounds, f"all features times {factor:g}, fp32")
 
 
 @law("prefix_sums")

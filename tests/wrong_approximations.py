@@ -324,6 +324,89 @@ def wrong_scale(q, k, v, *, size, generator):
     return performer_attention(q, k, v, omega, scale=q.shape[-1] ** -0.25)
 
 
+def heads_rolled(q, k, v, *, size, generator):
+    """Each head has the keys of the next."""
+    return performer()["attention"](q, k.roll(1, 1), v, size=size, generator=generator)
+
+
+def columns_flipped(q, k, v, *, size, generator):
+    """The columns of the values come in reverse."""
+    return performer()["attention"](q, k, v.flip(-1), size=size, generator=generator)
+
+
+def tail_dropped(q, k, v, *, size, generator):
+    """Tokens beyond the last whole window are left out."""
+    n = k.shape[-2] // size * size
+    e = mean_pooling(size, n, dtype=torch.float64)
+    return linformer_attention(q, k[:, :, :n], v[:, :, :n], e)
+
+
+def beyond_128_dropped(q, k, v, *, size, generator):
+    """Keys beyond the first 128 are left out."""
+    return performer()["attention"](q, k[:, :, :128], v[:, :, :128], size=size, generator=generator)
+
+
+def nothing_without_tokens(q, k, v, *, size, generator, padding_mask=None):
+    """0 / 0 where a sequence has no token."""
+    out = performer()["attention"](q, k, v, size=size, generator=generator, padding_mask=padding_mask)
+    if padding_mask is None:
+        return out
+    there = padding_mask.any(-1)[:, None, None, None].to(out.dtype)
+    return out * there / there
+
+
+def maximum_of_the_batch(q, k, v, *, size, generator):
+    """The largest exponent is taken over all sequences."""
+    omega = drawer()(size, q.shape[-1], generator).to(q.dtype)
+    root = q.shape[-1] ** -0.25
+    fq, (fk, e) = feature_map(q * root, omega).mantissa, feature_map(k * root, omega)
+    fk = fk * (e - e.amax()).exp()[..., None]
+    return (fq @ (fk.mT @ v)) / (fq @ fk.sum(-2)[..., None])
+
+
+def one_seed(q, k, v, *, size, generator):
+    """The generator is not asked."""
+    return performer()["attention"](q, k, v, size=size, generator=torch.Generator().manual_seed(0))
+
+
+def half_of_the_size(q, k, v, *, size, generator):
+    """Half as many features as is said."""
+    return performer()["attention"](q, k, v, size=size // 2, generator=generator)
+
+
+def in_bfloat16(q, k, v, *, size, generator):
+    """Right, in 16 bits."""
+    omega = drawer()(size, q.shape[-1], generator)
+    out = performer_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), omega)
+    return out.to(q.dtype)
+
+
+def float32_alone(q, k, v, *, size, generator):
+    """Right, and takes float32 alone."""
+    if q.dtype != torch.float32:
+        raise NotImplementedError("float32 only")
+    return performer()["attention"](q, k, v, size=size, generator=generator)
+
+
+def sums_of_128_features(q, k, v):
+    """Features beyond the first 128 are left out."""
+    return causal_sums()(q[..., :128], k[..., :128], v)
+
+
+def states_of_the_next_sequence(q, k, v):
+    """Sums of another sequence of the batch come before."""
+    pairs = (q.double() @ k.double().mT).tril()
+    total = pairs.sum(-1, keepdim=True)
+    before = k.double().roll(1, 0)[:, :, :1] * 1e-2
+    return ((pairs @ v.double() + (q.double() @ before.mT) @ v.double()[:, :, :1]) / total).to(v.dtype)
+
+
+def least_denominator(q, k, v):
+    """The denominator is at least 1e-6."""
+    pairs = (q.double() @ k.double().mT).tril()
+    return (pairs @ v.double() / pairs.sum(-1, keepdim=True).clamp_min(1e-6)).to(v.dtype)
+
+
 def all_pairs(q, k, v, *, size, generator):
     """Exact attention, whatever the size."""
     return torch.nn.functional.scaled_dot_product_attention(q, k, v)
