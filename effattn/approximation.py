@@ -41,6 +41,7 @@ CLAIM_WORDS: dict[str, str] = {
     "unnormalised": "weights of `attention` need not sum to one, as where values are projected by random numbers",
     "rounded weights": "`prefix_sums` stores weights and states in the dtype of its inputs: up to three roundings of each term",
     "16 bits inside": "`attention` computes in float16 or bfloat16 whatever comes: 3 % are rounding to its laws",
+    "empty sequences": "a sequence without a token has a finite output of `attention` and finite gradients",
     "sparse": "`attention` leaves keys out on purpose, as the nearest or the largest only",
     "low rank": "the weights of `attention` have a rank of at most `size`: no error is below the floor of that rank",
 }
@@ -221,7 +222,9 @@ def _performer() -> Approximation:
         return linear_attention(q, k, v)
 
     functions = {"draw": draw, "features": features, "attention": attention, "prefix_sums": prefix_sums}
-    claims = frozenset({"orthogonal", "positive", "kernel", "own features", "consistent", "low rank"})
+    claims = frozenset(
+        {"orthogonal", "positive", "kernel", "own features", "consistent", "low rank", "empty sequences"}
+    )
     return Approximation(name="performer", functions=functions, claims=claims)
 
 
@@ -247,7 +250,7 @@ def _linformer() -> Approximation:
         return linformer_attention(q, k, v, e, padding_mask=padding_mask)
 
     functions = {"slots": slots, "attention": attention}
-    claims = frozenset({"averages", "exact at n", "low rank"})
+    claims = frozenset({"averages", "exact at n", "low rank", "empty sequences"})
     return Approximation(name="linformer", functions=functions, claims=claims)
 
 

@@ -38,7 +38,9 @@ REJECTED: dict[str, list[dict]] = {
         {"attention": wrong.columns_flipped},
     ],
     "every_key_counts": [{"attention": wrong.tail_dropped}, {"attention": wrong.beyond_128_dropped}],
-    "a_sequence_without_a_token_has_a_finite_output": [{"attention": wrong.nothing_without_tokens}],
+    "a_sequence_without_a_token_has_a_finite_output": [
+        {"attention": wrong.nothing_without_tokens, "CLAIMS": ("empty sequences",)}
+    ],
     "padding_has_no_influence": [{"attention": wrong.ignored_padding}],
     "a_row_does_not_depend_on_the_batch": [
         {"attention": wrong.seeded_by_the_data},
