@@ -184,7 +184,7 @@ def gather(
     folders, notes = origin.distinct(folders)
     found: list[tuple[int, Key, Verdict]] = []
     for number, folder in enumerate(folders):
-        found += [(number, key, _sound(verdict)) for key, verdict in store.read_judged(folder, damaged)]
+        found += [(number, key, verdict) for key, verdict in store.read_judged(folder, damaged)]
     if not found:
         names = ", ".join(str(folder) for folder in folders)
         raise RequestError(f"there is no verdict in {names}; a report needs at least one")
@@ -229,16 +229,6 @@ def gather(
     damaged += [damage for study in material.studies for damage in study.damaged]
     material.damaged = list(dict.fromkeys(damaged))  # a run may be reported on and part of the history
     return material
-
-
-def _sound(verdict: Verdict) -> Verdict:
-    """The verdict with texts that a file can hold."""
-    changed = {
-        name: origin.sound(given)
-        for name in ("method", "message", "replay", "law")
-        if (given := getattr(verdict, name)) is not None and origin.sound(given) != given
-    }
-    return replace(verdict, **changed) if changed else verdict
 
 
 def _repeated(found: Sequence[tuple[int, Key, Verdict]]) -> list[str]:
@@ -481,7 +471,7 @@ def moments(
     for run in runs:
         provenance = origin.provenance(run, [] if damaged is None else damaged)
         where = provenance.get("working_directory") or {}
-        verdicts = [_sound(v) for v in store.read_verdicts(run, [] if damaged is None else damaged)]
+        verdicts = list(store.read_verdicts(run, [] if damaged is None else damaged))
         broken = Counter((v.method, v.case.dtype) for v in verdicts if v.law and summary.failed(v.outcome))
         compared = [v for v in verdicts if v.law is None]
         clean = where.get("clean")
