@@ -1,4 +1,7 @@
-"""`effattn runs`: listing, showing, comparing, compacting and asking."""
+"""`effattn runs`: listing, showing, comparing, compacting and asking.
+
+One file, longer than others: every command is tried on the same few recorded runs, whole and damaged.
+"""
 
 from __future__ import annotations
 
