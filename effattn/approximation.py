@@ -45,8 +45,6 @@ CLAIM_WORDS: dict[str, str] = {
     "sparse": "`attention` leaves keys out on purpose, as the nearest or the largest only",
     "low rank": "the weights of `attention` have a rank of at most `size`: no error is below the floor of that rank",
 }
-#: keywords of `attention` that a caller gives where the function has them
-OPTIONAL = ("causal", "padding_mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +176,11 @@ def check_approximation(subject: str | Mapping[str, Any], *, seed: int = 0) -> N
     broken = [finding for finding in findings if finding.broken]
     if broken:
         raise AssertionError("\n\n".join(f"{f.law.sentence}\n{f.text}\n{f.law.statement}" for f in broken))
+    if not any(finding.outcome == "holds" for finding in findings):
+        raise RequestError(
+            f"no law was tried on {chosen.name}: "
+            + "; ".join(sorted({finding.text for finding in findings if finding.text}))
+        )
 
 
 def _takes(function: Callable[..., Any], keyword: str) -> bool:

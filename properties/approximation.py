@@ -13,7 +13,7 @@ import math
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 LIMIT = 5.0
 #: draws of the statistical laws
 DRAWS = 4000
-
-
 #: the outcome of a law of a function that there isn't
 ABSENT = "no function"
 
@@ -156,7 +154,6 @@ class Trial:
 
     subject: Approximation
     seed: int
-    _cache: dict[str, Any] = field(default_factory=dict, init=False)
 
     def generator(self, number: int = 0) -> torch.Generator:
         """A generator of the trial's own, another for each number."""
@@ -170,6 +167,8 @@ class Trial:
             return function(*arguments, **keywords)
         except (NotSupported, NotImplementedError, KeyboardInterrupt):
             raise
+        except RequestError as error:  # of `Approximation.attention`: what came back is no output
+            raise Broken(str(error)) from None
         except BaseException as error:  # SystemExit too: it would end the judgement without a word
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise Crashed(

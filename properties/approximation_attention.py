@@ -63,7 +63,7 @@ def values_of_one_give_one(trial: Trial) -> None:
     for causal, scale, n, length in itertools.product(_modes(trial), (0.5, 1.0, 3.0), (_N, 37), lengths):
         q, k, v = _inputs(trial, 0, n=n, scale=scale)
         mask = None if length is None else (torch.arange(n) < length).expand(len(q), -1)
-        ones = torch.ones_like(v) if mask is None else mask[:, None, :, None].double().expand_as(v)
+        ones = torch.ones_like(v) if mask is None else mask[:, None, :, None].to(v.dtype).expand_as(v)
         out = trial.attention(q, k, ones, size=_SIZE, causal=causal, padding_mask=mask)
         share, words = _off(trial, out, torch.ones_like(out))
         # The normaliser of features of both signs may be near 0 in a row or two, where rounding is all.

@@ -381,11 +381,11 @@ def in_bfloat16(q, k, v, *, size, generator):
     return out.to(q.dtype)
 
 
-def float32_alone(q, k, v, *, size, generator):
+def float32_alone(q, k, v, *, size, generator, padding_mask=None):
     """Right, and takes float32 alone."""
-    if q.dtype != torch.float32:
+    if not q.dtype == k.dtype == v.dtype == torch.float32:
         raise NotImplementedError("float32 only")
-    return performer()["attention"](q, k, v, size=size, generator=generator)
+    return performer()["attention"](q, k, v, size=size, generator=generator, padding_mask=padding_mask)
 
 
 def sums_of_128_features(q, k, v):

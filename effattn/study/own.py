@@ -31,7 +31,8 @@ def subject(method: str) -> Approximation:
 
 def check(method: str, *, causal: bool) -> None:
     """RequestError where a study can't measure the method."""
-    if causal and not subject(method).takes("causal"):
+    found = subject(method)
+    if causal and not found.takes("causal"):
         raise RequestError(
             f"`attention` of {method} has no keyword `causal`; leave out --causal, or the method"
         )
