@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from run_folders import say
 
 from effattn.case import Case
 from effattn.errors import RequestError
@@ -135,8 +136,7 @@ def test_history_marks_the_first_bad_commit(tmp_path: Path) -> None:
     moments = gather.moments(tmp_path)
     assert [moment.commit[0] for moment in moments] == list("abcdef")
     assert [moment.commit[0] for moment in moments if moment.first_bad] == ["c", "f"]
-    file = tmp_path / "run0" / "provenance.json"
-    file.write_text(file.read_text().replace('"schema": 2', '"schema": 3'))
+    say(tmp_path / "run0", schema=3)
     material = gather.gather([tmp_path / "run1"], history=tmp_path)
     assert [moment.commit[0] for moment in material.history] == list("bcdef")
     assert ["run0" in str(damage) and "schema 3" in str(damage) for damage in material.damaged] == [True]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_folders import say
 
 from effattn.case import Case
 from effattn.report import charts, gather, html
@@ -317,8 +318,7 @@ def test_damage_of_provenance_is_named_and_the_rest_is_shown(
 ) -> None:
     write(Path("runs/good"), verdicts())
     run = write(Path("runs/run"), verdicts())
-    file = run / "provenance.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **facts}))
+    say(run, **facts)
     for arguments in (("runs/run", "--junit", "j.xml"), ("runs/good", "--history", "runs")):
         code, out, err = effattn_command("report", *arguments, "--markdown", "m.md", "--github")
         assert code == 0, err

@@ -200,6 +200,64 @@ def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
         assert damaged[0].line == 2
 
 
+def test_any_flipped_bit_of_the_provenance_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    recorded(tmp_path / "run")
+    file = tmp_path / "run" / "provenance.json"
+    whole = file.read_bytes()
+    told = store.read_provenance(tmp_path / "run")
+    harmless = []
+    for place in range(8 * len(whole)):
+        bad = bytearray(whole)
+        bad[place // 8] ^= 1 << place % 8
+        file.write_bytes(bad)
+        damaged: list[records.Damage] = []
+        assert seeds(tmp_path / "run", damaged) == [0, 1, 2, 3], place
+        if damaged:
+            assert all(damage.file == file for damage in damaged), place
+            with pytest.raises(RequestError, match=r"provenance\.json"):
+                store.read_provenance(tmp_path / "run")
+        else:
+            harmless.append(place)
+            assert {**store.read_provenance(tmp_path / "run"), **told} == store.read_provenance(
+                tmp_path / "run"
+            )
+    # All that is not found: a bit in the name of the checksum.
+    assert {place // 8 for place in harmless} <= set(range(whole.index(b"crc32"), whole.index(b"crc32") + 5))
+
+
+def test_provenance_may_be_indented_anew_and_changed_on_purpose(tmp_path: Path) -> None:
+    recorded(tmp_path / "run")
+    file = tmp_path / "run" / "provenance.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps(dict(reversed(told.items()))))
+    assert store.read_provenance(tmp_path / "run")["started"] == "2030-01-01T00:00:00+00:00"
+    file.write_text(json.dumps({**told, "started": "2031"}))
+    with pytest.raises(
+        RequestError, match=r'provenance.json: its checksum does not match.*take "crc32" out of it'
+    ):
+        store.read_provenance(tmp_path / "run")
+    del told["crc32"]
+    file.write_text(json.dumps({**told, "started": "2031"}))
+    assert store.read_provenance(tmp_path / "run")["started"] == "2031"
+
+
+def test_provenance_without_verdicts_that_was_changed_is_named(tmp_path: Path) -> None:
+    recorded(tmp_path / "run").unlink()
+    file = tmp_path / "run" / "provenance.json"
+    file.write_text(file.read_text().replace("2030", "2031", 1))
+    with pytest.raises(RequestError, match="checksum does not match"):
+        store.read_provenance(tmp_path / "run")
+
+
+def test_pipe_in_place_of_the_provenance_is_never_waited_for(tmp_path: Path) -> None:
+    recorded(tmp_path / "run")
+    (tmp_path / "run" / "provenance.json").unlink()
+    os.mkfifo(tmp_path / "run" / "provenance.json")
+    assert not store.holds_run(tmp_path / "run")
+    with pytest.raises(RequestError, match="not a run folder"):
+        store.read_provenance(tmp_path / "run")
+
+
 def test_any_length_to_which_a_file_is_cut_keeps_the_lines_before(tmp_path: Path) -> None:
     file = recorded(tmp_path / "run", count=2)
     whole = file.read_bytes()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_folders import say
 
 from effattn.case import Case
 from effattn.errors import RequestError
@@ -104,8 +105,7 @@ def test_run_of_a_newer_schema_is_named_and_the_others_are_listed(
     effattn_command: Command, two_runs: tuple[Path, Path]
 ) -> None:
     identity = store.content_id(two_runs[0])
-    file = two_runs[1] / "provenance.json"
-    file.write_text(file.read_text().replace('"schema": 2', '"schema": 3'))
+    say(two_runs[1], schema=3)
     code, out, err = effattn_command("runs", "list")
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()[2:]] == ["first"]
@@ -535,8 +535,7 @@ def test_rows_are_strict_json(effattn_command: Command, two_runs: tuple[Path, Pa
 def test_provenance_with_a_field_of_another_form_is_named_and_the_rest_is_read(
     effattn_command: Command, two_runs: tuple[Path, Path], field: str, value: object
 ) -> None:
-    file = two_runs[0] / "provenance.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    say(two_runs[0], **{field: value})
     complaint = f"first/provenance.json: {field}: of another form"
     for arguments, words in (
         (["list"], "first"),

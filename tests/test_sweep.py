@@ -506,6 +506,19 @@ def test_run_is_replaced_only_when_asked_to_and_when_the_methods_load(
     assert "recorded before" not in out
 
 
+def test_run_whose_provenance_was_changed_is_not_gone_on_with(
+    folder: Path, executor: IsolatedExecutor
+) -> None:
+    run(folder / "run", small(), executor)
+    file = folder / "run" / "provenance.json"
+    file.write_text(file.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    with pytest.raises(RequestError, match=r"provenance.json: its checksum does not match"):
+        sweep.Sweep(folder / "run", small())
+    assert '"device": "cuda"' in file.read_text()
+    with sweep.Sweep(folder / "run", small(), overwrite=True):
+        pass
+
+
 def test_what_is_no_run_is_never_replaced(folder: Path) -> None:
     def all_of(place: Path) -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}

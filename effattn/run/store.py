@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from effattn.errors import RequestError
-from effattn.run import migrate, records
+from effattn.run import migrate, records, seal
 from effattn.run.records import Damage, Key, Record
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class RunWriter:
         with self._writing():
             self._verdicts.close()
             self._verdicts = None
-            (self._temporary / PROVENANCE).write_text(to_json(described, indent=2) + "\n", encoding="utf-8")
+            (self._temporary / PROVENANCE).write_text(provenance_text(described), encoding="utf-8")
             self._check_free()
             set_aside = None
             if self.folder.is_dir() and any(self.folder.iterdir()):
@@ -217,38 +217,61 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
+def provenance_text(described: Mapping[str, Any]) -> str:
+    """What stands in the file of a provenance: strict JSON with a checksum (`effattn.run.seal`)."""
+    return to_json(seal.sealed(json.loads(to_json(described))), indent=2) + "\n"
+
+
+def _provenance_bytes(folder: Path) -> bytes | None:
+    """What is in the file of the provenance; None where there is none, such as a pipe, on which a reader would wait."""
+    file = folder / PROVENANCE
+    try:
+        return file.read_bytes() if stat.S_ISREG(file.stat().st_mode) else None
+    except OSError:
+        return None
+
+
+def _described(folder: Path) -> dict[str, Any] | None:
+    """What the file of the provenance says, damaged or not; None where it is no JSON object."""
+    try:
+        described = json.loads(_provenance_bytes(folder) or b"")
+    except (ValueError, RecursionError):
+        return None
+    return described if isinstance(described, dict) else None
+
+
 def is_run(folder: Path) -> bool:
     """True where the folder is a run folder."""
-    try:
-        described = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(described, dict) and described.get("kind") == KIND
+    return (_described(folder) or {}).get("kind") == KIND
 
 
 def provenance_damage(folder: Path) -> Damage | None:
-    """What is wrong with the provenance of a folder that holds verdicts; None where nothing is, or it is no run at all."""
+    """What is wrong with the provenance of a run; None where nothing is, or the folder is none.
+
+    One that no longer says what it is belongs to a run if there are verdicts beside it.
+    """
     file = folder / PROVENANCE
-    try:
-        text = file.read_bytes()
-    except OSError:
-        return None
-    if not verdict_files(folder):
+    text = _provenance_bytes(folder)
+    if text is None or not (is_run(folder) or verdict_files(folder)):
         return None
     try:
-        json.loads(text)
+        described = json.loads(text)
     except (ValueError, RecursionError) as error:
         what = "it is nested too deeply" if isinstance(error, RecursionError) else "it is no text"
         if isinstance(error, json.JSONDecodeError):
             what = f"it is no JSON, at byte {error.pos}"
         if not text.strip():
             what = "it is empty"
-        return Damage(
-            file,
-            0,
-            f"{what}, so it was cut off or changed. Where the run comes from is not known; its verdicts are kept and read",
-        )
-    return None
+        what += ", so it was cut off or changed. Where the run comes from is not known; its verdicts are kept and read"
+        return Damage(file, 0, what)
+    if not isinstance(described, dict) or not seal.is_broken(described):
+        return None
+    return Damage(
+        file,
+        0,
+        "its checksum does not match, so it was changed after it was written: what it says of the run may be wrong. The "
+        f'verdicts are kept and read. If you changed it on purpose, take "{seal.NAME}" out of it',
+    )
 
 
 def holds_run(folder: Path) -> bool:
@@ -261,23 +284,24 @@ def read_provenance(folder: Path, damaged: list[Damage] | None = None) -> dict[s
 
     Args:
         folder: the run.
-        damaged: takes a provenance that is damaged; then only the schema is given, as the verdicts show it. Without it, a
-            damaged one is an error.
+        damaged: takes a provenance that is damaged; then the schema is given as the verdicts show it, and the rest as far
+            as it can be read. Without it, a damaged one is an error.
 
     Raises:
         RequestError: the folder is no run, or one of a newer schema; the provenance is damaged and `damaged` is None.
     """
-    if not is_run(folder):
-        damage = provenance_damage(folder)
-        if damage is None:
-            raise RequestError(
-                f"{str(folder)!r} is not a run folder: expected one that `effattn gate` or `effattn sweep` wrote"
-            )
+    provenance = _described(folder) or {}
+    damage = provenance_damage(folder)
+    if damage is None and provenance.get("kind") != KIND:
+        raise RequestError(
+            f"{str(folder)!r} is not a run folder: expected one that `effattn gate` or `effattn sweep` wrote"
+        )
+    if damage is not None:
         if damaged is None:
             raise RequestError(str(damage))
         damaged.append(damage)
-        return migrate.provenance({"kind": KIND, "schema": _schema_of_lines(folder)})
-    provenance: dict[str, Any] = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        provenance |= {"kind": KIND, "schema": _schema_of_lines(folder)}
+    provenance.pop(seal.NAME, None)
     schema = provenance.get("schema")
     if isinstance(schema, bool) or not isinstance(schema, int) or not 1 <= schema <= migrate.SCHEMA:
         raise RequestError(

@@ -251,7 +251,7 @@ class Sweep:
             "device": self.device,
             **self._provenance,
         }
-        self._replace_provenance(store.to_json(described, indent=2) + "\n")
+        self._replace_provenance(store.provenance_text(described))
 
     def _replace_provenance(self, text: str) -> None:
         temporary = self.folder / f".{PROVENANCE}.tmp"
