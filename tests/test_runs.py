@@ -436,6 +436,9 @@ WRONG: dict[str, Callable[[dict[str, Any]], None]] = {
     "quantities": lambda body: body["verdict"].update(quantities="none"),
     "surrogate": lambda body: body["verdict"].update(method="\ud800"),
     "count": lambda body: body["verdict"]["quantities"][0].update(count=10**400),
+    "method": lambda body: body["verdict"].update(method=5),
+    "outcome": lambda body: body["verdict"].update(outcome="fine"),
+    "empty": lambda body: body["verdict"].clear(),
     "nested": lambda body: body["verdict"].update(findings=json.loads("[" * 90 + "]" * 90)),
 }
 

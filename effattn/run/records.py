@@ -8,6 +8,7 @@ other program. A line is appended by one `write`, so all that a killed writer le
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -157,6 +158,8 @@ def _wrong_form(verdict: dict[str, Any]) -> str | None:
     for name in ("method", "outcome", "message"):
         if not isinstance(verdict.get(name), str):
             return f"{name} is no text"
+    if verdict["outcome"] not in _outcomes():
+        return f"outcome {verdict['outcome'][:40]!r} is none of those that there are"
     case, quantities, seconds = verdict.get("case"), verdict.get("quantities"), verdict.get("seconds")
     if not isinstance(case, dict) or not isinstance(case.get("dtype"), str):
         return "its case is none"
@@ -171,6 +174,13 @@ def _wrong_form(verdict: dict[str, Any]) -> str | None:
     except (TypeError, ValueError, OverflowError):
         return "a number is none"
     return None
+
+
+@functools.cache
+def _outcomes() -> frozenset[str]:
+    from effattn.verdict import Outcome
+
+    return frozenset(map(str, Outcome))
 
 
 def lines(file: Path, *, start: int = 0) -> Iterator[bytes]:
