@@ -173,6 +173,14 @@ def test_ticks_of_the_scale_are_numbers_that_the_scales_are(run: Path) -> None:
     assert "0.25" in ticks, ticks
 
 
+def test_long_name_of_a_method_loses_its_middle_and_not_the_dtype(tmp_path: Path) -> None:
+    long = "kernels/experiments/blocked_attention.py:fused_causal_attention"
+    material = gather.gather([write(tmp_path / "run", [verdict(s, 0.5, method=long) for s in range(6)])])
+    (chart,) = [chart for chart in charts.charts(material) if chart.name == "overview"]
+    labels = re.findall(r">([^<]+ · [^<]+)</text>", charts.svg(chart, gather.points(material)))
+    assert sorted(labels) == [f"kernels/experi…al_attention · {dtype}" for dtype in ("bf16", "fp16", "fp32")]
+
+
 def test_points_of_a_large_run_are_the_worst_and_some_of_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

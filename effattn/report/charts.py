@@ -96,6 +96,11 @@ def _domain(values: Sequence[float | None], *, around: float | None = None) -> l
 
 
 _FRACTION = "error / bound (over 1 fails)"
+#: A long label without its middle: the dtype stands at its end.
+_SHORT = (
+    "length(datum.label) > 34 ? substring(datum.label, 0, 14) + '…' + "
+    "substring(datum.label, length(datum.label) - 19) : datum.label"
+)
 _TOOLTIP = ("case:N", "method:N", "outcome:N", "fraction:Q", "z_rms:Q", "ulp_p99:Q", "id:N")
 
 
@@ -135,7 +140,7 @@ def _overview(alt: Any, colour: Any, material: Material, domain: list[float]) ->
     )
     marks = base.mark_tick(thickness=1.5, size=16, opacity=0.6).encode(
         x=alt.X("drawn:Q", scale=alt.Scale(type="log", domain=domain), title=_FRACTION),
-        y=alt.Y("line:N", sort=order, title=None, axis=alt.Axis(labelLimit=220)),
+        y=alt.Y("line:N", sort=order, title=None, axis=alt.Axis(labelLimit=220, labelExpr=_SHORT)),
         color=colour,
         tooltip=list(_TOOLTIP),
     )
