@@ -342,3 +342,15 @@ def test_halves_of_surrogates_in_records_are_damage(effattn_command: Command) ->
     assert code == 0, err
     assert err.count("line 1 is damaged") == 1
     assert "mine failed 1 of 5 judged cases." in Path("m.md").read_text()
+
+
+def test_reference_is_that_of_the_same_run_where_that_has_one(tmp_path: Path) -> None:
+    runs = []
+    for name, mine, theirs in (("first", 0.4, 0.2), ("second", 0.4, 0.8)):
+        runs.append(write(tmp_path / name, verdicts(factor=mine)))
+        other = write(tmp_path / f"of-{name}", verdicts("torch", factor=theirs))
+        shutil.copy(other / "verdicts.jsonl", runs[-1] / "verdicts-2.jsonl")
+    runs.append(write(tmp_path / "alone", verdicts(factor=0.2)))
+    reference, pairs = gather.pairs(gather.gather(runs))
+    assert reference == "torch"
+    assert [pair["ratio"] for pair in pairs] == [2.0] * 6 + [0.5] * 6 + [1.0] * 6

@@ -417,16 +417,20 @@ def places(material: Material) -> list[dict[str, Any]]:
 def pairs(material: Material) -> tuple[str, list[dict[str, Any]]]:
     """Each method beside the reference method on the same cases, and the ratio of their errors.
 
-    The reference is `torch` where the runs have it, an implementation in the same dtype, else the first method.
-    Empty where there is one method alone.
+    The reference is `torch` where the runs have it, an implementation in the same dtype, else the first method; its verdict
+    is that of the same run, or else of the first run that has the case. Empty where there is one method alone.
     """
     if len(material.methods) < 2:
         return "", []
     reference = "torch" if "torch" in material.methods else material.methods[0]
-    theirs = {v.case.id: v for v in material.verdicts if v.method == reference and v.law is None}
+    theirs: dict[str, dict[int, Verdict]] = {}
+    for of, verdict in zip(material.origins, material.verdicts, strict=True):
+        if verdict.method == reference and verdict.law is None:
+            theirs.setdefault(verdict.case.id, {}).setdefault(of, verdict)
     found = []
-    for verdict in material.verdicts:
-        other = theirs.get(verdict.case.id)
+    for of, verdict in zip(material.origins, material.verdicts, strict=True):
+        runs = theirs.get(verdict.case.id, {})
+        other = runs.get(of) or next(iter(runs.values()), None)
         if verdict.method == reference or verdict.law is not None or other is None:
             continue
         a, b = catalog.fraction(verdict), catalog.fraction(other)
