@@ -47,10 +47,11 @@ from effattn.tolerances.sums import (
     ROUNDING_VARIANCE,
     EqualKeys,
     Largest,
+    Precision,
     ScoreErrors,
     collect,
     is_fine,
-    narrow,
+    score_error,
 )
 from effattn.tolerances.typical import deviations
 
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
 #: a row whose weights may be off by more than this factor is not judged: the first-order picture ends there
 LARGEST_WEIGHT_ERROR = 0.5
 
-#: relative error of sums that were done in float32; see `sums.narrow`
+#: relative error of sums that were done in float32; see `sums.Precision`
 FLOAT32_SUMS = 1e-5
 
 #: units in the last place of an exp whose errors have no steady part to speak of
@@ -166,15 +167,13 @@ def forward_envelope(
     blocks = row_blocks(q, k, v, causal=causal, block=block)
     errors = ScoreErrors.of(numerics, q, k)
     fine = is_fine(numerics)
-    in_float32 = narrow(q, k, scale)
+    precision = Precision.of(q, k, exact.lse, scale)
     equal = EqualKeys.of(q, k, v)
     largest = Largest.of(k, v) if k.numel() else None
     grouped = repeat(None) if equal is None else row_blocks(q, k, equal.summed, causal=causal, block=block)
     for rows, groups in zip(blocks, grouped, strict=False):
         lse = rows.read(exact.lse).unsqueeze(-1)
-        sums = collect(
-            rows, lse, groups, numerics=numerics, errors=errors, scale=scale, in_float32=in_float32
-        )
+        sums = collect(rows, lse, groups, numerics=numerics, errors=errors, scale=scale, precision=precision)
         assert largest is not None
         sums |= {name: x.cpu().numpy() for name, x in largest.read(rows, q.shape[1], q.shape[2]).items()}
         if equal is not None:
@@ -198,6 +197,7 @@ def forward_envelope(
                 o=rows.read(exact.out).cpu().numpy(),
                 lse=lse.cpu().numpy(),
                 fine=fine,
+                scores_in_float32=precision.scores == torch.float32,
             )
         if result["judged"].size == math.prod(shape):
             whole = {name: x.reshape(*shape, *x.shape[2:]) for name, x in result.items()}
@@ -286,6 +286,7 @@ def _finish(
     fine: bool,
     dropout: bool = False,
     sinks: bool = False,
+    scores_in_float32: bool = False,
 ) -> dict[str, Floats]:
     """Bound and noise from the sums over the keys; q2 is (scale q)^2; `fine` whether scores were judged one by one."""
     acc, p, out, input_ = (numerics.format(name) for name in ("acc", "p", "output", "input"))
@@ -312,6 +313,8 @@ def _finish(
     # What P is multiplied by is added to its exponent, and taken off the log-sum-exp again.
     offset = abs(math.log(numerics.p_scale))
     common = common + 3.0 * u * offset
+    inexact = score_error(q2.shape[-1], condition, lse) if scores_in_float32 else np.zeros_like(condition)
+    common = common + inexact * (6.0 * u + errors.dot + errors.rounded + errors.shifted)
     if fine:
         b_most, wb = x.b_most + common, x.wb + common
     else:
@@ -332,7 +335,7 @@ def _finish(
         sum_of = x.p_sum if narrow else u_p
     judged = total + sum_of <= LARGEST_WEIGHT_ERROR
     growth = (1.0 + total) * (1.0 + u_p) / (1.0 - total - total * total - (1.0 + total) * sum_of)
-    growth *= 1.0 + FLOAT32_SUMS
+    growth *= (1.0 + FLOAT32_SUMS) * (1.0 + 2.0 * inexact)  # exp(x) <= 1 + 2 x for such a small x
     growth[~judged] = math.inf
     product = (
         (0.0 if narrow else u_p)

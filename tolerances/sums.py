@@ -37,6 +37,9 @@ _NARROW = (1e-12, 1e12)
 #: keys that differ by no more than this, relative to their largest entry, are rounded alike
 NEAR = 2.0**-20
 
+#: largest error of a score for which scores, and weights with them, may be had in float32 too
+_SCORE_ERROR = 2.0**-10
+
 #: pairs of query and key from which on that is quicker
 _WORTH = 1 << 16
 
@@ -224,24 +227,51 @@ class EqualKeys:
         return cls(torch.from_numpy(summed).to(q.device), rows(same_keys), rows(same_pairs), share)
 
 
-def narrow(q: torch.Tensor, k: torch.Tensor, scale: float) -> bool:
-    """Whether sums for bounds and noise may be done in float32, which is quicker for large problems.
+class Precision(NamedTuple):
+    """What the pass over the keys is done in; float32 is quicker for large problems."""
 
-    They may where nothing can over- or underflow. Such sums are off by a millionth or so, which `envelope` adds to the
-    bound. GPUs are left to float64, since their float32 products may be something else.
+    #: sums of products and squares of weights
+    sums: torch.dtype
+    #: scores and weights
+    scores: torch.dtype
+
+    @classmethod
+    def of(cls, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, scale: float) -> Precision:
+        """float32 for sums where nothing can over- or underflow, for scores too where `score_error` is small in all rows.
+
+        Such sums are off by a millionth or so, which `envelope` adds to the bound, as it does the error of the scores. GPUs
+        are left to float64, since their float32 products may be something else.
+        """
+        wide = cls(torch.float64, torch.float64)
+        if q.shape[:3].numel() * k.shape[2] < _WORTH:
+            return wide
+        low, high = _NARROW
+        if scale != 0.0 and not low <= abs(scale) <= high:
+            return wide
+        longest = []
+        for x in (q, k):
+            if x.device.type != "cpu" or x.numel() == 0:
+                return wide
+            size = x.abs()
+            if float(size.max()) > high or float(torch.where(size > 0.0, size, 1.0).min()) < low:
+                return wide
+            longest.append(float(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).max()))
+        condition = np.asarray(longest[0] * longest[1] * abs(scale))
+        largest = lse.nan_to_num(neginf=0.0).abs().max()
+        off = score_error(q.shape[3], condition, np.asarray(float(largest)))
+        # A dtype wider than float32 loses more than these count.
+        exact = all(x.dtype in (torch.float16, torch.bfloat16, torch.float32) for x in (q, k))
+        return cls(torch.float32, torch.float32 if exact and float(off) <= _SCORE_ERROR else torch.float64)
+
+
+def score_error(head_dim: int, condition: Floats, lse: Floats) -> Floats:
+    """Most that log w = s - lse may be off by where it was had in float32; `condition` the largest |scale| |q| |k|.
+
+    head_dim products of a scaled q are summed, gamma_(d + 1) |scale| |q| |k|; the sum, lse and their difference are rounded at
+    their own size, at most |scale| |q| |k| + 2 |lse| together, and exp adds units in the last place.
     """
-    if q.shape[:3].numel() * k.shape[2] < _WORTH:
-        return False
-    low, high = _NARROW
-    if scale != 0.0 and not low <= abs(scale) <= high:
-        return False
-    for x in (q, k):
-        if x.device.type != "cpu" or x.numel() == 0:
-            return False
-        size = x.abs()
-        if float(size.max()) > high or float(torch.where(size > 0.0, size, 1.0).min()) < low:
-            return False
-    return True
+    u = 2.0**-24
+    return gamma(head_dim + 2.0, u) * condition + 2.0 * u * np.abs(lse) + 4.0 * u
 
 
 class Largest(NamedTuple):
@@ -280,7 +310,7 @@ def collect(
     numerics: Numerics,
     errors: ScoreErrors,
     scale: float,
-    in_float32: bool,
+    precision: Precision,
 ) -> dict[str, Floats]:
     """The sums over the keys for a block of rows, on the host, (pairs, rows, v_dim) or (pairs, rows, 1):
 
@@ -297,17 +327,18 @@ def collect(
     top_squares those of v and v^2 in the group of the largest weight, top_size its size; seen_sum and top_size are scaled to
     what a row sees of it, on the average.
     """
-    q = rows.q * scale
-    dtype = torch.float32 if in_float32 else torch.float64
+    q, dtype = rows.q * scale, precision.sums
     squares = (q.abs().to(dtype), q.square().to(dtype)) if is_fine(numerics) else None
+    size = None if squares is not None else q.abs().to(dtype)
+    q, near = q.to(precision.scores), lse.to(precision.scores)
     total: dict[str, torch.Tensor] = {}
     grouped = iter(()) if groups is None else groups.tiles()
     for tile, group in zip_longest(rows.tiles(), grouped):
         equal = None if group is None else _Group.of(group.v)
         if squares is None:
-            more = _coarse(q, lse, tile, equal, numerics, dtype)
+            more = _coarse(q, size, near, tile, equal, numerics, dtype)
         else:
-            more = _fine(q, squares, lse, tile, equal, numerics, errors, total.get("top"))
+            more = _fine(q, squares, near, tile, equal, numerics, errors, total.get("top"))
         if not total:
             total = more
             continue
@@ -340,14 +371,14 @@ class _Group(NamedTuple):
 def _common(
     s: torch.Tensor, w: torch.Tensor, lse: torch.Tensor, tile: Tile, equal: _Group | None, numerics: Numerics
 ) -> dict[str, torch.Tensor]:
-    """What both kinds of pass need; makes masked scores and weights 0. s and w are float64."""
+    """What both kinds of pass need; makes masked scores and weights 0. s, w and lse are of one dtype."""
     if tile.hidden is not None:
         s.masked_fill_(tile.hidden, 0.0)
         w.masked_fill_(tile.hidden, 0.0)
         count = (~tile.hidden).sum(-1, dtype=torch.float64)[None, :, None]
     else:
         count = torch.full((1, 1, 1), float(tile.k.shape[1]), dtype=torch.float64, device=s.device)
-    low, high = torch.aminmax(s, dim=-1, keepdim=True)
+    low, high = s.amin(-1, keepdim=True), s.amax(-1, keepdim=True)  # several times as quick as torch.aminmax
     top, key = w.max(dim=-1, keepdim=True)
     place = key.expand(-1, -1, tile.v.shape[-1])
     sums = {}
@@ -356,13 +387,28 @@ def _common(
         sums["top_squares"] = torch.gather(equal.v2, 1, place)
         sums["top_size"], sums["seen_sum"] = torch.gather(equal.size, 1, key), sums["top_sum"]
     return sums | {
-        "low": low,
-        "high": high,
+        "low": low.to(torch.float64),
+        "high": high.to(torch.float64),
         "count": count,
-        "top": top,
+        "top": top.to(torch.float64),
         "top_v": torch.gather(tile.v, 1, place),
         "flushed": flushed(w, low - lse, numerics, count),
     }
+
+
+class _Keys(NamedTuple):
+    """K of a tile, (pairs, cols, head_dim), in the precision of scores, and its sizes and squares in that of sums."""
+
+    k: torch.Tensor
+    abs: torch.Tensor
+    square: torch.Tensor
+
+    @classmethod
+    def of(cls, tile: Tile, scores: torch.dtype, sums: torch.dtype) -> _Keys:
+        if "keys" not in tile.made:
+            k = tile.k.to(sums)
+            tile.made["keys"] = cls(tile.k.to(scores), k.abs(), k * k)
+        return tile.made["keys"]
 
 
 class _Values(NamedTuple):
@@ -375,7 +421,13 @@ class _Values(NamedTuple):
     unit: torch.Tensor
 
     @classmethod
-    def of(cls, v: torch.Tensor, dtype: torch.dtype) -> _Values:
+    def of(cls, tile: Tile, dtype: torch.dtype) -> _Values:
+        if "values" not in tile.made:
+            tile.made["values"] = cls._of(tile.v, dtype)
+        return tile.made["values"]
+
+    @classmethod
+    def _of(cls, v: torch.Tensor, dtype: torch.dtype) -> _Values:
         unit = torch.exp2(torch.floor(torch.log2(v.abs().amax(1, keepdim=True).clamp(min=1e-150))))
         v = (v / unit).to(dtype)
         return cls(v, v.abs(), v * v, unit)
@@ -391,18 +443,20 @@ def _total(x: torch.Tensor) -> torch.Tensor:
 
 def _coarse(
     q: torch.Tensor,
+    q_abs: torch.Tensor | None,
     lse: torch.Tensor,
     tile: Tile,
     equal: _Group | None,
     numerics: Numerics,
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
-    s = torch.bmm(q, tile.k.mT)
+    assert q_abs is not None
+    keys, values = _Keys.of(tile, q.dtype, dtype), _Values.of(tile, dtype)
+    s = torch.bmm(q, keys.k.mT)
     w = (s - lse).exp_()
     more = _common(s, w, lse, tile, equal, numerics)
-    s, w, values = s.to(dtype), w.to(dtype), _Values.of(tile.v, dtype)
-    unit = values.unit
-    wa = torch.bmm(w, tile.k.abs().to(dtype)).mul_(q.abs().to(dtype))
+    s, w, unit = s.to(dtype), w.to(dtype), values.unit
+    wa = torch.bmm(w, keys.abs).mul_(q_abs)
     w2, ws = w * w, s.mul_(w)
     more |= {
         "w_abs": _product(w, values.abs, unit),
@@ -410,7 +464,7 @@ def _coarse(
         "w2": _total(w2),
         "ws_v": _product(ws, values.v, unit),
         "ws": _total(ws),
-        "ws_abs": torch.linalg.vector_norm(ws, ord=1, dim=-1, keepdim=True).to(torch.float64),
+        "ws_abs": _total(ws.abs()),
         "wa": _total(wa),
     }
     if equal is not None:
@@ -431,19 +485,17 @@ def _fine(
 ) -> dict[str, torch.Tensor]:
     q_abs, q2 = squares
     dtype = q_abs.dtype
-    s = torch.bmm(q, tile.k.mT)
+    k, k_abs, k2 = _Keys.of(tile, q.dtype, dtype)
+    s = torch.bmm(q, k.mT)
     gap = s - lse
     w = gap.exp()
     more = _common(s, w, lse, tile, equal, numerics)
-    k = tile.k.to(dtype)
-    b = torch.bmm(q_abs, k.abs().mT)
-    var = torch.bmm(q2, (k * k).mT)
-    v, v_abs, v2, unit = _Values.of(tile.v, dtype)
+    b = torch.bmm(q_abs, k_abs.mT)
+    var = torch.bmm(q2, k2.mT)
+    v, v_abs, v2, unit = _Values.of(tile, dtype)
     unit2 = unit * unit
-    gap, w = gap.to(dtype), w.to(dtype)
-    s = gap + lse.to(dtype) if dtype == torch.float32 else s
+    gap, w, s = gap.to(dtype), w.to(dtype), s.to(dtype)
     if tile.hidden is not None:
-        s.masked_fill_(tile.hidden, 0.0)
         gap.masked_fill_(tile.hidden, 0.0)
         b.masked_fill_(tile.hidden, 0.0)
     b.mul_(0.5 * errors.dot + errors.factors).add_(s.abs(), alpha=0.5 * errors.dot + errors.rounded)
@@ -502,5 +554,6 @@ def flushed(w: torch.Tensor, low: torch.Tensor, numerics: Numerics, count: torch
         return count * (floor + p.smallest_subnormal / 2.0)
     if float(low.min()) > math.log(p.smallest_normal):
         return count * floor
-    small = torch.clamp(w, max=p.smallest_subnormal / 2.0).masked_fill_(w >= p.smallest_normal, 0.0)
-    return small.sum(-1, keepdim=True) + count * floor
+    # With the sign turned, so that a threshold keeps what is below it: without a mask, which would take longer.
+    small = torch.threshold_(-w, -p.smallest_normal, 0.0).clamp_(min=-p.smallest_subnormal / 2.0)
+    return count * floor - small.sum(-1, keepdim=True)

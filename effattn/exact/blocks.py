@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -73,6 +73,8 @@ class Tile(NamedTuple):
     hidden: torch.Tensor | None
     #: the keys' positions
     keys: slice
+    #: what its user made of k and v alone and wants to find again: the tile of the same keys in the next block of rows has it
+    made: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,8 @@ class Rows:
     _group: int
     _shift: int | None
     _cols: int
+    #: (first key, end) -> k, v and `made` of that tile; None where no other block has the same pairs
+    _kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]] | None
 
     @property
     def _heads(self) -> slice:
@@ -116,7 +120,17 @@ class Rows:
                 hidden = _staircase(
                     last + 1 - first, keys.stop - keys.start, offset, self._group, self.q.device
                 )
-            yield Tile(self._pairs(self._k, keys), self._pairs(self._v, keys), hidden, keys)
+            k, v, made = self._of(keys)
+            yield Tile(k, v, hidden, keys, made)
+
+    def _of(self, keys: slice) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        place = (keys.start, keys.stop)
+        if self._kept is not None and place in self._kept:
+            return self._kept[place]
+        found = (self._pairs(self._k, keys), self._pairs(self._v, keys), {})
+        if self._kept is not None:
+            self._kept[place] = found
+        return found
 
     def _pairs(self, x: torch.Tensor, keys: slice) -> torch.Tensor:
         x = _cut(x, self._batch, self._kv_heads, keys).double()
@@ -207,6 +221,8 @@ def _row_blocks(
         in_batch = slice(b, min(b + batch_step, batch))
         for h in range(0, kv_heads, head_step):
             in_heads = slice(h, min(h + head_step, kv_heads))
+            # K and V once more in float64: O(N d) for the pairs at hand.
+            kept = {} if q_len - empty > rows else None
             for i in range(empty, q_len, rows):
                 queries = slice(i, min(i + rows, q_len))
                 heads_of = slice(in_heads.start * group, in_heads.stop * group)
@@ -222,4 +238,5 @@ def _row_blocks(
                     _group=group,
                     _shift=shift,
                     _cols=cols,
+                    _kept=kept,
                 )
