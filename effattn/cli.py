@@ -572,17 +572,19 @@ def _judge(
         from effattn.cpu import launch
 
         launch.threads_from_environment()  # before the first case, not in each
+    from effattn.run.isolation import Isolated, check_time_limit, memory_bytes
+
+    check_time_limit(time_limit)
+    memory = memory_bytes(memory_limit)
     if not isolation:
         from effattn.run.executor import Local
 
         return Local(method, device=device, checks=checks)
-    from effattn.run.isolation import Isolated
-
     return Isolated(
         method,
         device=device,
         time_limit=time_limit,
-        memory_limit=None if memory_limit is None else int(memory_limit * 2**30),
+        memory_limit=memory,
         checks=checks,
         jobs=jobs,
         quiet=quiet,

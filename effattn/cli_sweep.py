@@ -17,7 +17,7 @@ import click
 from effattn.errors import RequestError
 
 if TYPE_CHECKING:
-    from effattn.run.sweep import Result
+    from effattn.run.tally import Result
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -72,12 +72,13 @@ def sweep(
 ) -> int:
     """Judge what SPEC, a TOML file, asks for: methods x dtypes x shapes x values x options x seeds."""
     from effattn.report import text
-    from effattn.run import provenance, records, store
+    from effattn.run import isolation, provenance, records, store
     from effattn.run import spec as specs
     from effattn.run.sweep import Sweep
 
     if device not in ("cpu", "cuda"):
         raise RequestError(f"unknown device {device!r}; expected one of cpu, cuda")
+    isolation.check_time_limit(time_limit)
     wanted = specs.load(spec)
     folder = (
         out if out is not None else store.DEFAULT_FOLDER / f"{store.file_name(spec.stem)}-{wanted.id[:8]}"
@@ -146,7 +147,7 @@ def _executor(
 
     if name == "local":
         parallel = jobs or (len(os.sched_getaffinity(0)) if device == "cpu" else 1)
-        limit = None if memory_limit is None else int(memory_limit * 2**30)
+        limit = isolation.memory_bytes(memory_limit)
         if limit is None and device == "cpu":
             limit = int(isolation.available_memory() * isolation.MEMORY_SHARE / parallel)
         pool = isolation.IsolatedExecutor(parallel, memory_limit=limit, quiet=True)

@@ -24,7 +24,7 @@ import pytest
 from effattn.case import Case
 from effattn.errors import RequestError
 from effattn.run import chunk, isolation, records, spec, store, sweep, work
-from effattn.run.isolation import IsolatedExecutor, WorkerDied
+from effattn.run.isolation import IsolatedExecutor
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -428,7 +428,6 @@ def test_method_that_was_edited_since_is_refused(folder: Path) -> None:
             with pytest.raises(RequestError, match=r"^'mine.py:right' was edited since.*--out"):
                 run(folder / "run", wanted, executor)
             after = {path: path.read_bytes() for path in (folder / "run").iterdir()}
-            del after[folder / "run" / sweep.LOCK]
             assert after == before
             (folder / edited).write_text(was)
         assert run(folder / "run", wanted, executor).added == 0
@@ -704,13 +703,16 @@ def test_worker_that_replaces_another_refuses_a_file_edited_meanwhile(
 
 def test_leftover_of_another_session_does_nothing(folder: Path) -> None:
     with sweep.Sweep(folder / "run", small()) as first:
+        first.begin({})
         old = first.session
     with sweep.Sweep(folder / "run", small()) as second:
+        second.begin({})
         items = [(method, case.to_dict()) for method, case in small().cases()]
         place, sources = str(second.folder), {"mine.py:right": work.source("mine.py:right")}
-        assert "refused" in chunk.run(place, old, "a", "cpu", 60.0, items, sources)
+        refused = chunk.run(place, old, "a", "cpu", 60.0, items, sources)["refused"]
+        assert "another sweep has begun" in refused
         assert chunk.run(place, second.session, "a", "cpu", 60.0, items[:1], sources)["cases"] == 1
-        assert "refused" in chunk.run(place, second.session, "a", "cpu", 60.0, items[:1], sources)
+        assert chunk.run(place, second.session, "a", "cpu", 60.0, items[:1], sources) == {"claimed": "a"}
     assert sum(keys(folder / "run").values()) == 1
 
 
@@ -899,13 +901,14 @@ def test_death_from_outside_is_told_from_the_cases_own(folder: Path) -> None:
         state = sweep._State(taken, IsolatedExecutor(0), {}, {})
         key = records.Key("a", "m", "cpu")
 
-        def blamed(code: int, deaths: int) -> bool:
+        def blamed(code: int | None, deaths: int) -> bool:
             state._deaths[key] = deaths
-            return state._is_to_blame(key, WorkerDied(code))
+            return state._is_to_blame(key, code)
 
         assert blamed(-signal.SIGALRM, 1)
         assert [blamed(-signal.SIGSEGV, n) for n in (1, 2)] == [False, True]
-        assert [blamed(-signal.SIGKILL, n) for n in (1, 2, 3)] == [False, False, True]
+        for unknown in (-signal.SIGKILL, None):
+            assert [blamed(unknown, n) for n in (1, 2, 3)] == [False, False, True]
 
 
 # The command

@@ -2,11 +2,15 @@
 
 It holds for any executor, so it trusts none: a chunk is claimed before it is begun. An executor that runs a chunk again
 by itself, because it thinks that a worker has died, finds it claimed; a worker that is left over from a supervisor that
-was killed finds another session.
+was killed finds another session, and stops at the next case.
+
+While cases are judged, the file that their verdicts go to is locked, and whoever resumes a sweep waits for that. The lock
+is one of `lockf`, which is the process's own: a child that the method has forked neither has it nor keeps it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -26,8 +30,11 @@ if TYPE_CHECKING:
 WORK = "work"
 SESSION = "session"
 
-#: run folder -> process, session, and the file that is theirs
-_appenders: dict[str, tuple[int, str, Appender]] = {}
+#: Seconds after which a worker looks again whether the sweep is still on.
+LOOK_AGAIN = 1.0
+
+#: run folder -> process, session, the file that is theirs, and what tells it from others
+_appenders: dict[str, tuple[int, str, Appender, os.stat_result]] = {}
 #: run folder -> session, and the methods whose source was looked at in it
 _current: dict[str, tuple[str, set[str]]] = {}
 
@@ -53,42 +60,73 @@ def run(
         sources: method -> digest of the source that the sweep began with.
 
     Returns:
-        `{"cases": n, "seconds": s, "judging": s}`, or `{"refused": reason}` where nothing was done.
+        `{"cases": n, "seconds": s, "judging": s, "file": name}`; `{"claimed": claim}` where another has begun it, who has
+        died or is believed to have; or `{"refused": reason}` where the folder is not that of the sweep, or not any more.
 
     Raises:
-        RequestError: the file cannot be written, the machine cannot run the method, or has another version of it.
+        RequestError: the file cannot be written, or was removed or closed; the machine cannot run the method, or has
+            another version of it.
     """
     from effattn.case import Case
 
     started = time.perf_counter()
     place = Path(folder) / WORK
     try:
-        if (place / SESSION).read_text() != session:
-            return {"refused": "another session"}
+        if (refused := _refused(folder, session)) is not None:
+            return {"refused": refused}
         os.close(os.open(place / claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
-        return {"refused": "claimed before"}
-    except FileNotFoundError:
-        return {"refused": "the sweep is over"}
+        return {"claimed": claim}
     except OSError as error:
         raise _unwritable(folder, error) from error
     out = _appender(folder, session)
-    judging = 0.0
-    # Whoever resumes a sweep waits for this lock, so nobody reads a file that is still growing.
-    fcntl.flock(out.descriptor, fcntl.LOCK_EX)
+    judging, looked = 0.0, time.monotonic()
     try:
+        fcntl.lockf(out.descriptor, fcntl.LOCK_EX)
         _check_current(folder, session, {spec: sources[spec] for spec, _ in items})
         for spec, data in items:
+            if time.monotonic() > looked + LOOK_AGAIN:
+                if (refused := _refused(folder, session)) is not None:
+                    return {"refused": refused}
+                looked = time.monotonic()
             before = time.perf_counter()
             verdict = _judged(Case.from_dict(data), spec, device, limit)
             judging += time.perf_counter() - before
+            if not _is_open(folder, out):  # its number may be that of another file by now
+                raise _gone(folder, out, f"was closed, as {spec!r} was judged")
             try:
                 out.append(encode(verdict, spec=spec, device=device))
             except OSError as error:
                 raise _unwritable(folder, error) from error
     finally:
-        fcntl.flock(out.descriptor, fcntl.LOCK_UN)
-    return {"cases": len(items), "seconds": time.perf_counter() - started, "judging": judging}
+        with contextlib.suppress(OSError):  # closed: then the lock went with it
+            fcntl.lockf(out.descriptor, fcntl.LOCK_UN)
+    return {
+        "cases": len(items),
+        "seconds": time.perf_counter() - started,
+        "judging": judging,
+        "file": out.file.name,
+    }
+
+
+def _refused(folder: str, session: str) -> str | None:
+    """Why this process does nothing for the session; None where it does."""
+    place = Path(folder) / WORK
+    here = f"process {os.getpid()} on {socket.gethostname()}"
+    try:
+        if (place / SESSION).read_text() != session:
+            return f"{here} finds that another sweep has begun in {folder!r} since"
+    except FileNotFoundError:
+        if not Path(folder).is_dir():
+            return (
+                f"{here} does not find the run folder {folder!r}, which is there while a sweep runs, on a disk that every "
+                "worker sees; it was removed, or the worker sees another disk"
+            )
+        return (
+            f"{here} does not find {str(place / SESSION)!r}, which is there while a sweep runs; it was removed, or the "
+            "worker sees another disk"
+        )
+    return None
 
 
 def _judged(case: Case, spec: str, device: str, limit: float) -> Verdict:
@@ -119,16 +157,43 @@ def _appender(folder: str, session: str) -> Appender:
     pid = os.getpid()
     known = _appenders.get(folder)
     if known is not None and known[:2] == (pid, session):
+        if not _is_open(folder, known[2]):
+            raise _gone(folder, known[2], "was closed")
+        if not _is_in_place(known[2]):
+            raise _gone(folder, known[2], "was removed")
         return known[2]
     name = f"verdicts-{socket.gethostname()}-{pid}-{uuid.uuid4().hex[:8]}.jsonl"
     try:
         made = Appender(Path(folder) / name)
     except OSError as error:
         raise _unwritable(folder, error) from error
-    if known is not None:
+    if known is not None and _is_open(folder, known[2]):
         known[2].close()
-    _appenders[folder] = pid, session, made
+    _appenders[folder] = pid, session, made, os.fstat(made.descriptor)
     return made
+
+
+def _is_open(folder: str, out: Appender) -> bool:
+    """Whether the descriptor is still that of the file; a method may have closed it, and opened another with its number."""
+    try:
+        return os.path.samestat(os.fstat(out.descriptor), _appenders[folder][3])
+    except OSError:
+        return False
+
+
+def _is_in_place(out: Appender) -> bool:
+    try:
+        return os.path.samestat(os.fstat(out.descriptor), out.file.stat())
+    except OSError:
+        return False
+
+
+def _gone(folder: str, out: Appender, what: str) -> RequestError:
+    return RequestError(
+        f"{out.file.name!r} in the run folder {folder!r} {what}, while process {os.getpid()} on {socket.gethostname()} was "
+        "writing into it: a method or another program did that. What is recorded is kept, and the same command runs what is "
+        "lost again"
+    )
 
 
 def _check_current(folder: str, session: str, sources: dict[str, str]) -> None:

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,12 @@ T = TypeVar("T")
 
 #: Seconds that one case may take if nothing else is asked for. Compiling a kernel is part of it.
 TIME_LIMIT = 300.0
+#: The most seconds that may be asked for: a day. Timers and waits count in numbers that end somewhere.
+LONGEST_CASE = 86_400
+#: The most GiB that a process may be allowed.
+MOST_MEMORY = 2**20
+#: Seconds that are waited at once; `poll` counts milliseconds in 32 bits.
+_WAIT_AT_ONCE = 3600.0
 #: Seconds beyond the time limit until a worker that blocks its signal is killed from outside.
 GRACE = 10.0
 #: Share of the memory available when they start that all workers together may take, if nothing else is asked for.
@@ -57,9 +64,9 @@ FEW_QUESTIONS = 24
 class WorkerDied(EffattnError):
     """The process ended before it answered."""
 
-    def __init__(self, code: int, place: str = "", said: str = "") -> None:
+    def __init__(self, code: int | None, place: str = "", said: str = "") -> None:
         super().__init__(code, place, said)
-        #: its exit code, negative for a signal, as `subprocess` has it
+        #: its exit code, negative for a signal, as `subprocess` has it; None where nobody tells
         self.code = code
         #: where it was, if that is known: the innermost Python frames
         self.place = place
@@ -74,8 +81,10 @@ class WorkerFault(EffattnError):
     """effattn itself raised inside a worker; the message is the traceback from there."""
 
 
-def how_it_ended(code: int) -> str:
+def how_it_ended(code: int | None) -> str:
     """An exit code in words."""
+    if code is None:
+        return "ended, and nobody tells how: it crashed, came to the time limit, or the machine was out of memory"
     if code >= 0:
         return f"exited with code {code}"
     try:
@@ -86,6 +95,23 @@ def how_it_ended(code: int) -> str:
     if name == signal.SIGKILL:
         words += ", as the kernel does when the machine is out of memory"
     return words
+
+
+def check_time_limit(seconds: float) -> None:
+    """Raise RequestError for a `--time-limit` that is none."""
+    if not 0 < seconds <= LONGEST_CASE:
+        raise RequestError(
+            f"--time-limit {seconds:g}: expected seconds for one case, more than 0 and at most {LONGEST_CASE}, a day"
+        )
+
+
+def memory_bytes(gib: float | None) -> int | None:
+    """The bytes of a `--memory-limit`, given in GiB. Raises RequestError for one that is none."""
+    if gib is None:
+        return None
+    if not 0 < gib <= MOST_MEMORY:
+        raise RequestError(f"--memory-limit {gib:g}: expected GiB, more than 0 and at most {MOST_MEMORY}")
+    return int(gib * 2**30)
 
 
 class _Nursery:
@@ -292,10 +318,14 @@ class Worker:
         poll = select.poll()
         poll.register(connection, select.POLLIN)
         poll.register(self._status, select.POLLIN)
+        end = None if seconds is None else time.monotonic() + seconds
         while True:
-            ready = poll.poll(None if seconds is None else seconds * 1000)
+            left = _WAIT_AT_ONCE if end is None else max(0.0, min(_WAIT_AT_ONCE, end - time.monotonic()))
+            ready = poll.poll(left * 1000)
             if not ready:
-                return False
+                if end is not None and time.monotonic() >= end:
+                    return False
+                continue
             if any(descriptor == connection.fileno() for descriptor, _ in ready):
                 return True
             if self.pid is None:
@@ -383,7 +413,7 @@ class Isolated:
             one on a GPU.
 
     Raises:
-        RequestError: there is no such method, or no such device.
+        RequestError: there is no such method, or no such device; the time limit is none, or more than a day.
     """
 
     def __init__(
@@ -397,6 +427,7 @@ class Isolated:
         jobs: int | None = None,
         quiet: bool = False,
     ) -> None:
+        check_time_limit(time_limit)
         self._quiet = quiet
         self.device, self.time_limit, self.checks = device, time_limit, tuple(checks)
         self._asked = spec

@@ -151,11 +151,11 @@ class RunWriter:
         if folder.exists() and not folder.is_dir():
             raise RequestError(f"{str(folder)!r} is a file; expected a folder for the run")
         if folder.is_dir() and any(folder.iterdir()):
-            check_replaceable(folder)
-            if is_locked(folder):
+            if is_locked(folder):  # by a sweep that may have written nothing yet
                 raise RequestError(
                     f"a sweep is writing into {str(folder)!r}; wait for it, or name another folder with --out"
                 )
+            check_replaceable(folder)
             if not self._overwrite:
                 raise RequestError(
                     f"the folder {str(folder)!r} holds a run already; name another one with --out, or "

@@ -8,12 +8,16 @@ in the run folder:
     lock               held by the supervisor (`store.LOCK`): a second one in the same folder is refused
     work/              the session and the chunks that were begun (`effattn.run.chunk`); gone at the end
 
+Nothing of it is written before the methods have loaded: a sweep that does not begin leaves what was there, or nothing.
+
 Chunks run in order, so the first case of a chunk that has no verdict when its worker has died is the one it died over.
-It is tried again alone; where that kills again, the case gets the verdict.
+It is tried again alone; where that kills again, the case gets the verdict. Only the death of a worker counts against a
+method: whatever else goes wrong with a chunk stops the sweep.
 """
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import fcntl
@@ -21,17 +25,17 @@ import itertools
 import os
 import shutil
 import signal
+import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effattn.errors import RequestError
-from effattn.report import summary
 from effattn.run import chunk, isolation, migrate, records, store, work
 from effattn.run.records import Damage, Key
+from effattn.run.tally import Result, Tally
 
 if TYPE_CHECKING:
     from effattn.case import Case
@@ -45,77 +49,14 @@ MOST_IN_CHUNK = 256
 AHEAD = 2
 #: Deaths after which a case gets the verdict. One by its own fault would do; a kill from outside may be bad luck.
 MOST_DEATHS = 3
+#: Seconds to wait for a worker that a sweep before has left behind: it stops at its next case.
+SETTLING = 30.0
+#: Damages that a message names.
+MOST_NAMED = 3
 LOCK = store.LOCK
 PROVENANCE = store.PROVENANCE
 
 Item = tuple[str, "Case"]
-
-
-@dataclass
-class Tally:
-    """What is known of one method in one dtype, added up as the verdicts come."""
-
-    outcomes: Counter[str] = field(default_factory=Counter)
-    #: the largest error/bound, and on which case
-    fraction: float | None = None
-    worst: str = ""
-    #: a failed case, as the command line names it, and its method: that of the largest error/bound, if one has any
-    failing: tuple[str, str] | None = None
-    _failing_fraction: float = -1.0
-
-    def add(self, record: records.Record) -> None:
-        """Add one record."""
-        self.outcomes[record.verdict["outcome"]] += 1
-        largest = -1.0
-        for quantity in record.verdict["quantities"]:
-            given = quantity.get("fraction")
-            if given is None:
-                continue
-            found = float(given)
-            found = float("inf") if found != found else found
-            largest = max(largest, found)
-            if self.fraction is None or found > self.fraction:
-                self.fraction, self.worst = found, record.key.case_id
-        if summary.failed(record.verdict["outcome"]) and (
-            self.failing is None or largest > self._failing_fraction
-        ):
-            self.failing, self._failing_fraction = (record.key.case_id, record.key.spec), largest
-
-    @property
-    def failed(self) -> int:
-        """Verdicts against the method."""
-        return sum(n for outcome, n in self.outcomes.items() if summary.failed(outcome))
-
-    @property
-    def judged(self) -> int:
-        """Verdicts that passed or failed."""
-        return sum(n for outcome, n in self.outcomes.items() if outcome not in summary.SET_ASIDE)
-
-
-@dataclass
-class Result:
-    """What came out of a sweep."""
-
-    folder: Path
-    #: (method, dtype) -> what is known
-    tallies: dict[tuple[str, str], Tally]
-    #: verdicts that were there before, and that this call added
-    resumed: int
-    added: int
-    #: combinations that are the same case as another, which was run once
-    same: int
-    #: lines that were damaged, whose cases have been run again
-    damaged: list[Damage]
-    #: seconds in which workers were judging, and in which they were busy
-    judging: float
-    busy: float
-
-    @property
-    def exit_code(self) -> int:
-        """0 pass, 1 a method failed, 2 nothing was judged."""
-        if any(tally.failed for tally in self.tallies.values()):
-            return 1
-        return 0 if any(tally.judged for tally in self.tallies.values()) else 2
 
 
 class Sweep:
@@ -131,7 +72,7 @@ class Sweep:
         provenance: where it comes from.
 
     Raises:
-        RequestError: the folder holds something else, or another sweep is writing into it.
+        RequestError: the folder holds something else, or another sweep is writing into it; the time limit is none.
     """
 
     def __init__(
@@ -144,11 +85,15 @@ class Sweep:
         provenance: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> None:
+        isolation.check_time_limit(time_limit)
         self.folder, self.spec, self.device, self.time_limit = folder.absolute(), spec, device, time_limit
         self._provenance = dict(provenance or {})
         self.damaged: list[Damage] = []
-        #: the folder's provenance.json as it was before
-        self._found: str | None = None
+        #: the folder's provenance as it was before, if this sweep goes on from there
+        self._found: dict[str, Any] | None = None
+        #: folders that were made for it, the outermost first
+        self._made: list[Path] = []
+        self._begun = False
         #: method -> digest of the source that its verdicts of this session are of
         self.sources: dict[str, str] = {}
         self._session = uuid.uuid4().hex
@@ -178,7 +123,10 @@ class Sweep:
             store.check_replaceable(folder)
         if folder.exists() and not folder.is_dir():
             raise RequestError(f"{str(folder)!r} is a file; expected a folder for the run")
-        folder.mkdir(parents=True, exist_ok=True)
+        for place in reversed((folder, *folder.parents)):
+            if not place.exists():
+                place.mkdir(exist_ok=True)
+                self._made.append(place)
         try:
             self._lock = _locked(folder / LOCK)
         except BlockingIOError:
@@ -187,8 +135,14 @@ class Sweep:
             ) from None
         #: whether a run is there that is to go
         self._anew = overwrite and store.is_run(folder)
-        if not self._anew:
-            self._begin()
+        if store.is_run(folder) and not self._anew:
+            found = store.read_provenance(folder)
+            if found.get("sweep") != self.spec.id or found.get("device") != self.device:
+                raise RequestError(
+                    f"the folder {str(folder)!r} holds another run ({found.get('command', 'of unknown origin')}); two "
+                    "runs are never mixed. Name another folder with --out, or replace that run with --overwrite"
+                )
+            self._found = found
 
     def _remove_run(self) -> None:
         """Empty the folder. The provenance stays, since it says what the folder is, until another takes its place."""
@@ -200,20 +154,31 @@ class Sweep:
             else:
                 entry.unlink()
 
-    def _begin(self) -> None:
+    def begin(self, sources: Mapping[str, str]) -> None:
+        """Take the folder over, before the first case.
+
+        Args:
+            sources: method -> digest of the source that the verdicts of this session are of.
+
+        Raises:
+            RequestError: a method whose verdicts are recorded was edited since; a worker of the sweep before is at a case
+                still; the folder cannot be written.
+        """
+        with self._writing():
+            self.sources = dict(sources)
+            found = self._found
+            self._check_sources()
+            self._begun = True
+            if self._anew:
+                self._remove_run()
+            if found is not None:
+                self._provenance["resumed"] = [*found.get("resumed", []), self._provenance.get("started")]
+                self._provenance["started"] = found.get("started")
+            self._write_provenance(sources=self.sources)
+            self._settle_all()
+
+    def _settle_all(self) -> None:
         folder = self.folder
-        if store.is_run(folder) and not self._anew:
-            found = store.read_provenance(folder)
-            if found.get("sweep") != self.spec.id or found.get("device") != self.device:
-                raise RequestError(
-                    f"the folder {str(folder)!r} holds another run ({found.get('command', 'of unknown origin')}); two "
-                    "runs are never mixed. Name another folder with --out, or replace that run with --overwrite"
-                )
-            self._provenance["resumed"] = [*found.get("resumed", []), self._provenance.get("started")]
-            self._provenance["started"] = found.get("started")
-            self._found = (folder / PROVENANCE).read_text(encoding="utf-8")
-            self._provenance["sources"] = found.get("sources", {})
-        self._write_provenance()
         place = folder / chunk.WORK
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
@@ -225,7 +190,7 @@ class Sweep:
     def _settle(self, file: Path) -> None:
         """Wait until the file's writer is done, and cut off what a killed one has left of a line."""
         with file.open("rb+") as opened:
-            fcntl.flock(opened, fcntl.LOCK_EX)
+            self._wait_for_writer(file, opened.fileno())
             size = opened.seek(0, os.SEEK_END)
             if not size:
                 return
@@ -241,6 +206,21 @@ class Sweep:
                 self.damaged.append(Damage(file, line, "it is cut off; the case is run again"))
                 opened.truncate(whole)
 
+    def _wait_for_writer(self, file: Path, descriptor: int) -> None:
+        end = time.monotonic() + SETTLING
+        while True:
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() >= end:
+                    raise RequestError(
+                        f"{str(file)!r} is held by a worker of a sweep that was broken off, which is at a case still: its "
+                        f"name has the host and the process. Wait until that is done, {self.time_limit:g} s at most with "
+                        "this --time-limit, or end the process; then give the same command again"
+                    ) from None
+            time.sleep(0.05)
+
     def _write_provenance(self, **more: Any) -> None:
         self._provenance |= more
         described = {
@@ -251,11 +231,8 @@ class Sweep:
             "device": self.device,
             **self._provenance,
         }
-        self._replace_provenance(store.provenance_text(described))
-
-    def _replace_provenance(self, text: str) -> None:
         temporary = self.folder / f".{PROVENANCE}.tmp"
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(store.provenance_text(described), encoding="utf-8")
         temporary.replace(self.folder / PROVENANCE)
 
     def run(
@@ -277,13 +254,8 @@ class Sweep:
                 folder cannot be written. What is recorded is kept.
         """
         names = self._load_methods(executor)
-        if self._anew:
-            with self._writing():
-                self._remove_run()
-                self._begin()
+        self.begin({spec: executor.submit(work.source, spec).result() for spec in self.spec.methods})
         done = {record.key: None for record in store.read_records(self.folder, self.damaged)}
-        with self._writing():
-            self._check_sources(executor, {key.spec for key in done})
         resumed = len(done)
         state = _State(self, executor, names, done)
         begun: set[Key] = set()
@@ -305,7 +277,8 @@ class Sweep:
                 future.cancel()
             raise
         with self._writing():
-            return self._finish(state, resumed, expected=resumed + len(begun))
+            begun.update(done)
+            return self._finish(state, resumed, begun)
 
     def _load_methods(self, executor: concurrent.futures.Executor) -> dict[str, str]:
         """Load each method in a worker, so that a wrong name is an error before anything runs."""
@@ -320,24 +293,18 @@ class Sweep:
                 ) from None
         return names
 
-    def _check_sources(self, executor: concurrent.futures.Executor, recorded: set[str]) -> None:
-        """Record what each method is made of; refuse to add verdicts to those of another version of it."""
-        sources = {spec: executor.submit(work.source, spec).result() for spec in self.spec.methods}
-        before = self._provenance.get("sources", {})
-        edited = [
-            spec for spec in sources if spec in recorded and before.get(spec, sources[spec]) != sources[spec]
-        ]
+    def _check_sources(self) -> None:
+        """Refuse to add verdicts to those of another version of a method."""
+        before = {} if self._found is None else self._found.get("sources", {})
+        edited = {spec for spec in self.sources if before.get(spec, self.sources[spec]) != self.sources[spec]}
+        if edited:  # else nothing is read for it
+            edited &= {record.key.spec for record in store.read_records(self.folder, [])}
         if edited:
-            assert self._found is not None
-            self._replace_provenance(self._found)
-            shutil.rmtree(self.folder / chunk.WORK, ignore_errors=True)
             raise RequestError(
-                f"{' and '.join(map(repr, edited))} was edited since its verdicts in {str(self.folder)!r} were recorded;"
+                f"{' and '.join(map(repr, sorted(edited)))} was edited since its verdicts in {str(self.folder)!r} were recorded;"
                 " verdicts of two versions are never mixed. Name another folder with --out, begin anew with --overwrite, or"
                 " undo the edit"
             )
-        self.sources = sources
-        self._write_provenance(sources=sources)
 
     def _missing(self, done: Mapping[Key, None], begun: set[Key]) -> Iterator[Item]:
         """The cases that are not recorded yet, each once; their keys go into `begun`."""
@@ -355,17 +322,22 @@ class Sweep:
                 self._own = records.Appender(self.folder / f"verdicts-supervisor-{self._session[:8]}.jsonl")
             self._own.append(line)
 
-    def _finish(self, state: _State, resumed: int, *, expected: int) -> Result:
+    def _finish(self, state: _State, resumed: int, lost: set[Key]) -> Result:
+        """Count what is recorded; `lost` are the keys that are to be found there."""
         from effattn.run import provenance
 
         tallies: dict[tuple[str, str], Tally] = {}
-        recorded = 0
-        for record in store.read_records(self.folder, []):
+        recorded, expected = 0, len(lost)
+        damaged: list[Damage] = []
+        for record in store.read_records(self.folder, damaged):
             label = (record.verdict["method"], record.verdict["case"]["dtype"])
             tallies.setdefault(label, Tally()).add(record)
             recorded += 1
-        if recorded != expected:
-            raise AssertionError(f"{recorded} cases are recorded in {self.folder}, and {expected} were begun")
+            lost.discard(record.key)
+        if lost:
+            raise self._lost(
+                len(lost), expected, [damage for damage in damaged if damage not in self.damaged], state.files
+            )
         for file in store.verdict_files(self.folder):
             if not file.stat().st_size:
                 file.unlink()
@@ -389,8 +361,31 @@ class Sweep:
         (self.folder / LOCK).unlink(missing_ok=True)
         return result
 
+    def _lost(self, lost: int, expected: int, damaged: list[Damage], files: set[str]) -> RequestError:
+        """What became of verdicts that were written and are not there."""
+        damaged += [
+            Damage(self.folder / name, 0, "it was removed")
+            for name in sorted(files)
+            if not (self.folder / name).exists()
+        ]
+        told = [str(damage) for damage in damaged[:MOST_NAMED]]
+        if len(damaged) > MOST_NAMED:
+            told.append(f"and {len(damaged) - MOST_NAMED} more")
+        why = "; ".join(told) or "no line is damaged, so some were taken out"
+        return RequestError(
+            f"{lost} of {expected} verdicts were damaged or removed while the sweep ran, by a method or another program: "
+            f"{why}. The others are kept, and the same command runs the lost cases again"
+        )
+
     def close(self) -> None:
-        """Let go of the folder."""
+        """Let go of the folder. A sweep that has not begun leaves nothing of itself."""
+        if not self._begun and self._lock >= 0:
+            with contextlib.suppress(OSError):
+                (self.folder / LOCK).unlink()
+        if not self._begun:
+            for place in reversed(self._made):
+                with contextlib.suppress(OSError):  # another has taken it meanwhile
+                    place.rmdir()
         if self._own is not None:
             self._own.close()
             self._own = None
@@ -440,6 +435,8 @@ class _State:
         self._deaths: Counter[Key] = Counter()
         self._tail = _Tail(sweep.folder)
         self._claims = 0
+        #: names of the files that workers have written into
+        self.files: set[str] = set()
         self._seconds_per_case = CHUNK_SECONDS
         self._folder = str(sweep.folder)
         self.added = 0
@@ -467,32 +464,46 @@ class _State:
             return self._executor.submit(
                 chunk.run, *arguments, backstop=(limit + isolation.GRACE) * len(items)
             )
-        return self._executor.submit(chunk.run, *arguments)
+        try:
+            return self._executor.submit(chunk.run, *arguments)
+        except concurrent.futures.BrokenExecutor as error:
+            raise _broken(error) from error
 
     def take(self, future: concurrent.futures.Future[Any], items: list[Item]) -> None:
         """Account for a chunk that came back, one way or the other."""
-        error: BaseException | None = None
+        died = isolation.WorkerDied(None)
         try:
             told = future.result()
-        except (RequestError, isolation.WorkerFault, KeyboardInterrupt):
+        except RequestError:
             raise
-        except concurrent.futures.CancelledError as lost:
+        except isolation.WorkerDied as error:
+            died, told = error, {}
+        except (concurrent.futures.CancelledError, asyncio.CancelledError) as lost:
             raise RequestError(
                 "the executor has cancelled what it was given, so it is gone; what is recorded is kept, and the same "
                 "command goes on from there"
             ) from lost
-        except BaseException as died:  # each executor has its own words for a worker that died
-            error, told = died, {}
+        except Exception as error:
+            if not _is_death(error):
+                raise _broken(error) from error
+            told = {}
+        if "refused" in told:
+            raise RequestError(
+                f"{told['refused']}. No method is to blame; what is recorded is kept, and the same command goes on from there"
+            )
         if "cases" in told:
+            self.files.add(told["file"])
             self.added += told["cases"]
             self.judging += told["judging"]
             self.busy += told["seconds"]
             latest = told["seconds"] / told["cases"]
             self._seconds_per_case += 0.3 * (latest - self._seconds_per_case)
             return
-        self._recover(items, error)
+        # Its worker has died, or another did that had claimed it, after which the executor gave it out again.
+        with self._sweep._writing():
+            self._recover(items, died)
 
-    def _recover(self, items: list[Item], error: BaseException | None) -> None:
+    def _recover(self, items: list[Item], died: isolation.WorkerDied) -> None:
         self._done.update(dict.fromkeys(self._tail.read()))
         device = self._sweep.device
         left = [item for item in items if Key(item[1].id, item[0], device) not in self._done]
@@ -502,8 +513,7 @@ class _State:
         spec, case = left[0]
         key = Key(case.id, spec, device)
         self._deaths[key] += 1
-        if self._is_to_blame(key, error):
-            died = error if isinstance(error, isolation.WorkerDied) else isolation.WorkerDied(-signal.SIGKILL)
+        if self._is_to_blame(key, died.code):
             verdict = isolation.verdict_of_death(
                 case,
                 died,
@@ -520,15 +530,30 @@ class _State:
         if left[1:]:
             self._again.append(left[1:])
 
-    def _is_to_blame(self, key: Key, error: BaseException | None) -> bool:
+    def _is_to_blame(self, key: Key, code: int | None) -> bool:
         """Whether the case itself ended the worker, and not somebody else."""
-        deaths = self._deaths[key]
-        if isinstance(error, isolation.WorkerDied):
-            if error.code == -signal.SIGALRM:
-                return True
-            if error.code not in (-signal.SIGKILL, -signal.SIGTERM):
-                return deaths >= 2
-        return deaths >= MOST_DEATHS
+        if code == -signal.SIGALRM:
+            return True
+        from_outside = code in (None, -signal.SIGKILL, -signal.SIGTERM)
+        return self._deaths[key] >= (MOST_DEATHS if from_outside else 2)
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether this is Dask's word for a chunk whose workers have died, one after the other."""
+    return type(error).__name__ == "KilledWorker" and type(error).__module__.startswith("distributed")
+
+
+def _broken(error: Exception) -> RequestError:
+    """What stops a sweep and is no method's verdict: the worker could not run the chunk, or could not be reached."""
+    text = str(error).strip()
+    last = text.rpartition("\n")[2]
+    cause = last if isinstance(error, isolation.WorkerFault) else f"{type(error).__name__}: {last}"
+    told = f"\n{text}" if last != text else ""
+    return RequestError(
+        f"a worker failed, and did not die: {cause}. That is no verdict on a method, but a method may have changed what its "
+        "process needs, sys.path for one; start the workers again. What is recorded is kept, and the same command goes on "
+        f"from there{told}"
+    )
 
 
 class _Tail:
