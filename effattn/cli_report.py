@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from effattn.errors import RequestError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from effattn.run.records import Key
+    from effattn.run.records import Damage, Key
     from effattn.verdict import Verdict
 
 _PATH = click.Path(path_type=Path)
@@ -88,37 +89,75 @@ def report(
         baseline=baseline_file,
         studies=studies,
     )
-    write(target, html.render(material))
-    click.echo(f"Report: {target}")
     for note in material.notes:
         click.echo(f"effattn: {text.plain(note)}", err=True)
     for damage in material.damaged:
         click.echo(f"effattn: {text.plain(str(damage))}", err=True)
+    # What cannot be written is no reason to leave out the rest.
+    problems: list[str] = []
+    with _kept(problems):
+        write(target, html.render(material))
+        click.echo(f"Report: {target}")
+    made: list[Path] = []
+    if pictures is not None and markdown_file is not None:
+        with _kept(problems):
+            charts_folder = markdown_file.parent / f"{markdown_file.stem}-charts"
+            made, failed = exports.pictures(material, charts_folder, format=pictures)
+            problems += [
+                f"cannot draw the picture {str(file)!r}: {reason}" for file, reason in failed.items()
+            ]
     if markdown_file is not None:
-        made = []
-        if pictures is not None:
-            made = exports.pictures(
-                material, markdown_file.parent / f"{markdown_file.stem}-charts", format=pictures
-            )
-        write(markdown_file, exports.pull_request(material, made, link=str(target)))
-        click.echo(f"Markdown: {markdown_file}")
+        with _kept(problems):
+            write(markdown_file, exports.pull_request(material, made, link=str(target)))
+            click.echo(f"Markdown: {markdown_file}")
     if junit_file is not None:
-        write(junit_file, exports.junit(material))
-        click.echo(f"JUnit: {junit_file}")
+        with _kept(problems):
+            write(junit_file, exports.junit(material))
+            click.echo(f"JUnit: {junit_file}")
     if github if github is not None else os.environ.get("GITHUB_ACTIONS") == "true":
         for line in exports.workflow_commands(material):
             click.echo(line)
         if summary_file := os.environ.get("GITHUB_STEP_SUMMARY"):
-            with open(summary_file, "a", encoding="utf-8") as file:
-                file.write(exports.pull_request(material))
+            with _kept(problems):
+                _append(Path(summary_file), exports.pull_request(material))
+    if problems:
+        raise RequestError("; ".join(problems))
     return 0
 
 
+@contextlib.contextmanager
+def _kept(problems: list[str]) -> Iterator[None]:
+    """Keep what a step could not do, to say so when the others are done."""
+    try:
+        yield
+    except RequestError as error:
+        problems.append(str(error))
+
+
+def _append(file: Path, content: str) -> None:
+    """Add to the job summary. Raises RequestError where that cannot be."""
+    try:
+        with file.open("a", encoding="utf-8", errors="replace") as opened:
+            opened.write(content)
+    except OSError as error:
+        raise RequestError(
+            f"cannot write the job summary into {str(file)!r}, which GITHUB_STEP_SUMMARY names: {error.strerror or error}"
+        ) from error
+
+
 def baseline(name: str) -> dict[Key, Verdict]:
-    """The verdicts of the run that another is to be compared with. Raises RequestError where there is none."""
+    """The verdicts of the run that another is to be compared with; what is damaged in it is named.
+
+    Raises:
+        RequestError: there is no such run, or it has no verdict.
+    """
+    from effattn.report import text
     from effattn.run import catalog
 
-    found = catalog.verdicts_by_case(catalog.resolve(name))
+    damaged: list[Damage] = []
+    found = catalog.verdicts_by_case(catalog.resolve(name), damaged)
+    for damage in damaged:
+        click.echo(f"effattn: {text.plain(str(damage))}", err=True)
     if not found:
         raise RequestError(f"the run {name!r} has no verdicts; there is nothing to compare with")
     return found
@@ -141,13 +180,13 @@ def check_installed() -> None:
 
 
 def write_report(folder: Path, against: str | None, baseline: Path | None) -> Path:
-    """Write `report.html` into a run folder; its path."""
+    """Write `report.html` into a run folder; its path. Where it shares no case with the other run, the page says so."""
     from effattn.report import gather, html
     from effattn.run import catalog
 
     target = folder / "report.html"
     other = None if against is None else catalog.resolve(against)
-    write(target, html.render(gather.gather([folder], against=other, baseline=baseline)))
+    write(target, html.render(gather.gather([folder], against=other, baseline=baseline, in_common=False)))
     return target
 
 

@@ -101,9 +101,9 @@ def show(run: str, as_json: bool) -> int:
 @click.argument("before")
 @click.argument("after")
 def diff(before: str, after: str) -> int:
-    """Compare two runs case by case: what broke, what was mended, what became notably worse or better.
+    """Compare two runs case by case: what broke, what is judged no more, what was mended, became notably worse or better.
 
-    Exits with 1 where a case that passed fails now.
+    Exits with 1 where a case fails now that did not fail before.
     """
     from effattn.report import terminal
     from effattn.run import catalog

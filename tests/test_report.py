@@ -9,13 +9,14 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from run_folders import say
 
 from effattn.case import Case
 from effattn.errors import RequestError
-from effattn.report import charts, exports, gather, html
+from effattn.report import charts, exports, gather, html, text
 from effattn.run import store
 from effattn.verdict import Outcome, Quantity, Verdict
 
@@ -60,6 +61,12 @@ def write(folder: Path, verdicts: list[Verdict], spec: str = "mine.py:f", **prov
             {"started": "2030-01-01T00:00:00+00:00", "ended": "x", "kind_of_run": "gate", **provenance}
         )
     return folder
+
+
+def svg(chart: charts.Chart, material: gather.Material, folder: Path) -> str:
+    file = folder / "chart.svg"
+    assert charts.pictures([chart], gather.points(material), [file]) == {}
+    return file.read_text()
 
 
 @pytest.fixture
@@ -169,7 +176,7 @@ def test_ticks_of_the_scale_are_numbers_that_the_scales_are(run: Path) -> None:
     verdicts = [replace(v, case=replace(v.case, scale=0.25)) for v in material.verdicts]
     material.verdicts = verdicts
     (chart,) = [chart for chart in charts.charts(material) if chart.name == "scale"]
-    ticks = re.findall(r">([-0-9.]+)</text>", charts.svg(chart, gather.points(material)))
+    ticks = re.findall(r">([-0-9.]+)</text>", svg(chart, material, run.parent))
     assert "0.25" in ticks, ticks
 
 
@@ -177,7 +184,7 @@ def test_long_name_of_a_method_loses_its_middle_and_not_the_dtype(tmp_path: Path
     long = "kernels/experiments/blocked_attention.py:fused_causal_attention"
     material = gather.gather([write(tmp_path / "run", [verdict(s, 0.5, method=long) for s in range(6)])])
     (chart,) = [chart for chart in charts.charts(material) if chart.name == "overview"]
-    labels = re.findall(r">([^<]+ · [^<]+)</text>", charts.svg(chart, gather.points(material)))
+    labels = re.findall(r">([^<]+ · [^<]+)</text>", svg(chart, material, tmp_path))
     assert sorted(labels) == [f"kernels/experi…al_attention · {dtype}" for dtype in ("bf16", "fp16", "fp32")]
 
 
@@ -244,11 +251,50 @@ def test_script_in_the_cache_is_checked(tmp_path: Path, monkeypatch: pytest.Monk
 def test_pictures_are_pictures(run: Path, tmp_path: Path) -> None:
     material = gather.gather([run])
     for kind in ("svg", "png"):
-        made = exports.pictures(material, tmp_path / kind, format=kind)
+        made, failed = exports.pictures(material, tmp_path / kind, format=kind)
+        assert failed == {}
         assert [path.name for path in made] == [f"overview.{kind}", f"z.{kind}"]
     root = ElementTree.parse(tmp_path / "svg" / "overview.svg").getroot()
     assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 24
     assert (tmp_path / "png" / "z.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_of_hostile_names_are_drawn_and_shown(effattn_command: Command, tmp_path: Path) -> None:
+    markdown_it = pytest.importorskip("markdown_it")
+    name = "e\x1b\x00\x7f\ufffe\u2028\n.py:f"
+    folder = write(tmp_path / "run", [verdict(s, 0.5 + s, method=name, message=name) for s in range(9)])
+    for kind, begin in (("svg", b"<svg"), ("png", b"\x89PNG")):
+        target = tmp_path / "a (b) <c> 100%.md"
+        code, _, err = effattn_command(
+            "report", folder, "--history", tmp_path, "--markdown", target, "--pictures", kind
+        )
+        assert (code, err) == (0, "")
+        shown = markdown_it.MarkdownIt("commonmark").enable("table").render(target.read_text())
+        sources = [unquote(source) for source in re.findall(r'<img src="([^"]*)"', shown)]
+        assert sources == [f"a (b) <c> 100%-charts/{which}.{kind}" for which in ("overview", "z", "history")]
+        for source in sources:
+            assert (tmp_path / source).read_bytes().startswith(begin)
+    labels = re.findall(r">([^<]* · [^<]+)</text>", (tmp_path / sources[0]).with_suffix(".svg").read_text())
+    assert set(labels) == {f"e\ufffd\ufffd\ufffd\ufffd .py:f · {dtype}" for dtype in ("bf16", "fp16", "fp32")}
+
+
+def test_a_picture_that_ends_its_process_takes_no_other_with_it(
+    effattn_command: Command, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a control character did: here it is not taken out."""
+    monkeypatch.setattr(text, "plain", str)
+    folder = write(run.parent / "other", [verdict(s, 0.5, method="e\x1b") for s in range(9)])
+    code, _, err = effattn_command(
+        "report", folder, "--markdown", "m.md", "--pictures", "png", "--junit", "j.xml"
+    )
+    assert code == 2
+    assert "cannot draw the picture 'm-charts/overview.png': vl-convert ended with code -6" in err
+    assert "z.png" not in err
+    assert Path("m-charts/z.png").read_bytes().startswith(b"\x89PNG")
+    written = Path("m.md").read_text()
+    assert "![z](m-charts/z.png)" in written
+    assert "![overview]" not in written
+    assert Path("j.xml").exists()
 
 
 # The other forms
@@ -279,6 +325,20 @@ def test_names_of_users_are_text_in_markdown(tmp_path: Path) -> None:
         "(javascript:b)", ""
     )
     assert not re.search(r"<a\b|<script", shown)
+
+
+def test_a_line_of_a_message_is_no_heading_and_no_list(tmp_path: Path) -> None:
+    markdown_it = pytest.importorskip("markdown_it")
+    message = "above\n=====\nbetween\n-----\n# below\n1. one\n2) two\n12 three\n3.5 four\n* five\n+ six"
+    written = exports.pull_request(
+        gather.gather([write(tmp_path / "run", [verdict(0, 2.0, message=message)])])
+    )
+    shown = markdown_it.MarkdownIt("commonmark").enable("table").render(written)
+    (quoted,) = re.findall(r"<blockquote>(.*?)</blockquote>", shown, re.DOTALL)
+    assert [
+        line.strip() for line in re.sub("<[^>]*>", "", quoted).strip().splitlines()
+    ] == message.splitlines()
+    assert set(re.findall(r"<(\w+)", quoted)) == {"p", "br"}
 
 
 def test_junit_is_xml_with_a_test_for_each_case(run: Path) -> None:
@@ -342,6 +402,24 @@ def test_wrong_commands(effattn_command: Command, run: Path, arguments: list[str
     assert words in err
 
 
+@pytest.mark.parametrize("summary", ["/proc/nowhere/step.md", "."])
+def test_a_step_summary_that_cannot_be_written_is_named_and_the_rest_is_written(
+    effattn_command: Command, run: Path, monkeypatch: pytest.MonkeyPatch, summary: str
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", summary)
+    code, out, err = effattn_command("report", run, "--github", "--junit", "j.xml", "--markdown", "m.md")
+    assert code == 2
+    assert f"cannot write the job summary into {summary!r}, which GITHUB_STEP_SUMMARY names: " in err
+    assert out.count("::error") == 3
+    assert Path("j.xml").exists()
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY")
+    Path("j.xml").unlink()
+    code, _, err = effattn_command("report", run, "--out", "/proc/nowhere/r.html", "--junit", "j.xml")
+    assert code == 2
+    assert "cannot write" in err
+    assert Path("j.xml").exists()
+
+
 @pytest.mark.parametrize("missing", ["altair", "vl_convert", "jinja2"])
 def test_what_a_report_needs_is_named_where_it_is_missing(
     effattn_command: Command, run: Path, monkeypatch: pytest.MonkeyPatch, missing: str
@@ -350,6 +428,42 @@ def test_what_a_report_needs_is_named_where_it_is_missing(
     code, _, err = effattn_command("report", run)
     assert code == 2
     assert "effattn[report]" in err
+
+
+# Against another run
+
+
+def test_every_kind_of_change_is_in_every_form(effattn_command: Command, tmp_path: Path) -> None:
+    unsupported = {"outcome": Outcome.NOT_SUPPORTED, "quantities": ()}
+    pairs = {
+        "broken": ({}, {"outcome": Outcome.CRASHED}),
+        "failing and not judged before": (unsupported, {"outcome": Outcome.CRASHED}),
+        "passed and judged no more": ({}, unsupported),
+        "other outcome": ({"outcome": Outcome.CRASHED}, unsupported),
+        "mended": ({"outcome": Outcome.CRASHED}, {}),
+    }
+    runs = [
+        write(tmp_path / name, [verdict(s, 0.05, **each[of]) for s, each in enumerate(pairs.values())])
+        for of, name in enumerate(("before", "after"))
+    ]
+    write(tmp_path / "more", [verdict(s, 0.05) for s in range(1, 4)])
+    code, _, err = effattn_command(
+        "report", runs[1], "--against", runs[0], "--out", tmp_path / "r.html", "--markdown", tmp_path / "r.md"
+    )
+    assert code == 0, err
+    page, summary = (tmp_path / "r.html").read_text(), (tmp_path / "r.md").read_text()
+    for title in pairs:
+        assert f"<h3>{title.capitalize()}: 1</h3>" in page
+        assert f"\n{title.capitalize()}: 1\n" in summary
+    assert page.count("<td>pass</td>") == 3
+    assert summary.count("| pass 0.05 |") == 3
+    assert "| not supported - | crashed 0.05 |" in summary
+    sentence = "5 cases compared: 1 broken, 1 failing and not judged before, 1 passed and judged no more,"
+    assert sentence in page
+    assert sentence in summary
+    material = gather.gather([tmp_path / "more"], against=runs[0])
+    assert material.difference is not None
+    assert material.difference.sentence.endswith(" 2 cases are in the former run only.")
 
 
 # With a gate
@@ -371,9 +485,43 @@ def test_gate_writes_a_report_and_compares(
     )  # fmt: skip
     assert code == 0, err
     *_, compared, written, reported = out.splitlines()
-    assert compared.startswith(f"{len(cases)} cases compared: 0 broken, 1 mended, 0 notably worse,")
+    assert compared.startswith(
+        f"{len(cases)} cases compared: 0 broken, 14 passed and judged no more, 0 notably worse"
+    )
     assert (written, reported) == ("Written to now/", "Report: now/report.html")
     assert "Against before" in (tmp_path / "now" / "report.html").read_text()
+
+
+def test_a_run_with_other_cases_is_said_to_be_no_comparison_and_its_damage_is_named(
+    effattn_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "before", [verdict(0, 0.9), verdict(3, 0.9)])
+    file = tmp_path / "before" / "verdicts.jsonl"
+    file.write_bytes(file.read_bytes().replace(b"0.9", b"0.8", 1))
+    method = "effattn.zoo:last_partial_block_dropped"
+    code, out, err = effattn_command(
+        "gate",
+        method,
+        "--dtype",
+        "fp32",
+        "--values",
+        "constant",
+        "--out",
+        "now",
+        "--report",
+        "--against",
+        "before",
+    )
+    assert code == 1, err
+    assert "before/verdicts.jsonl, line 1 is damaged" in err
+    sentence = "The runs have no case in common; nothing was compared."
+    *_, compared, written, reported = out.splitlines()
+    assert (compared, written, reported) == (sentence, "Written to now/", "Report: now/report.html")
+    assert sentence in (tmp_path / "now" / "report.html").read_text()
+    code, _, err = effattn_command("report", "now", "--against", "before")
+    assert code == 2
+    assert "no case in common" in err
 
 
 def test_baseline_that_is_not_there_is_refused_before_the_gate(

@@ -198,13 +198,57 @@ def test_diff_exits_with_one_where_something_broke(
     assert code == 1
     assert "broken: 1" in out
     assert "pass 0.50 -> inaccurate 2.00" in out
-    assert "5 cases compared: 1 broken, 1 mended, 1 notably worse, 1 notably better." in out
+    assert "5 cases compared: 1 broken, 1 notably worse, 1 mended, 1 notably better." in out
     code, out, _ = effattn_command("runs", "diff", "second", "first")
     assert code == 1
     assert "pass 0.50 -> inaccurate 3.00" in out
     code, out, _ = effattn_command("runs", "diff", "first", "first")
     assert code == 0
     assert "6 cases compared: 0 broken" in out
+
+
+def test_changes_to_and_from_what_is_set_aside_are_kinds_of_their_own(
+    effattn_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    unsupported, unjudged = Outcome.NOT_SUPPORTED, Outcome.NOT_JUDGED
+    outcomes = [
+        ("unjudged", Outcome.PASS, unsupported),
+        ("unjudged", Outcome.PASS, unjudged),
+        ("failing", unsupported, Outcome.CRASHED),
+        ("failing", unjudged, Outcome.INACCURATE),
+        ("other", Outcome.INACCURATE, unsupported),
+        ("other", unjudged, Outcome.PASS),
+        ("other", unjudged, unsupported),
+        ("other", Outcome.CRASHED, Outcome.INACCURATE),
+        ("broken", Outcome.PASS, Outcome.CRASHED),
+        ("mended", Outcome.CRASHED, Outcome.PASS),
+        ("", unsupported, unsupported),
+    ]
+    for name, of in (("before", 1), ("after", 2)):
+        write(tmp_path / name, [verdict(s, 0.05, each[of]) for s, each in enumerate(outcomes)])  # type: ignore[arg-type]
+    found = catalog.compare(*(catalog.verdicts_by_case(tmp_path / name) for name in ("before", "after")))
+    kinds = ("broken", "failing", "unjudged", "mended", "worse", "better", "other")
+    seeds = {name: [change.after.case.seed for change in getattr(found, name)] for name in kinds}
+    assert seeds == {
+        name: [seed for seed, (kind, *_) in enumerate(outcomes) if kind == name] for name in kinds
+    }
+    assert [len(kind.changes) for kind in found.kinds] == [1, 2, 2, 0, 4, 1, 0]
+    code, out, _ = effattn_command("runs", "diff", "before", "after")
+    assert code == 1
+    assert "failing and not judged before: 2" in out
+    assert "passed and judged no more: 2" in out
+    sentence = (
+        "11 cases compared: 1 broken, 2 failing and not judged before, 2 passed and judged no more, 0 notably worse, "
+        "4 other outcome, 1 mended, 0 notably better."
+    )
+    assert out.splitlines()[-1] == sentence
+    # What fails now and was not judged before is told by the exit code alone too; what is judged no more is not.
+    for seed, exit_code in ((2, 1), (0, 0), (4, 0)):
+        _, was, now = outcomes[seed]
+        for name, outcome in (("one", was), ("other", now)):
+            write(tmp_path / f"{name}{seed}", [verdict(seed, 0.05, outcome)])  # type: ignore[arg-type]
+        assert effattn_command("runs", "diff", f"one{seed}", f"other{seed}")[0] == exit_code
 
 
 def test_runs_without_a_common_case_cannot_be_compared(

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from effattn.errors import RequestError
-from effattn.report import gather, studies
+from effattn.report import drawing, gather, studies, text
 from effattn.report.gather import Material
 from effattn.study import results
 
@@ -85,7 +86,18 @@ def charts(material: Material) -> list[Chart]:
     if material.beside is not None and material.beside.lines:
         found.append(_baseline(alt, material.beside.points))
     found += [_study(alt, table) for study in material.studies for table in study.tables]
-    return found
+    return [replace(chart, spec=_plain(chart.spec), rows=_plain(chart.rows)) for chart in found]
+
+
+def _plain(value: Any) -> Any:
+    """Data without control characters, which neither an SVG nor an expression of Vega can hold: names come from users."""
+    if isinstance(value, str):
+        return text.plain(value)
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return value
 
 
 def _domain(values: Sequence[float | None], *, around: float | None = None) -> list[float]:
@@ -131,7 +143,7 @@ def _spec(chart: Any, height: int | None = 220, description: str = "") -> dict[s
 
 
 def _overview(alt: Any, colour: Any, material: Material, domain: list[float]) -> Chart:
-    order = [" · ".join(row.label) for row in material.rows]
+    order = [" · ".join(map(text.one_line, row.label)) for row in material.rows]
     words = "Every judged case as a mark, a line for each method and dtype, the worst line first. Right of 1 fails."
     base = (
         alt.Chart(alt.NamedData(name=CASES))
@@ -503,16 +515,14 @@ def static(chart: Chart, cases: list[dict[str, Any]], *, width: int = 640) -> di
     }
 
 
-def svg(chart: Chart, cases: list[dict[str, Any]]) -> str:
-    """The chart as an SVG picture."""
-    _, vl_convert = load()
-    return vl_convert.vegalite_to_svg(static(chart, cases), vl_version=_version())
-
-
-def png(chart: Chart, cases: list[dict[str, Any]]) -> bytes:
-    """The chart as a PNG picture."""
-    _, vl_convert = load()
-    return vl_convert.vegalite_to_png(static(chart, cases), vl_version=_version(), scale=1.5)
+def pictures(drawn: Sequence[Chart], cases: list[dict[str, Any]], files: Sequence[Path]) -> dict[Path, str]:
+    """Write charts as pictures, SVG or PNG by the suffix; the files that could not be, each with the reason."""
+    load()
+    wanted = [
+        drawing.Picture(spec=static(chart, cases), file=file)
+        for chart, file in zip(drawn, files, strict=True)
+    ]
+    return drawing.draw(wanted, version=_version())
 
 
 def _version() -> str:
@@ -526,7 +536,6 @@ def javascript() -> str:
     import hashlib
     import os
     from importlib import metadata
-    from pathlib import Path
 
     _, vl_convert = load()
     made_of = f"vl-convert {metadata.version('vl-convert-python')} vega-lite {_version()}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 from xml.sax.saxutils import escape, quoteattr
 
 from effattn.errors import RequestError
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 MOST_MARKDOWN = 60_000
 #: GitHub shows ten annotations of a step.
 MOST_ANNOTATIONS = 10
+#: Changes of each kind against another run that the Markdown lists.
+MOST_CHANGES = 5
+#: Characters of a name in a table.
+MOST_NAME = 200
 #: Charts that the Markdown shows.
 _SHOWN = ("overview", "z")
 #: What XML 1.0 cannot hold.
@@ -48,7 +54,7 @@ def pull_request(material: Material, pictures: Sequence[Path] = (), *, link: str
     if len(material.rows) > 40:
         table += ["", f"and {len(material.rows) - 40} more rows in the report"]
     pieces = ["\n".join([*head, *table, ""])]
-    pieces += [f"![{picture.stem}]({picture.parent.name}/{picture.name})\n" for picture in pictures]
+    pieces += [f"![{picture.stem}]({_link(picture)})\n" for picture in pictures]
     pieces += ["\n".join([*markdown.weighed(found), ""]) for found in material.evidence]
     if material.difference is not None:
         pieces.append("\n".join(_difference(material)))
@@ -71,6 +77,11 @@ def pull_request(material: Material, pictures: Sequence[Path] = (), *, link: str
     return result
 
 
+def _link(picture: Path) -> str:
+    """The picture from the folder that the Markdown is in; its folder is named as a user likes."""
+    return quote(os.fsencode(f"{picture.parent.name}/{picture.name}"))
+
+
 def _worst(verdicts: Sequence[Verdict]) -> list[str]:
     lines = [
         f"## The {len(verdicts)} worst cases",
@@ -82,7 +93,7 @@ def _worst(verdicts: Sequence[Verdict]) -> list[str]:
         cells = (
             str(verdict.outcome),
             text.number(catalog.fraction(verdict)),
-            verdict.method[:200],
+            verdict.method[:MOST_NAME],
             verdict.case.describe(),
         )
         lines.append("| " + " | ".join(text.markdown(cell) for cell in cells) + " |")
@@ -104,41 +115,42 @@ def _worst(verdicts: Sequence[Verdict]) -> list[str]:
 def _difference(material: Material) -> list[str]:
     found = material.difference
     assert found is not None
-    lines = [
-        f"## Against {text.code(material.against)}",
-        "",
-        f"{found.both} cases compared: {len(found.broken)} broken, {len(found.mended)} mended, {len(found.worse)} notably "
-        f"worse, {len(found.better)} notably better.",
-        "",
-    ]
-    changes = [*found.broken, *found.worse][:10]
-    if changes:
-        lines += ["| case | before | now |", "| --- | --- | --- |"]
-    for change in changes:
-        was, now = (f"{v.outcome} {text.number(catalog.fraction(v))}" for v in (change.before, change.after))
-        lines.append(f"| {text.markdown(change.after.case.describe())} | {was} | {now} |")
-    return [*lines, ""]
+    lines = [f"## Against {text.code(material.against)}", "", found.sentence, ""]
+    for kind in found.kinds:
+        if not kind.changes:
+            continue
+        title = kind.title.capitalize()
+        lines += [f"{title}: {len(kind.changes)}", "", "| case | before | now |", "| --- | --- | --- |"]
+        for change in kind.changes[:MOST_CHANGES]:
+            was, now = (
+                f"{v.outcome} {text.number(catalog.fraction(v))}" for v in (change.before, change.after)
+            )
+            lines.append(f"| {text.markdown(change.case[:MOST_NAME])} | {was} | {now} |")
+        if len(kind.changes) > MOST_CHANGES:
+            lines += ["", f"and {len(kind.changes) - MOST_CHANGES} more"]
+        lines.append("")
+    return lines
 
 
-def pictures(material: Material, folder: Path, *, format: str = "svg") -> list[Path]:
-    """Write the charts that a summary shows into a folder; their paths. RequestError where that cannot be."""
-    points = gather.points(material)
-    made = []
+def pictures(material: Material, folder: Path, *, format: str = "svg") -> tuple[list[Path], dict[Path, str]]:
+    """Write the charts that a summary shows into a folder.
+
+    Returns:
+        The paths of those that were written, and of those that could not be, each with the reason.
+
+    Raises:
+        RequestError: the folder cannot be made.
+    """
+    shown = [chart for chart in charts.charts(material) if chart.name in (*_SHOWN, "difference", "history")]
+    files = [folder / f"{chart.name}.{format}" for chart in shown]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for chart in charts.charts(material):
-            if chart.name in (*_SHOWN, "difference", "history"):
-                file = folder / f"{chart.name}.{format}"
-                if format == "svg":
-                    file.write_text(charts.svg(chart, points), encoding="utf-8")
-                else:
-                    file.write_bytes(charts.png(chart, points))
-                made.append(file)
     except OSError as error:
         raise RequestError(
             f"cannot write the pictures into {str(folder)!r}: {error.strerror or error}"
         ) from error
-    return made
+    failed = charts.pictures(shown, gather.points(material), files)
+    return [file for file in files if file not in failed], failed
 
 
 def junit(material: Material) -> str:

@@ -167,6 +167,7 @@ def gather(
     history: Path | None = None,
     baseline: Path | None = None,
     studies: Sequence[Path] = (),
+    in_common: bool = True,
 ) -> Material:
     """Read the runs.
 
@@ -176,6 +177,7 @@ def gather(
         history: a folder of runs, for accuracy per commit.
         baseline: a committed baseline to put the gates of its method beside.
         studies: folders of studies, whose error against rank or features is shown too.
+        in_common: whether a run to compare with that has no case in common is an error.
 
     Raises:
         RequestError: a folder is no run, or none of them has a verdict; what is to be compared with does not fit.
@@ -215,7 +217,7 @@ def gather(
             catalog.verdicts_by_case(against, damaged), {key: verdict for key, (_, verdict) in worse.items()}
         )
         material.against = str(against)
-        if not material.difference.both:
+        if in_common and not material.difference.both:
             raise RequestError(
                 f"the run {str(against)!r} has no case in common with the others; nothing to compare"
             )
@@ -362,12 +364,12 @@ def point(verdict: Verdict) -> dict[str, Any]:
     fraction = catalog.fraction(verdict)
     return {
         "id": case.id,
-        "method": verdict.method,
+        "method": text.one_line(verdict.method),
         "dtype": case.dtype,
-        "law": verdict.law,
+        "law": None if verdict.law is None else text.one_line(verdict.law),
         "outcome": str(verdict.outcome),
         "failed": summary.failed(verdict.outcome),
-        "case": case.describe(),
+        "case": text.one_line(case.describe()),
         "fraction": _finite(fraction),
         # A logarithm has no 0, and what is beyond everything is drawn at the edge.
         "drawn": None if fraction is None else min(max(fraction, 1e-4), 1e4),
@@ -379,7 +381,7 @@ def point(verdict: Verdict) -> dict[str, Any]:
         "q_len": case.q_len,
         "head_dim": case.head_dim,
         "scale": case.softmax_scale,
-        "values": case.values,
+        "values": text.one_line(case.values),
     }
 
 

@@ -78,6 +78,7 @@ def render(material: Material) -> str:
         breakable=breakable,
         number=text.number,
         plain=text.plain,
+        one_line=text.one_line,
         fraction=catalog.fraction,
         failed=summary.failed,
         outcomes=sorted({str(verdict.outcome) for verdict in material.verdicts}),

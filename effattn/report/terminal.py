@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from effattn.report import summary, text
-from effattn.run import evidence
+from effattn.run import catalog, evidence
 
 if TYPE_CHECKING:
     from effattn.expected import Expected
@@ -212,40 +212,21 @@ MOST_CHANGES = 10
 
 def print_difference(out: Console, difference: Difference) -> None:
     """What changed between two runs, the worst first, and the result in a sentence."""
-    for title, changes, style in (
-        ("broken", difference.broken, "bold red"),
-        ("mended", difference.mended, "bold green"),
-        ("notably worse", difference.worse, "yellow"),
-        ("notably better", difference.better, "green"),
-        ("other outcome", difference.other, "yellow"),
-    ):
-        if not changes:
+    for kind in difference.kinds:
+        if not kind.changes:
             continue
-        out.print(Text(f"{title}: {len(changes)}", style=style))
-        for change in changes[:MOST_CHANGES]:
+        style = {"failing": "bold red", "doubtful": "yellow", "good": "green"}[kind.level]
+        out.print(Text(f"{kind.title}: {len(kind.changes)}", style=style))
+        for change in kind.changes[:MOST_CHANGES]:
             was, now = (
-                f"{v.outcome} {text.number(max((q.fraction or 0.0 for q in v.quantities), default=None))}"
-                for v in (change.before, change.after)
+                f"{v.outcome} {text.number(catalog.fraction(v))}" for v in (change.before, change.after)
             )
-            out.print(
-                Text(f"  {change.key.case_id}  {was} -> {now}  {text.one_line(change.after.case.describe())}")
-            )
-        if len(changes) > MOST_CHANGES:
-            out.print(Text(f"  and {len(changes) - MOST_CHANGES} more"))
-    for where, n in (("first", difference.only_before), ("second", difference.only_after)):
-        if n:
-            out.print(Text(f"{n} cases are in the {where} run only"))
-    kinds = [
-        f"{len(changes)} {word}"
-        for word, changes in (
-            ("broken", difference.broken),
-            ("mended", difference.mended),
-            ("notably worse", difference.worse),
-            ("notably better", difference.better),
-        )
-    ]
-    style = "bold red" if difference.regressed else "bold green"
-    out.print(Text(f"{difference.both} cases compared: {', '.join(kinds)}.", style=style))
+            out.print(Text(f"  {change.key.case_id}  {was} -> {now}  {text.one_line(change.case)}"))
+        if len(kind.changes) > MOST_CHANGES:
+            out.print(Text(f"  and {len(kind.changes) - MOST_CHANGES} more"))
+    doubtful = not difference.both or difference.unjudged or difference.other
+    style = "bold red" if difference.regressed else "bold yellow" if doubtful else "bold green"
+    out.print(Text(difference.sentence, style=style))
 
 
 def print_set_aside(out: Console, verdicts: Sequence[Verdict]) -> None:

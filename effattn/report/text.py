@@ -6,12 +6,15 @@ Names and messages come from users' files: `plain` makes them harmless on a term
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 
 MISSING = "-"
 #: What means something inside a line of Markdown: emphasis, code, links, table cells, mathematics.
 _MARKDOWN = frozenset("\\`*_[]|~$")
+#: What begins a numbered list.
+_NUMBERED = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
 #: What would become HTML, or notify the person of that name.
 _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "@": "&#64;"}
 
@@ -68,11 +71,15 @@ def counts(failed: Mapping[str, int]) -> str:
 
 
 def plain(text: str) -> str:
-    """The text without control characters (escape sequences of terminals, changes of direction)."""
+    """The text without control characters (escape sequences of terminals, changes of direction, ends of lines but one)."""
     return "".join(
-        c if c == "\n" or not unicodedata.category(c).startswith("C") else "\N{REPLACEMENT CHARACTER}"
+        c if c == "\n" or not _is_control(unicodedata.category(c)) else "\N{REPLACEMENT CHARACTER}"
         for c in text
     )
+
+
+def _is_control(category: str) -> bool:
+    return category.startswith("C") or category in ("Zl", "Zp")
 
 
 def one_line(text: str) -> str:
@@ -84,8 +91,10 @@ def markdown(text: str) -> str:
     """The text as Markdown that shows it as it is: no markup, no HTML, no table cell ended early."""
     line = one_line(text)
     shown = "".join("\\" + c if c in _MARKDOWN else _ENTITIES.get(c, c) for c in line)
-    # At the start of a line: headings and lists.
-    return "\\" + shown if line[:1] in ("#", "+", "-") else shown
+    # At the start of a line: headings, also of the line above, and lists.
+    if line[:1] in ("#", "+", "-", "="):
+        return "\\" + shown
+    return _NUMBERED.sub(r"\1\\\2", shown)
 
 
 def code(text: str) -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from effattn.errors import RequestError
 from effattn.report import summary
@@ -129,6 +129,12 @@ class Change:
     after: Verdict
 
     @property
+    def case(self) -> str:
+        """The case in words, after the law that was tried on it."""
+        law = f"{self.after.law}: " if self.after.law else ""
+        return f"{law}{self.after.case.describe()}"
+
+    @property
     def ratio(self) -> float | None:
         """error/bound after over before; None where one of them has none."""
         a, b = fraction(self.before), fraction(self.after)
@@ -143,6 +149,10 @@ class Difference:
 
     #: passed before, fail now; worst first
     broken: list[Change] = field(default_factory=list)
+    #: set aside before (not supported, not judged), fail now; worst first
+    failing: list[Change] = field(default_factory=list)
+    #: passed before, set aside now
+    unjudged: list[Change] = field(default_factory=list)
     #: failed before, pass now
     mended: list[Change] = field(default_factory=list)
     #: outcome the same, error/bound notably larger, or smaller
@@ -158,8 +168,47 @@ class Difference:
 
     @property
     def regressed(self) -> bool:
-        """Whether a case that passed fails now."""
-        return bool(self.broken)
+        """Whether a case fails now that did not fail before."""
+        return bool(self.broken or self.failing)
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """The changes by kind, the worst kind first; those that there are none of too."""
+        return [
+            Kind("broken", self.broken, "failing", usual=True),
+            Kind("failing and not judged before", self.failing, "failing"),
+            Kind("passed and judged no more", self.unjudged, "doubtful"),
+            Kind("notably worse", self.worse, "doubtful", usual=True),
+            Kind("other outcome", self.other, "doubtful"),
+            Kind("mended", self.mended, "good", usual=True),
+            Kind("notably better", self.better, "good", usual=True),
+        ]
+
+    @property
+    def sentence(self) -> str:
+        """How many cases were compared and how many changed in which way, and how many only one of the runs has."""
+        if not self.both:
+            return "The runs have no case in common; nothing was compared."
+        words = [f"{len(kind.changes)} {kind.title}" for kind in self.kinds if kind.changes or kind.usual]
+        alone = [
+            f" {n} {'case is' if n == 1 else 'cases are'} in the {which} run only."
+            for n, which in ((self.only_before, "former"), (self.only_after, "new"))
+            if n
+        ]
+        return f"{self.both} cases compared: {', '.join(words)}.{''.join(alone)}"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The changes of one kind."""
+
+    #: in words, for a heading
+    title: str
+    changes: list[Change]
+    #: what they say of the method: that it fails where it did not, that it may be worse, or that it is better
+    level: Literal["failing", "doubtful", "good"]
+    #: whether it is named where there are none too
+    usual: bool = False
 
 
 def fraction(verdict: Verdict) -> float | None:
@@ -194,15 +243,17 @@ def compare(
     for key in both:
         change = Change(key=key, before=before[key], after=after[key])
         was, now = str(change.before.outcome), str(change.after.outcome)
-        if not summary.failed(was) and summary.failed(now):
-            result.broken.append(change)
-        elif summary.failed(was) and not summary.failed(now):
+        if summary.failed(now) and not summary.failed(was):
+            (result.broken if was == summary.PASS else result.failing).append(change)
+        elif was == summary.PASS and now != was:
+            result.unjudged.append(change)
+        elif summary.failed(was) and now == summary.PASS:
             result.mended.append(change)
         elif was != now:
             result.other.append(change)
         else:
             _sort_in(result, change)
-    for changes in (result.broken, result.worse):
+    for changes in (result.broken, result.failing, result.worse):
         changes.sort(key=lambda change: -(fraction(change.after) or 0.0))
     for changes in (result.mended, result.better):
         changes.sort(key=lambda change: -(fraction(change.before) or 0.0))

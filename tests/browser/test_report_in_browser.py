@@ -17,7 +17,7 @@ from effattn.tolerances import baselines
 from effattn.verdict import Outcome, Quantity, Verdict
 
 #: What would show if a name of a user became HTML, a script, or a link.
-HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script>{{7*7}}../../etc/passwd"
+HOSTILE = "\u2028\x1b<img src=x onerror=alert(1)></script><script>alert(2)</script>{{7*7}}../../etc/passwd"
 
 
 def verdict(seed: int, fraction: float, *, method: str, law: str | None = None) -> Verdict:
