@@ -122,10 +122,15 @@ def diff(before: str, after: str) -> int:
 @click.argument("run")
 def compact(run: str) -> int:
     """Write RUN's verdicts as a Parquet file into its folder. The records stay as they are."""
+    from effattn.report import text
     from effattn.run import catalog, tables
 
-    made = tables.compact(catalog.resolve(run))
-    click.echo(f"{made.rows} verdicts in {made.file}, {made.size / 1e6:.1f} MB")
+    try:
+        made = tables.compact(catalog.resolve(run))
+    except tables.NoVerdicts as error:
+        _name(error.damaged)
+        raise
+    click.echo(f"{made.rows} verdicts in {text.plain(str(made.file))}, {made.size / 1e6:.1f} MB")
     _name(made.damaged)
     return 0
 
@@ -148,6 +153,7 @@ def query(sql: str, run: tuple[str, ...], as_json: bool, timeout: float) -> int:
     Columns: run, case_id, spec, device, method, outcome, message, the fields of a case (dtype, q_len, ...), fraction
     (error/bound), bit_equal, ulp_p50, ulp_p99, ulp_max, z_rms, z_max, z_mean, seconds, ... : DESCRIBE has them all.
     """
+    from effattn.report import origin, text
     from effattn.run import catalog, store, tables
 
     damaged: list[Damage] = []
@@ -159,9 +165,18 @@ def query(sql: str, run: tuple[str, ...], as_json: bool, timeout: float) -> int:
     if not folders:
         _name(damaged)
         raise RequestError("there is no run in effattn-runs/; name a run folder")
-    names, rows = tables.query(sql, folders, timeout=timeout, damaged=damaged)
-    _name(damaged)
+    folders, repeated = origin.distinct(folders)
+    for sentence in repeated:
+        click.echo(f"effattn: {text.plain(sentence)}", err=True)
+    try:
+        names, rows = tables.query(sql, folders, timeout=timeout, damaged=damaged)
+    finally:
+        _name(damaged)
     if as_json:
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise RequestError(
+                f"the answer has two columns {twice[0]!r}, and an object has one member of a name; name them apart with AS"
+            )
         for row in rows:
             told = {name: _strict(cell) for name, cell in zip(names, row, strict=True)}
             click.echo(json.dumps(told, default=str, allow_nan=False))

@@ -349,6 +349,183 @@ def test_table_is_made_anew_when_the_records_changed(two_runs: tuple[Path, Path]
     assert tables.query(count, [first])[1] == [(7,)]
 
 
+def asked(
+    folder: Path, sql: str = "SELECT * EXCLUDE (run) FROM verdicts ORDER BY seed"
+) -> tuple[object, list[str]]:
+    """The rows of a query, and what it names as damaged."""
+    damaged: list[records.Damage] = []
+    return tables.query(sql, [folder], damaged=damaged)[1], [str(each) for each in damaged]
+
+
+def test_any_flipped_bit_of_the_table_is_found(two_runs: tuple[Path, Path]) -> None:
+    first = two_runs[0]
+    right = asked(first)
+    file = first / "verdicts.parquet"
+    whole = file.read_bytes()
+    bad = bytearray(whole)
+    for place in range(len(whole)):
+        bad[place] ^= 1 << place % 8
+        file.write_bytes(bad)
+        assert not tables._is_whole(file), place
+        bad[place] = whole[place]
+    file.write_bytes(whole)
+    assert tables._is_whole(file)
+    # Near the start are the columns, at the end the metadata.
+    for place in (0, 200, 700, len(whole) // 2, whole.rindex(b"effattn_crc32"), len(whole) - 6):
+        bad = bytearray(whole)
+        bad[place] ^= 2
+        file.write_bytes(bad)
+        assert asked(first) == right, place
+        assert tables._is_whole(file), "it is made anew"
+
+
+def test_table_of_something_else_is_made_anew(two_runs: tuple[Path, Path]) -> None:
+    """One that is whole and of another run, that another program wrote, or that is a link to one elsewhere."""
+    import duckdb
+
+    first, second = two_runs
+    right, other = asked(first), asked(second)
+    assert right != other
+    file = first / "verdicts.parquet"
+    shutil.copy(second / "verdicts.parquet", file)
+    assert asked(first) == right
+    file.unlink()
+    duckdb.sql("SELECT 1 AS seed").write_parquet(str(file))
+    assert asked(first) == right
+    file.unlink()
+    file.symlink_to(second / "verdicts.parquet")
+    assert asked(first) == right
+    assert asked(second) == other
+
+
+def test_table_is_used_again_where_nothing_changed(two_runs: tuple[Path, Path]) -> None:
+    file = tables.compact(two_runs[0]).file
+    made = file.stat().st_ino
+    asked(two_runs[0])
+    assert file.stat().st_ino == made
+    records_file = two_runs[0] / "verdicts.jsonl"
+    records_file.write_bytes(records_file.read_bytes().replace(b'"fraction":0.5', b'"fraction":0.6', 1))
+    asked(two_runs[0])
+    assert file.stat().st_ino != made
+
+
+def listed(effattn_command: Command, *arguments: object) -> list[str]:
+    """What a command names on stderr."""
+    return sorted(effattn_command(*arguments)[2].splitlines())
+
+
+def flip_record(folder: Path) -> None:
+    file = folder / "verdicts.jsonl"
+    whole = bytearray(file.read_bytes())
+    whole[300] ^= 4
+    file.write_bytes(whole)
+
+
+def flip_provenance(folder: Path) -> None:
+    file = folder / "provenance.json"
+    file.write_bytes(file.read_bytes().replace(b"2030", b"2031", 1))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        [flip_record],
+        [flip_provenance],
+        [flip_provenance, flip_record],
+        [lambda folder: (folder / "verdicts-2.jsonl").symlink_to("verdicts.jsonl")],
+        [lambda folder: (folder / "verdicts.jsonl").write_text("nothing\n" * 3)],
+        [
+            lambda folder: (folder / "verdicts-2.jsonl").write_text("nothing\n" * 1005)
+        ],  # more than a table tells of
+    ],
+)
+def test_query_names_what_the_others_name_after_a_table_was_made_and_when_it_is_mended(
+    effattn_command: Command, two_runs: tuple[Path, Path], damage: list[Callable[[Path], object]]
+) -> None:
+    first = two_runs[0]
+    query = "runs", "query", "SELECT 1", "first"
+    kept = {file: file.read_bytes() for file in first.iterdir()}
+    tables.compact(first)
+    shutil.rmtree(two_runs[1])
+    for harm in damage:
+        harm(first)
+        named = [line for line in listed(effattn_command, "runs", "show", "first") if line]
+        assert named
+        assert listed(effattn_command, "runs", "list") == named
+        for _ in range(2):
+            found = [line for line in listed(effattn_command, *query) if "no verdicts" not in line]
+            assert found == named
+    (first / "verdicts-2.jsonl").unlink(missing_ok=True)
+    for file, content in kept.items():
+        file.write_bytes(content)
+    for arguments in (query, ("runs", "show", "first"), ("runs", "list")):
+        assert listed(effattn_command, *arguments) == []
+
+
+def test_run_that_is_named_twice_counts_once(effattn_command: Command, two_runs: tuple[Path, Path]) -> None:
+    shutil.copytree(two_runs[0], two_runs[0].parent / "copy")
+    code, out, err = effattn_command(
+        "runs",
+        "query",
+        "SELECT count(*) AS n FROM verdicts",
+        "first",
+        two_runs[0],
+        "copy",
+        "second",
+        "--json",
+    )
+    assert (code, json.loads(out)) == (0, {"n": 12})
+    assert err.count("is the same run as") == 2
+
+
+def test_two_columns_of_a_name_are_no_object(effattn_command: Command, two_runs: tuple[Path, Path]) -> None:
+    sql = "SELECT 1 AS a, 2 AS a, 3 AS b"
+    code, out, err = effattn_command("runs", "query", sql, "first", "--json")
+    assert (code, out) == (2, "")
+    assert "two columns 'a'" in err
+    code, out, _ = effattn_command("runs", "query", sql, "first")
+    assert (code, out.splitlines()[-1].split()) == (0, ["1", "2", "3"])
+
+
+def test_folder_whose_name_is_no_utf8_is_compacted_and_asked(
+    effattn_command: Command, two_runs: tuple[Path, Path]
+) -> None:
+    folder = Path(os.fsdecode(b"effattn-runs/by\xffte"))
+    two_runs[0].rename(folder)
+    code, out, err = effattn_command("runs", "compact", folder)
+    assert (code, err) == (0, "")
+    assert out.startswith("6 verdicts in effattn-runs/by\N{REPLACEMENT CHARACTER}te/verdicts.parquet")
+    assert {file.name for file in folder.iterdir()} == {
+        "verdicts.jsonl",
+        "provenance.json",
+        "verdicts.parquet",
+    }
+    made = (folder / "verdicts.parquet").stat().st_ino
+    (folder / "verdicts.jsonl").rename(folder / os.fsdecode(b"verdicts-\xff.jsonl"))
+    for _ in range(2):
+        code, out, err = effattn_command(
+            "runs", "query", "SELECT run, count(*) AS n FROM verdicts GROUP BY run", folder, "--json"
+        )
+        assert (code, err) == (0, "")
+        assert json.loads(out) == {"run": "effattn-runs/by\\udcffte", "n": 6}
+    assert (folder / "verdicts.parquet").stat().st_ino != made
+    code, out, err = effattn_command("runs", "query", "SELECT '\udcff'", folder)
+    assert (code, out) == (2, "")
+    assert "no UTF-8" in err
+
+
+def test_name_of_a_folder_is_harmless_on_a_terminal(
+    effattn_command: Command, two_runs: tuple[Path, Path]
+) -> None:
+    folder = two_runs[0].rename(two_runs[0].parent / "a\x1b[31mb")
+    flip_record(folder)
+    for arguments in (["compact"], ["show"], ["query", "SELECT DISTINCT run FROM verdicts"]):
+        code, out, err = effattn_command("runs", *arguments, folder)
+        assert code == 0, err
+        assert "is damaged" in err
+        assert "\x1b" not in out + err
+
+
 def test_old_run_and_several_runs_are_asked_together(two_runs: tuple[Path, Path], tmp_path: Path) -> None:
     import shutil
 
@@ -483,6 +660,13 @@ WRONG: dict[str, Callable[[dict[str, Any]], None]] = {
     "method": lambda body: body["verdict"].update(method=5),
     "outcome": lambda body: body["verdict"].update(outcome="fine"),
     "empty": lambda body: body["verdict"].clear(),
+    "replay": lambda body: body["verdict"].pop("replay"),
+    "field": lambda body: body["verdict"].update(extra=1),
+    "field of a quantity": lambda body: body["verdict"]["quantities"][0].update(zzz=1),
+    "values": lambda body: body["verdict"]["case"].update(values="unheard of"),
+    "place": lambda body: body["verdict"]["quantities"][0].update(worst=[0, 2**40]),
+    "truth": lambda body: body["verdict"]["quantities"][0].update(fraction=True),
+    "no number": lambda body: body["verdict"]["quantities"][0].update(fraction=float("nan")),
     "nested": lambda body: body["verdict"].update(findings=json.loads("[" * 90 + "]" * 90)),
 }
 
@@ -509,11 +693,8 @@ def test_record_with_a_right_checksum_and_wrong_content_is_named_and_the_rest_is
         code, out, err = effattn_command("runs", *arguments)
         assert code == 0, err
         assert found in out
-        if (arguments[0], wrong) not in (
-            ("list", "size"),
-            ("list", "count"),
-        ):  # which does not look into cases and counts
-            assert "is damaged" in err or "the verdict on case" in err
+        assert err.count("first/verdicts.jsonl, line 1 is damaged: it") == 1
+        assert len(err.splitlines()) == 1
 
 
 def test_what_is_recorded_twice_counts_once_wherever_it_is_counted(

@@ -8,7 +8,6 @@ other program. A line is appended by one `write`, so all that a killed writer le
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from effattn.case import id_of
+from effattn.run import form
 
 if TYPE_CHECKING:
     from effattn.verdict import Verdict
@@ -30,6 +30,13 @@ _LONE = re.compile("[\ud800-\udfff]")
 #: Levels that a record is nested at most; a verdict has seven.
 MOST_LEVELS = 50
 _encoder = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"it has {text}, which is no JSON")
+
+
+_decoder = json.JSONDecoder(parse_constant=_no_number)
 
 
 class Key(NamedTuple):
@@ -111,11 +118,11 @@ def decode(line: bytes) -> Record:
 def parsed(text: bytes) -> Any:
     """The JSON of a body. Raises ValueError, in words, for what no record is: deep nesting, half a surrogate pair."""
     try:
-        found = json.loads(text)
+        found = _decoder.decode(text.decode())
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     # Both are looked for only where they can be.
-    if text.count(b"[") + text.count(b"{") > MOST_LEVELS and _levels(found) > MOST_LEVELS:
+    if text.count(b"[") + text.count(b"{") > MOST_LEVELS and is_deep(found):
         raise ValueError(f"it is nested more than {MOST_LEVELS} levels deep")
     if b"\\u" in text:
         try:
@@ -125,8 +132,8 @@ def parsed(text: bytes) -> Any:
     return found
 
 
-def _levels(value: Any) -> int:
-    """How deeply it is nested; counts no further than the first level beyond `MOST_LEVELS`."""
+def is_deep(value: Any) -> bool:
+    """Whether it is nested deeper than `MOST_LEVELS`."""
     level, inner = 0, [value]
     while inner and level <= MOST_LEVELS:
         level += 1
@@ -136,7 +143,7 @@ def _levels(value: Any) -> int:
             if isinstance(outer, (dict, list))
             for x in (outer.values() if isinstance(outer, dict) else outer)
         ]
-    return level
+    return level > MOST_LEVELS
 
 
 def record_of(body: Mapping[str, Any]) -> Record:
@@ -148,39 +155,9 @@ def record_of(body: Mapping[str, Any]) -> Record:
         raise ValueError(f"it has another form than a record: {error}") from None
     if not isinstance(verdict, dict) or not all(isinstance(part, str) for part in key):
         raise ValueError("it has another form than a record")
-    if (wrong := _wrong_form(verdict)) is not None:
+    if (wrong := form.fault(verdict)) is not None:
         raise ValueError(f"it has another form than a record: {wrong}")
     return Record(key, verdict)
-
-
-def _wrong_form(verdict: dict[str, Any]) -> str | None:
-    """What of a verdict has another form than all who read records count on; `Verdict.from_dict` looks at the rest."""
-    for name in ("method", "outcome", "message"):
-        if not isinstance(verdict.get(name), str):
-            return f"{name} is no text"
-    if verdict["outcome"] not in _outcomes():
-        return f"outcome {verdict['outcome'][:40]!r} is none of those that there are"
-    case, quantities, seconds = verdict.get("case"), verdict.get("quantities"), verdict.get("seconds")
-    if not isinstance(case, dict) or not isinstance(case.get("dtype"), str):
-        return "its case is none"
-    if not isinstance(quantities, list) or not all(isinstance(q, dict) for q in quantities):
-        return "quantities is no list of objects"
-    if not isinstance(seconds, dict):
-        return "seconds is no object"
-    try:
-        for number in (*seconds.values(), *(q.get("fraction") for q in quantities)):
-            if number is not None:
-                float(number)
-    except (TypeError, ValueError, OverflowError):
-        return "a number is none"
-    return None
-
-
-@functools.cache
-def _outcomes() -> frozenset[str]:
-    from effattn.verdict import Outcome
-
-    return frozenset(map(str, Outcome))
 
 
 def lines(file: Path, *, start: int = 0) -> Iterator[bytes]:

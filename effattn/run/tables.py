@@ -3,6 +3,9 @@
 The Parquet file has what a table of verdicts is asked about, and stays small: 32-bit numbers, messages of failures only.
 The records stay what they are. DuckDB (extra `report`) reads and writes it.
 
+A table is used again where it is what was written and was made of the records that are there now: it has a CRC-32 of
+itself, and sizes and CRC-32s of the files of records. Both are worked out whenever it is opened; otherwise it is made anew.
+
 A query runs on a connection that can change nothing: one SELECT, no files but the runs' own tables, and settings that
 can not be changed back. What it may take of time, memory and disk is limited.
 """
@@ -13,8 +16,10 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import stat
 import tempfile
 import threading
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +43,12 @@ TIMEOUT = 60.0
 MOST_ROWS = 1_000_000
 #: Rows that are fetched at once.
 _FETCHED = 10_000
-#: Damages that a Parquet file tells of.
-_MOST_DAMAGES = 100
+#: Damaged lines that a Parquet file tells of. One of a run with more is made anew each time, which names them all.
+_MOST_DAMAGES = 1000
+#: What is in a Parquet file before its checksum: a key and the length of its value, as Thrift's compact protocol has them.
+_CHECKSUM = b"effattn_crc32\x18\x08"
+_NO_CHECKSUM = b"00000000"
+_READ = 1 << 20
 
 _QUANTITY = (
     "STRUCT(name VARCHAR, count BIGINT, set_aside BIGINT, fraction VARCHAR, bit_equal VARCHAR, ulp_p50 VARCHAR,"
@@ -70,7 +79,15 @@ _NUMBERS = ("fraction", "bit_equal", "ulp_p50", "ulp_p99", "ulp_max", "z_rms", "
 
 
 class NoVerdicts(RequestError):
-    """A run of which there is nothing to read, such as that of a sweep that was broken off at its start."""
+    """A run of which there is nothing to read, such as that of a sweep that was broken off at its start.
+
+    `damaged` has what is there and cannot be read.
+    """
+
+    def __init__(self, folder: Path, damaged: list[Damage]) -> None:
+        that = " that can be read" if any(damage.line for damage in damaged) else ""
+        super().__init__(f"the run {str(folder)!r} has no verdicts{that}; there is nothing to compact")
+        self.damaged = damaged
 
 
 @dataclass(frozen=True)
@@ -127,25 +144,27 @@ def compact(folder: Path, *, into: Path | None = None) -> Compacted:
     target = folder / PARQUET if into is None else into
     with contextlib.ExitStack() as stack:
         try:
-            scratch = Path(
+            links = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="effattn-")))
+            place = Path(
                 stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=".compact-"))
             )
+            scratch = _reached(place, links)
+            # Before they are read: a table of records that grow meanwhile is of what is no longer there.
+            origin = _origin(folder)
             files, rows = _whole(folder, scratch, damaged)
             if not rows:
-                raise NoVerdicts(f"the run {str(folder)!r} has no verdicts; there is nothing to compact")
+                raise NoVerdicts(folder, damaged)
             connection = stack.enter_context(_connect(scratch))
             made = scratch / PARQUET
-            try:
-                _write(connection, files, made, folder, damaged)
-            except _data_errors():
-                # A record with a right checksum and a wrong content: looked for one by one, which takes longer.
-                damaged.clear()
-                files, rows = _judged(folder, scratch, damaged)
-                if not rows:
-                    raise NoVerdicts(
-                        f"the run {str(folder)!r} has no verdict that can be read; there is nothing to compact"
-                    ) from None
-                _write(connection, files, made, folder, damaged)
+            source = f"read_json({_list(files)}, format='newline_delimited', columns={{'body': '{_BODY}'}})"
+            told = {"effattn_origin": origin, "effattn_damaged": _told(damaged)}
+            pairs = "".join(f"{name}: {_text(value)}, " for name, value in told.items())
+            connection.execute(
+                f"COPY ({_select(source)} ORDER BY spec, dtype, outcome)"
+                f" TO {_text(made)} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 60000,"
+                f" KV_METADATA {{{pairs}effattn_crc32: '{_NO_CHECKSUM.decode()}'}})"
+            )
+            _seal(made)
             size = made.stat().st_size
             made.replace(target)
         except OSError as error:
@@ -159,43 +178,29 @@ def compact(folder: Path, *, into: Path | None = None) -> Compacted:
     return Compacted(target, rows, size, damaged)
 
 
+def _reached(folder: Path, links: Path) -> Path:
+    """The folder by a path that DuckDB takes: UTF-8, so a link in `links` where a name has other bytes."""
+    if _is_utf8(folder):
+        return folder
+    link = links / f"{len(list(links.iterdir()))}"
+    link.symlink_to(folder.absolute())
+    return link
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _duckdb_errors() -> tuple[type[Exception], ...]:
     try:
         import duckdb
     except ImportError:
         return ()
     return (duckdb.Error,)
-
-
-def _data_errors() -> tuple[type[Exception], ...]:
-    """What DuckDB raises for values that have not the type of their column."""
-    import duckdb
-
-    return duckdb.ConversionException, duckdb.InvalidInputException, duckdb.OutOfRangeException
-
-
-def _write(
-    connection: duckdb.DuckDBPyConnection,
-    files: Sequence[Path],
-    made: Path,
-    folder: Path,
-    damaged: list[Damage],
-) -> None:
-    """Write the records in `files`, the good ones of the run `folder`, as a Parquet file."""
-    source = f"read_json({_list(files)}, format='newline_delimited', columns={{'body': '{_BODY}'}})"
-    connection.execute(
-        f"COPY ({_select(source)} ORDER BY spec, dtype, outcome)"
-        f" TO {_text(made)} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 60000,"
-        f" KV_METADATA {{'effattn_sizes': {_text(_sizes(folder))}, 'effattn_damaged': {_text(_told(damaged))}}})"
-    )
-
-
-def _judged(folder: Path, scratch: Path, damaged: list[Damage]) -> tuple[list[Path], int]:
-    """A file with each record once whose verdict can be read, and how many."""
-    return _copied(
-        scratch,
-        ((key, verdict.to_dict()) for key, verdict in store.read_judged(folder, damaged)),
-    )
 
 
 def _copied(scratch: Path, verdicts: Iterable[tuple[Key, dict[str, Any]]]) -> tuple[list[Path], int]:
@@ -213,7 +218,7 @@ def _whole(folder: Path, scratch: Path, damaged: list[Damage]) -> tuple[list[Pat
     found: list[Damage] = []
     schema = store.read_provenance(folder, found)["written_as"]
     files = store.verdict_files(folder)
-    if schema == store.migrate.SCHEMA and len(files) == 1:
+    if schema == store.migrate.SCHEMA and len(files) == 1 and _is_utf8(files[0]):
         rows = _rows_if_good(files[0])
         if rows is not None:
             damaged += found + store.foreign_files(folder)
@@ -235,17 +240,52 @@ def _rows_if_good(file: Path) -> int | None:
     return len(seen)
 
 
-def _sizes(folder: Path) -> str:
-    """What tells that a Parquet file is of the records that are there: their files and sizes."""
-    return ";".join(f"{file.name}={file.stat().st_size}" for file in store.verdict_files(folder))
+def _origin(folder: Path) -> str:
+    """What tells that a Parquet file is of the records that are there, as they are read, with these columns."""
+    schema = store.read_provenance(folder, [])["written_as"]
+    files = [[file.name, *_crc32_of(file)] for file in store.verdict_files(folder)]
+    return json.dumps({"columns": zlib.crc32(_select("").encode()), "schema": schema, "files": files})
+
+
+def _crc32_of(file: Path) -> tuple[int, int]:
+    """The size of a file in bytes, and its checksum."""
+    size = checksum = 0
+    try:
+        with file.open("rb") as opened:
+            while part := opened.read(_READ):
+                size += len(part)
+                checksum = zlib.crc32(part, checksum)
+    except OSError as error:
+        raise RequestError(f"cannot read {str(file)!r}: {error.strerror}") from error
+    return size, checksum
 
 
 def _told(damaged: Sequence[Damage]) -> str:
-    """Damages as text that a Parquet file keeps."""
-    told = [[damage.file.name, damage.line, damage.reason] for damage in damaged[:_MOST_DAMAGES]]
-    if len(damaged) > _MOST_DAMAGES:
-        told.append(["", 0, f"{len(damaged) - _MOST_DAMAGES} more lines are damaged"])
-    return json.dumps(told)
+    """The damaged lines as text that a Parquet file keeps; what else is damaged is looked for when it is opened."""
+    told = [[damage.file.name, damage.line, damage.reason] for damage in damaged if damage.line]
+    return json.dumps(told if len(told) <= _MOST_DAMAGES else None)
+
+
+def _seal(file: Path) -> None:
+    """Put the checksum of a new Parquet file into it: that of its bytes while the checksum itself is 00000000."""
+    table = file.read_bytes()
+    place = table.rfind(_CHECKSUM) + len(_CHECKSUM)
+    if table[place : place + len(_NO_CHECKSUM)] != _NO_CHECKSUM:
+        raise AssertionError("DuckDB wrote the metadata of the table in another form than Parquet has it")
+    with file.open("rb+") as opened:
+        opened.seek(place)
+        opened.write(b"%08x" % zlib.crc32(table))
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether the file is a table that `_seal` was given, unchanged since."""
+    table = file.read_bytes()
+    place = table.rfind(_CHECKSUM) + len(_CHECKSUM)
+    if place < len(_CHECKSUM):
+        return False
+    end = place + len(_NO_CHECKSUM)
+    checksum = zlib.crc32(_NO_CHECKSUM, zlib.crc32(memoryview(table)[:place]))
+    return table[place:end] == b"%08x" % zlib.crc32(memoryview(table)[end:], checksum)
 
 
 @contextlib.contextmanager
@@ -262,18 +302,19 @@ def opened(
     with tempfile.TemporaryDirectory(prefix="effattn-") as scratch, _connect(Path(scratch)) as connection:
         files: list[tuple[str, Path]] = []
         for number, folder in enumerate(folders):
-            file = folder / PARQUET
-            left_out = _fresh(connection, folder)
+            reached = _reached(folder, Path(scratch))
+            file, left_out = reached / PARQUET, _fresh(connection, folder, reached)
             if left_out is None:
                 writable = os.access(folder, os.W_OK)
                 try:
                     made = compact(folder, into=None if writable else Path(scratch) / f"{number}.parquet")
-                except NoVerdicts:
+                except NoVerdicts as error:
                     if damaged is not None:
+                        damaged += error.damaged
                         damaged.append(Damage(folder, 0, "it has no verdicts; it is left out"))
                     continue
-                file, left_out = made.file, made.damaged
-            files.append((str(folder), file))
+                file, left_out = file if writable else made.file, made.damaged
+            files.append((str(folder).encode("utf-8", "backslashreplace").decode(), file))
             if damaged is not None:
                 damaged += left_out
         if not files:
@@ -312,6 +353,10 @@ def query(
     with opened(folders, damaged) as connection:
         import duckdb
 
+        try:
+            sql.encode()
+        except UnicodeEncodeError:
+            raise RequestError("the query has bytes that are no UTF-8; write it in UTF-8") from None
         try:
             statements = connection.extract_statements(sql)
             if len(statements) != 1:
@@ -359,25 +404,30 @@ def _answer(
                 concurrent.futures.wait([working], 0.1)
 
 
-def _fresh(connection: duckdb.DuckDBPyConnection, folder: Path) -> list[Damage] | None:
-    """What could not be read of the run when its Parquet file was made; None where that is not of what is there now."""
+def _fresh(connection: duckdb.DuckDBPyConnection, folder: Path, reached: Path) -> list[Damage] | None:
+    """What of the run cannot be read; None where its Parquet file is damaged, or not of what is there now."""
     import duckdb
 
+    damaged: list[Damage] = []
+    store.read_provenance(folder, damaged)
+    damaged += store.foreign_files(folder)
     file = folder / PARQUET
-    store.read_provenance(folder, [])
-    if not file.is_file():
-        return None
     try:
+        if not stat.S_ISREG(file.lstat().st_mode) or not _is_whole(file):
+            return None
         found = dict(
             connection.execute(
-                f"SELECT decode(key), decode(value) FROM parquet_kv_metadata({_text(file)})"
+                f"SELECT decode(key), decode(value) FROM parquet_kv_metadata({_text(reached / PARQUET)})"
             ).fetchall()
         )
-        told = json.loads(found["effattn_damaged"])
-        damaged = [Damage(folder / name, line, reason) for name, line, reason in told]
-    except (duckdb.Error, KeyError, ValueError, TypeError):
-        return None  # damaged, not ours, or older; it is made anew from the records
-    return damaged if found.get("effattn_sizes") == _sizes(folder) else None
+        if found["effattn_origin"] != _origin(folder):
+            return None
+        lines = [
+            Damage(folder / name, line, reason) for name, line, reason in json.loads(found["effattn_damaged"])
+        ]
+    except (OSError, duckdb.Error, KeyError, ValueError, TypeError):
+        return None  # not there, not ours, older, or of a run with more damage than it tells; it is made anew
+    return damaged + lines
 
 
 def _connect(scratch: Path) -> duckdb.DuckDBPyConnection:
