@@ -221,6 +221,30 @@ def test_contradiction_in_the_last_combination_is_found_before_anything_runs() -
         small(options=[{}, {"causal": "sideways"}])
 
 
+def test_contradiction_among_many_samples_is_found_before_anything_runs() -> None:
+    """Drawn among 200,000 samples; where it is not drawn, nothing is wrong."""
+    options = [{}, {"causal": "sideways"}]
+    drawn = {"seeds": {"count": 100_000}, "mode": "random", "samples": 200_000, "options": options}
+    with pytest.raises(RequestError, match="is no case"):
+        small(**drawn)
+    small(**{**drawn, "options": [{}]})
+    found = 0
+    for seed in range(10):
+        try:
+            small(**{**drawn, "samples": 1, "seed": seed})
+        except RequestError:
+            found += 1
+    assert 0 < found < 10
+
+
+def test_contradiction_at_the_end_of_long_lists_is_found_before_anything_runs() -> None:
+    shapes = [{"q_len": 3, "kv_len": n, "head_dim": 8} for n in range(1, 25_000)]
+    zipped = {"mode": "zip", "dtypes": ["fp32"], "seeds": [0]}
+    small(**zipped, shapes=shapes)
+    with pytest.raises(RequestError, match="is no case"):
+        small(**zipped, shapes=[*shapes, {"q_len": 3, "kv_len": 3, "head_dim": 8, "heads": 3, "kv_heads": 2}])
+
+
 @pytest.mark.parametrize("missing", ["methods", "dtypes", "shapes"])
 def test_what_must_be_given(missing: str) -> None:
     with pytest.raises(RequestError, match=f"{missing!r} is missing"):

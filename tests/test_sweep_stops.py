@@ -6,7 +6,11 @@ Methods do the harm themselves, to the folder that their sweep is recorded in.
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import re
+import signal
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -16,13 +20,13 @@ from typing import Any
 import pytest
 
 from effattn.errors import RequestError
-from effattn.run import chunk, isolation, spec, store, sweep
+from effattn.run import chunk, isolation, spec, store, sweep, work
 from effattn.run.isolation import IsolatedExecutor
 
 Command = Callable[..., tuple[int, str, str]]
 
 METHODS = """
-import os, shutil, sys
+import os, shutil, signal, sys
 from pathlib import Path
 import torch
 
@@ -97,17 +101,21 @@ def clears_the_path(q, k, v):
 
 
 def leaves_a_child(q, k, v):
-    # It lives until somebody opens the pipe, and writes nothing.
-    if (HERE / "harm").exists() and os.fork() == 0:
+    # It lives until it is killed, and writes nothing. This process stays in the case until it is killed, too.
+    if (HERE / "harm").exists():
         (HERE / "harm").unlink()
-        os.setsid()
-        for stream in (0, 1, 2):
-            os.dup2(os.open("/dev/null", os.O_RDWR), stream)
-        open(HERE / "pipe").read()
-        os._exit(0)
-    while not (HERE / "harm").exists() and (HERE / "waiting").exists():
-        os.write(os.open(HERE / "told", os.O_WRONLY), b".")
-        os.kill(os.getpid(), 19)  # SIGSTOP: stays in this case
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+        else:
+            with open(HERE / "told", "w") as told:
+                told.write(f"{child}\\n")
+        signal.pause()
+    return right(q, k, v)
+
+
+def begins_another(q, k, v):
+    (RUN / "work" / "session").write_text("another")
     return right(q, k, v)
 """
 #: The command line in a process of its own.
@@ -263,6 +271,106 @@ def test_dask_worker_that_a_method_broke_is_named_and_no_method_blamed(folder: P
                 (folder / "s.toml").write_text(toml(method).replace("mine.py", f"{folder}/mine.py"))
                 assert "start the workers again" in stopped(folder / method, pool)
                 assert "crashed" not in outcomes(folder / method)
+
+
+# What a sweep before has left behind
+
+
+def test_child_that_a_method_left_behind_keeps_nobody_waiting(effattn_command: Command, folder: Path) -> None:
+    """It has every descriptor of the worker that forked it, and outlives both that and the supervisor."""
+    (folder / "s.toml").write_text(toml("leaves_a_child"))
+    (folder / "harm").touch()
+    os.mkfifo(folder / "told")
+    nothing = subprocess.DEVNULL
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", MAIN, "sweep", "s.toml", "--out", "run", "--jobs", "1"], stdout=nothing, stderr=nothing
+    )  # fmt: skip
+    child = int((folder / "told").read_text())
+    try:
+        supervisor.kill()
+        supervisor.wait()
+        code, _, err = effattn_command("sweep", "s.toml", "--out", "run", "--jobs", "1")
+        assert code == 0, err
+        assert outcomes(folder / "run") == {"pass": 20}
+    finally:
+        os.kill(child, signal.SIGKILL)  # fails where it was not there any more
+
+
+def test_worker_that_is_at_a_case_still_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "s.toml").write_text(toml("right", 1))
+    with IsolatedExecutor(1) as own:
+        with sweep.Sweep(folder / "run", spec.load(folder / "s.toml")) as taken:
+            taken.run(own, parallel=1)
+        (file,) = store.verdict_files(folder / "run")
+        holds = "import fcntl, sys; f = open(sys.argv[1], 'rb+'); fcntl.lockf(f, 2); print(flush=True); sys.stdin.read()"
+        with subprocess.Popen(
+            [sys.executable, "-c", holds, file], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as holder:
+            assert holder.stdout is not None
+            assert holder.stdin is not None
+            holder.stdout.readline()
+            monkeypatch.setattr(sweep, "SETTLING", 0.0)
+            told = stopped(folder / "run", own)
+            assert told.startswith(f"{str(file)!r} is held by a worker of a sweep that was broken off")
+            holder.stdin.close()
+        with sweep.Sweep(folder / "run", spec.load(folder / "s.toml")) as taken:
+            assert taken.run(own, parallel=1).resumed == 1
+
+
+def test_worker_that_was_left_behind_stops_at_the_next_case(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunk, "LOOK_AGAIN", 0.0)
+    (folder / "s.toml").write_text(toml("begins_another"))
+    wanted = spec.load(folder / "s.toml")
+    with sweep.Sweep(folder / "run", wanted) as taken:
+        taken.begin({})
+        items = [(method, case.to_dict()) for method, case in wanted.cases()]
+        sources = {method: work.source(method) for method in wanted.methods}
+        told = chunk.run(str(taken.folder), taken.session, "a", "cpu", 60.0, items, sources)
+    assert "another sweep has begun" in told["refused"]
+    assert outcomes(folder / "run") == {"pass": 1}
+
+
+# A sweep that does not begin
+
+
+def test_sweep_whose_method_does_not_load_changes_nothing(effattn_command: Command, folder: Path) -> None:
+    (folder / "s.toml").write_text(toml("right", 2))
+    arguments = ["sweep", "s.toml", "--out", "some/where/run", "--jobs", "1"]
+
+    def everything() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in (folder / "some").rglob("*") if path.is_file()}
+
+    (folder / "mine.py").write_text(METHODS.replace("def right", "def wright"))
+    code, _, err = effattn_command(*arguments)
+    assert code == 2
+    assert "no function 'right'" in err
+    assert not (folder / "some").exists()
+    (folder / "mine.py").write_text(METHODS)
+    assert effattn_command(*arguments)[0] == 0
+    before = everything()
+    assert store.read_provenance(folder / "some/where/run")["ended"]
+    (folder / "mine.py").write_text("1 / 0")
+    code, _, err = effattn_command(*arguments)
+    assert code == 2
+    assert "ZeroDivisionError" in err
+    assert everything() == before
+    # Nothing is in the way of another sweep where a mistyped one was.
+    (folder / "mine.py").write_text(METHODS)
+    (folder / "t.toml").write_text(toml("wright", 2))
+    assert effattn_command("sweep", "t.toml", "--out", "other", "--jobs", "1")[0] == 2
+    assert effattn_command("sweep", "s.toml", "--out", "other", "--jobs", "1")[0] == 0
+
+
+def test_gate_does_not_take_the_folder_of_a_sweep_that_is_loading(folder: Path) -> None:
+    (folder / "s.toml").write_text(toml("right"))
+    with (
+        sweep.Sweep(folder / "run", spec.load(folder / "s.toml")),
+        pytest.raises(RequestError, match="a sweep is writing into"),
+    ):
+        store.RunWriter(folder / "run", overwrite=True)
+    assert not (folder / "run").exists()
 
 
 # Limits

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import random
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ from effattn.errors import RequestError
 
 #: More cases than that are refused: at a millisecond each they would take three hours on one core.
 MOST_CASES = 10_000_000
-#: Combinations that are tried before the first case runs, so that a contradiction is found at once.
-MOST_TRIED = 20_000
+#: Combinations of dtype, shape, values and options that are tried before the first case runs, so that a contradiction is
+#: found at once: 40 us each.
+MOST_TRIED = 100_000
 MODES = ("product", "zip", "random")
 _KEYS = ("methods", "dtypes", "shapes", "values", "options", "seeds", "mode", "samples", "seed")
 #: Keys of the mode "random" alone.
@@ -246,14 +248,20 @@ def _check_combinations(spec: Spec) -> None:
             raise RequestError(
                 f"{name!r} is in shapes and in options, which contradict each other; keep it in one"
             )
+    # Neither method nor seed decides whether a case is one.
+    deciding = [len(getattr(spec, axis)) for axis in ("dtypes", "shapes", "values", "options")]
+    if spec.mode == "zip":
+        for number in range(min(max(deciding), MOST_TRIED)):
+            spec.at(number)
+        return
+    rows = math.prod(deciding)
     if spec.mode == "product":
-        # Neither method nor seed decides whether a case is one.
-        rows = math.prod(len(getattr(spec, axis)) for axis in ("dtypes", "shapes", "values", "options"))
-        for number in range(min(rows, MOST_TRIED)):
-            spec.at(number * len(spec.seeds))
-    elif spec.count <= MOST_TRIED:
-        for _ in spec.cases():
-            pass
+        wanted: Iterable[int] = range(rows)
+    else:
+        # In the order in which they come, each once.
+        wanted = dict.fromkeys(number // len(spec.seeds) % rows for number in spec._numbers())
+    for row in itertools.islice(wanted, MOST_TRIED):
+        spec.at(row * len(spec.seeds))
 
 
 def _list(data: Mapping[str, Any], key: str) -> list[Any]:
