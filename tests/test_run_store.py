@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 
 from effattn.case import Case
 from effattn.errors import RequestError
-from effattn.run import migrate, provenance, records, shrink, store
+from effattn.report import gather
+from effattn.run import catalog, migrate, provenance, records, shrink, store
 from effattn.tolerances.statistics import Finding
 from effattn.verdict import Outcome, Quantity, Verdict
 
@@ -200,29 +202,19 @@ def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
         assert damaged[0].line == 2
 
 
-def test_any_flipped_bit_of_the_provenance_is_found_or_changes_nothing(tmp_path: Path) -> None:
+def test_any_flipped_bit_of_the_provenance_is_found(tmp_path: Path) -> None:
     recorded(tmp_path / "run")
     file = tmp_path / "run" / "provenance.json"
     whole = file.read_bytes()
-    told = store.read_provenance(tmp_path / "run")
-    harmless = []
     for place in range(8 * len(whole)):
         bad = bytearray(whole)
         bad[place // 8] ^= 1 << place % 8
         file.write_bytes(bad)
         damaged: list[records.Damage] = []
         assert seeds(tmp_path / "run", damaged) == [0, 1, 2, 3], place
-        if damaged:
-            assert all(damage.file == file for damage in damaged), place
-            with pytest.raises(RequestError, match=r"provenance\.json"):
-                store.read_provenance(tmp_path / "run")
-        else:
-            harmless.append(place)
-            assert {**store.read_provenance(tmp_path / "run"), **told} == store.read_provenance(
-                tmp_path / "run"
-            )
-    # All that is not found: a bit in the name of the checksum.
-    assert {place // 8 for place in harmless} <= set(range(whole.index(b"crc32"), whole.index(b"crc32") + 5))
+        assert [damage.file for damage in damaged] == [file], place
+        with pytest.raises(RequestError, match=r"provenance\.json"):
+            store.read_provenance(tmp_path / "run")
 
 
 def test_provenance_may_be_indented_anew_and_changed_on_purpose(tmp_path: Path) -> None:
@@ -233,10 +225,15 @@ def test_provenance_may_be_indented_anew_and_changed_on_purpose(tmp_path: Path) 
     assert store.read_provenance(tmp_path / "run")["started"] == "2030-01-01T00:00:00+00:00"
     file.write_text(json.dumps({**told, "started": "2031"}))
     with pytest.raises(
-        RequestError, match=r'provenance.json: its checksum does not match.*take "crc32" out of it'
+        RequestError,
+        match=r'provenance.json: its checksum does not match.*take "sealed" and "crc32" out of it',
     ):
         store.read_provenance(tmp_path / "run")
     del told["crc32"]
+    file.write_text(json.dumps({**told, "started": "2031"}))
+    with pytest.raises(RequestError, match="its checksum does not match"):
+        store.read_provenance(tmp_path / "run")
+    del told["sealed"]
     file.write_text(json.dumps({**told, "started": "2031"}))
     assert store.read_provenance(tmp_path / "run")["started"] == "2031"
 
@@ -253,9 +250,56 @@ def test_pipe_in_place_of_the_provenance_is_never_waited_for(tmp_path: Path) -> 
     recorded(tmp_path / "run")
     (tmp_path / "run" / "provenance.json").unlink()
     os.mkfifo(tmp_path / "run" / "provenance.json")
-    assert not store.holds_run(tmp_path / "run")
-    with pytest.raises(RequestError, match="not a run folder"):
+    with pytest.raises(RequestError, match=r"provenance\.json: it is no file that can be read"):
         store.read_provenance(tmp_path / "run")
+    assert seeds(tmp_path / "run", []) == [0, 1, 2, 3]
+
+
+def test_run_whose_provenance_is_gone_or_says_something_else_is_named_and_never_replaced(
+    tmp_path: Path,
+) -> None:
+    import shutil
+
+    recorded(tmp_path / "run")
+    shutil.copytree(Path(__file__).parent / "data" / "run-schema-1", tmp_path / "old")
+    old = (tmp_path / "old" / "provenance.json").read_text()
+    for name, text in (
+        ("run", None),
+        ("run", '{"kind": "of another program"}'),
+        ("old", None),
+        ("old", old.replace('"effattn run"', '"effattn rum"')),
+        ("old", old.replace('"kind"', '"kine"')),
+    ):
+        folder, file = tmp_path / name, tmp_path / name / "provenance.json"
+        file.unlink() if text is None else file.write_text(text)
+        assert text != old
+        words = "it is missing" if text is None else "it does not say that it is of an effattn run"
+        found: list[records.Damage] = []
+        assert len(list(store.read_verdicts(folder, found))) == (4 if name == "run" else 9)
+        assert [(damage.file, damage.reason.startswith(words)) for damage in found] == [(file, True)]
+        before = names(tmp_path)
+        with pytest.raises(RequestError, match=r"what may be a run .* never overwritten"):
+            store.RunWriter(folder, overwrite=True)
+        assert names(tmp_path) == before
+        assert folder in catalog.runs_in(tmp_path)
+
+
+def test_files_of_another_program_are_no_run(tmp_path: Path) -> None:
+    for text in ("", "1\n2\n", '{"verdict": "guilty"}\n', '{"case": 1}\n', "x" * 3_000_000):
+        folder = tmp_path / f"court-{len(text)}"
+        folder.mkdir()
+        (folder / "verdicts.jsonl").write_text(text)
+        assert not store.holds_run(folder)
+        (folder / "provenance.json").write_text('{"kind": "of another program"}')
+        assert not store.holds_run(folder)
+    # Nor is what a gate has written that has not come to its end.
+    with store.RunWriter(tmp_path / "run") as writer:
+        for _ in range(100):
+            writer.add(verdict(CASE))
+        assert writer._verdicts is not None
+        writer._verdicts.flush()
+        assert list(tmp_path.glob(".run.*/verdicts.jsonl"))
+        assert catalog.runs_in(tmp_path) == []
 
 
 def test_any_length_to_which_a_file_is_cut_keeps_the_lines_before(tmp_path: Path) -> None:
@@ -386,6 +430,82 @@ def test_case_is_found_by_the_start_of_its_id(tmp_path: Path) -> None:
         store.find_case("", tmp_path / "run")
     with pytest.raises(RequestError, match="no case"):
         store.find_case("zzzz", tmp_path / "run")
+
+
+def change_recipe(file: Path) -> None:
+    file.write_text(file.read_text().replace('"q_len":1,', '"q_len":11,'))
+
+
+def make_link(file: Path) -> None:
+    other = file.parent.parent / "elsewhere.json"
+    file.rename(other)
+    file.symlink_to(other)
+
+
+def make_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def make_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (change_recipe, "is case"),
+        (lambda file: file.write_bytes(b"\xff"), "not text in UTF-8"),
+        (lambda file: file.write_text("{"), "not JSON"),
+        (lambda file: file.write_text("[" * 100_000), "longer than"),
+        (make_link, "it is a symbolic link"),
+        (make_folder, "it is a folder"),
+        (make_pipe, "it is a pipe"),
+    ],
+)
+def test_recipe_that_is_not_that_of_its_name_is_named_and_not_judged(
+    tmp_path: Path, damage: Callable[[Path], object], words: str
+) -> None:
+    shrunk, other = replace(CASE, q_len=1), replace(CASE, q_len=2)
+    with store.RunWriter(tmp_path / "run") as writer:
+        writer.add(verdict(CASE))
+        for case in (CASE, shrunk, other):
+            writer.add_case(case)
+        writer.commit({})
+    file = tmp_path / "run" / "cases" / f"{shrunk.id}.json"
+    assert store.read_cases(tmp_path / "run", []) == {c.id: c for c in (CASE, shrunk, other)}
+    damage(file)
+    with pytest.raises(RequestError, match=words) as refused:
+        store.find_case(shrunk.id[:8], tmp_path / "run")
+    assert str(refused.value).startswith(str(file))
+    assert store.find_case(other.id, tmp_path / "run") == other
+    damaged: list[records.Damage] = []
+    assert store.read_cases(tmp_path / "run", damaged) == {c.id: c for c in (CASE, other)}
+    assert [each.file for each in damaged] == [file]
+    material = gather.gather([tmp_path / "run"])
+    assert (material.shrunk, material.damaged) == ({other.id: other.to_json()}, damaged)
+
+
+def test_recipes_behind_a_link_and_records_of_another_case_are_not_judged(tmp_path: Path) -> None:
+    recorded(tmp_path / "run", count=1)
+    recorded(tmp_path / "other", count=1)
+    with store.RunWriter(tmp_path / "elsewhere") as writer:
+        writer.add_case(CASE)
+        writer.commit({})
+    (tmp_path / "run" / "cases").symlink_to(tmp_path / "elsewhere" / "cases")
+    damaged: list[records.Damage] = []
+    assert store.read_cases(tmp_path / "run", damaged) == {}
+    assert [damage.file.name for damage in damaged] == ["cases"]
+    line = records.encode(verdict(CASE), spec="", device="cpu")
+    body = line[line.index(b'"body":') + 7 : -2].replace(b'"q_len":70', b'"q_len":71')
+    import zlib
+
+    (tmp_path / "other" / "verdicts.jsonl").write_bytes(
+        b'{"crc32":"%08x","body":%s}\n' % (zlib.crc32(body), body)
+    )
+    with pytest.raises(RequestError, match=f"recorded as case {CASE.id} is case"):
+        store.find_case(CASE.id, tmp_path / "other")
 
 
 def test_newest_run_is_the_last_one_started(tmp_path: Path) -> None:

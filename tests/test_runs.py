@@ -758,6 +758,8 @@ def test_rows_are_strict_json(effattn_command: Command, two_runs: tuple[Path, Pa
         ("sources", [1]),
         ("started", 5),
         ("cases", "many"),
+        ("id", "000000000000"),
+        ("written_as", 1),
     ],
 )
 def test_provenance_with_a_field_of_another_form_is_named_and_the_rest_is_read(
@@ -773,6 +775,7 @@ def test_provenance_with_a_field_of_another_form_is_named_and_the_rest_is_read(
         code, out, err = effattn_command("runs", *arguments)
         assert code == 0, err
         assert words in out
+        assert "000000000000" not in out
         assert err.count(complaint) == 1
     with pytest.raises(RequestError, match=f"{field}: of another form"):
         store.read_provenance(two_runs[0])
@@ -836,6 +839,24 @@ def test_damaged_provenance_is_named_and_the_rest_is_read(
     code, _, err = effattn_command("baseline", "first", "--file", "baseline.toml")
     assert code == 2
     assert complaint in err
+
+
+@pytest.mark.parametrize("levels", [60, 500, 900, 2000, 20_000])
+def test_provenance_that_is_nested_deeply_is_named_by_all(
+    effattn_command: Command, two_runs: tuple[Path, Path], levels: int
+) -> None:
+    file = two_runs[0] / "provenance.json"
+    file.write_text('{"kind": "effattn run", "schema": 2, "x": ' + "[" * levels + "]" * levels + "}")
+    for arguments in (
+        ["runs", "list"],
+        ["runs", "show", "first"],
+        ["runs", "show", "first", "--json"],
+        ["runs", "query", "SELECT 1", "first"],
+        ["report", "first"],
+    ):
+        code, _, err = effattn_command(*arguments)
+        assert code == 0, err
+        assert err.count("first/provenance.json: it is nested too deeply") == 1
 
 
 def test_damaged_provenance_of_the_first_schema_is_read(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def gather(
         options=_options(compared),
         laws=_groups("law", [v for v in verdicts if v.law is not None], lambda v: v.law or ""),
         worst=_worst(verdicts),
-        shrunk=_shrunk(folders, {v.case.id for v in verdicts}),
+        shrunk=_shrunk(folders, {v.case.id for v in verdicts}, damaged),
         damaged=damaged,
         notes=notes,
     )
@@ -266,14 +266,14 @@ def _badness(verdict: Verdict) -> tuple[bool, float]:
     )
 
 
-def _shrunk(folders: Sequence[Path], judged: set[str]) -> dict[str, str]:
+def _shrunk(folders: Sequence[Path], judged: set[str], damaged: list[Damage]) -> dict[str, str]:
     """Recipes in the folders of cases that are none of those that were judged: what failures were made small to."""
-    found = {}
-    for folder in folders:
-        for file in sorted((folder / store.CASES).glob("*.json")):
-            if file.stem not in judged:
-                found[file.stem] = file.read_text(encoding="utf-8", errors="replace").strip()[:2000]
-    return found
+    return {
+        name: case.to_json()
+        for folder in folders
+        for name, case in store.read_cases(folder, damaged).items()
+        if name not in judged
+    }
 
 
 def _options(verdicts: Sequence[Verdict]) -> list[OptionRow]:

@@ -47,6 +47,11 @@ def provenance(found: dict[str, Any]) -> dict[str, Any]:
     return {**result, "schema": SCHEMA, "written_as": schema}
 
 
+def has_form(line: bytes) -> bool:
+    """Whether a line, or its start, begins as one of effattn's does in any schema, damaged or not."""
+    return records.has_form(line) or line.startswith(b'{"case":{"schema":')
+
+
 def record(line: bytes, schema: int) -> records.Record:
     """The record of a line that was written with some schema. Raises ValueError where it is damaged."""
     if schema == SCHEMA:

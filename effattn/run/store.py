@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 DEFAULT_FOLDER = Path("effattn-runs")
 #: What provenance.json says of itself; a folder is a run folder if its provenance says so.
 KIND = "effattn run"
+#: Lines of a file that are looked at, and bytes of each, to tell whether it is one of effattn's.
+_FIRST_LINES = 10
+_LONGEST_LINE = 1 << 20
 
 VERDICTS = "verdicts.jsonl"
 ALL_VERDICTS = "verdicts*.jsonl"
@@ -55,8 +58,8 @@ _FORMS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("methods", "resumed"), (list,)),
     "cases": (int, type(None)),
 }
-#: True is an int to Python.
-_NOT_FORMS: dict[str, type] = {"cases": bool}
+#: True is an int to Python. What is added when a provenance is read does not stand in it.
+_NOT_FORMS: dict[str, type] = {"cases": bool, "id": object, "written_as": object}
 
 
 class RunWriter:
@@ -231,18 +234,33 @@ def _provenance_bytes(folder: Path) -> bytes | None:
         return None
 
 
-def _described(folder: Path) -> dict[str, Any] | None:
-    """What the file of the provenance says, damaged or not; None where it is no JSON object."""
+def _described(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """What the file of the provenance says, damaged or not; or None, and what is wrong with the file."""
+    text = _provenance_bytes(folder)
+    if text is None:
+        there = os.path.lexists(folder / PROVENANCE)
+        return None, "it is no file that can be read" if there else "it is missing"
     try:
-        described = json.loads(_provenance_bytes(folder) or b"")
-    except (ValueError, RecursionError):
-        return None
-    return described if isinstance(described, dict) else None
+        described = json.loads(text)
+    except json.JSONDecodeError as error:
+        return (
+            None,
+            f"it is no JSON, at byte {error.pos}, so it was cut off or changed"
+            if text.strip()
+            else "it is empty",
+        )
+    except RecursionError:
+        return None, "it is nested too deeply"
+    except ValueError:
+        return None, "it is no text, so it was changed"
+    if records.is_deep(described):
+        return None, "it is nested too deeply"
+    return (described, "") if isinstance(described, dict) else (None, "it is no JSON object")
 
 
 def is_run(folder: Path) -> bool:
     """True where the folder is a run folder."""
-    return (_described(folder) or {}).get("kind") == KIND
+    return (_described(folder)[0] or {}).get("kind") == KIND
 
 
 def provenance_damage(folder: Path) -> Damage | None:
@@ -251,31 +269,41 @@ def provenance_damage(folder: Path) -> Damage | None:
     One that no longer says what it is belongs to a run if there are verdicts beside it.
     """
     file = folder / PROVENANCE
-    text = _provenance_bytes(folder)
-    if text is None or not (is_run(folder) or verdict_files(folder)):
+    described, wrong = _described(folder)
+    ours = described is not None and described.get("kind") == KIND
+    if described is not None and seal.is_broken(described) and (ours or verdict_files(folder)):
+        return Damage(
+            file,
+            0,
+            "its checksum does not match, so it was changed after it was written: what it says of the run may be wrong. "
+            f'The verdicts are kept and read. If you changed it on purpose, take "{seal.SEALED}" and "{seal.NAME}" out of it',
+        )
+    # What may be a provenance that was cut off suffices with files that are named like verdicts.
+    damaged = described is None and _provenance_bytes(folder) is not None
+    if ours or not (verdict_files(folder) if damaged else _has_records(folder)):
         return None
-    try:
-        described = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        what = "it is nested too deeply" if isinstance(error, RecursionError) else "it is no text"
-        if isinstance(error, json.JSONDecodeError):
-            what = f"it is no JSON, at byte {error.pos}"
-        if not text.strip():
-            what = "it is empty"
-        what += ", so it was cut off or changed. Where the run comes from is not known; its verdicts are kept and read"
-        return Damage(file, 0, what)
-    if not isinstance(described, dict) or not seal.is_broken(described):
-        return None
-    return Damage(
-        file,
-        0,
-        "its checksum does not match, so it was changed after it was written: what it says of the run may be wrong. The "
-        f'verdicts are kept and read. If you changed it on purpose, take "{seal.NAME}" out of it',
-    )
+    if described is not None:
+        wrong = f"it does not say that it is of an effattn run (kind {str(described.get('kind'))[:40]!r})"
+    return Damage(file, 0, f"{wrong}. Where the run comes from is not known; its verdicts are kept and read")
+
+
+def _has_records(folder: Path) -> bool:
+    """Whether there are files of verdicts that begin as effattn writes them, of any schema.
+
+    Not in a hidden folder: a gate that has not come to its end has verdicts there, and its provenance comes last.
+    """
+    if folder.name.startswith("."):
+        return False
+    for file in verdict_files(folder):
+        with contextlib.suppress(OSError), file.open("rb") as opened:
+            for _ in range(_FIRST_LINES):
+                if migrate.has_form(opened.readline(_LONGEST_LINE)):
+                    return True
+    return False
 
 
 def holds_run(folder: Path) -> bool:
-    """True where there are verdicts to read: in a run folder, and in one whose provenance is damaged."""
+    """True where there are verdicts to read: in a run folder, and in one whose provenance is damaged or missing."""
     return is_run(folder) or provenance_damage(folder) is not None
 
 
@@ -290,7 +318,7 @@ def read_provenance(folder: Path, damaged: list[Damage] | None = None) -> dict[s
     Raises:
         RequestError: the folder is no run, or one of a newer schema; the provenance is damaged and `damaged` is None.
     """
-    provenance = _described(folder) or {}
+    provenance = _described(folder)[0] or {}
     damage = provenance_damage(folder)
     if damage is None and provenance.get("kind") != KIND:
         raise RequestError(
@@ -301,7 +329,7 @@ def read_provenance(folder: Path, damaged: list[Damage] | None = None) -> dict[s
             raise RequestError(str(damage))
         damaged.append(damage)
         provenance |= {"kind": KIND, "schema": _schema_of_lines(folder)}
-    provenance.pop(seal.NAME, None)
+    provenance = seal.unsealed(provenance)
     schema = provenance.get("schema")
     if isinstance(schema, bool) or not isinstance(schema, int) or not 1 <= schema <= migrate.SCHEMA:
         raise RequestError(
@@ -433,16 +461,23 @@ def find_case(name: str, folder: Path) -> Case:
     """
     from effattn.case import Case
 
-    found = {
-        record.key.case_id: Case.from_dict(record.verdict["case"])
-        for record in read_records(folder, [])
-        if record.key.case_id.startswith(name)
-    }
-    for path in sorted((folder / CASES).glob("*.json")):
-        if path.stem.startswith(name) and path.stem not in found:
-            found[path.stem] = Case.from_json(path.read_text(encoding="utf-8"))
+    found: dict[str, Case | Damage] = {}
+    for record in read_records(folder, []):
+        case_id = record.key.case_id
+        if case_id.startswith(name) and case_id not in found:
+            case = Case.from_dict(record.verdict["case"])
+            is_it = case.id == case_id
+            found[case_id] = case if is_it else Damage(folder, 0, _other_case(case_id, case))
+    damaged: list[Damage] = []
+    recipes = read_cases(folder, damaged)
+    for case_id, recipe in (*recipes.items(), *((damage.file.stem, damage) for damage in damaged)):
+        if case_id.startswith(name) and case_id not in found:
+            found[case_id] = recipe
     if len(found) == 1:
-        return next(iter(found.values()))
+        case = next(iter(found.values()))
+        if isinstance(case, Damage):
+            raise RequestError(f"{case}. It cannot be judged again")
+        return case
     if found:
         raise RequestError(
             f"{len(found)} cases of the run {str(folder)!r} have an id that begins with {name!r}: "
@@ -451,6 +486,45 @@ def find_case(name: str, folder: Path) -> Case:
     raise RequestError(
         f"no case of the run {str(folder)!r} has the id {name!r}; see its {VERDICTS} and {CASES}/"
     )
+
+
+def read_cases(folder: Path, damaged: list[Damage]) -> dict[str, Case]:
+    """The recipes of a run beside its verdicts, by id: what failed, and what it was shrunk to.
+
+    Args:
+        folder: the run.
+        damaged: takes the files that are no recipe, or not that of their name; links, pipes and folders among them, which
+            nobody opens.
+    """
+    from effattn.case import Case
+
+    place = folder / CASES
+    if place.is_symlink():
+        damaged.append(
+            Damage(place, 0, "it is a symbolic link, so it is no folder of cases; it is left alone")
+        )
+        return {}
+    found: dict[str, Case] = {}
+    for file in sorted(place.glob("*.json")):
+        if not stat.S_ISREG(file.lstat().st_mode):
+            damaged.append(Damage(file, 0, f"it is {_what_it_is(file)}, so it is no case; it is left alone"))
+            continue
+        try:
+            case = Case.load(file)
+        except RequestError as error:
+            damaged.append(
+                Damage(file, 0, f"it is no case: {str(error).removeprefix(f'case file {file}: ')}")
+            )
+            continue
+        if case.id == file.stem:
+            found[case.id] = case
+        else:
+            damaged.append(Damage(file, 0, _other_case(file.stem, case)))
+    return found
+
+
+def _other_case(case_id: str, case: Case) -> str:
+    return f"what is recorded as case {case_id} is case {case.id}, so it was changed after it was written"
 
 
 def newest_run(folder: Path = DEFAULT_FOLDER) -> Path:
