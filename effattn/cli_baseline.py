@@ -84,7 +84,7 @@ def report(section: Section, verdicts: Sequence[Verdict], *, file: Path, folder:
     _list("in the baseline, but not judged now", [str(key) for key in found.gone])
     _list("judged now, but not in the baseline", [str(key) for key in found.new])
     if not (found.worse or found.better or found.gone or found.new):
-        dtypes = {verdict.case.dtype for verdict in verdicts}
+        dtypes = {verdict.case.dtype for verdict in verdicts if verdict.law is None}
         rows = sum(key.dtype in dtypes for key in section.rows)
         click.echo(f"Baseline: as {file} has it, {rows} rows.")
         return True

@@ -87,6 +87,24 @@ def test_a_row_that_is_judged_no_more_fails_and_a_new_one_is_named() -> None:
     assert baselines.compare(section, verdicts(0, 10, dtype="bf16")).gone == ()
 
 
+def test_a_dtype_that_is_judged_no_more_fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (section,) = record(verdicts(0, 10) + verdicts(1, 10, dtype="fp32")).sections
+    refused = [
+        replace(v, outcome=Outcome.NOT_SUPPORTED, quantities=()) for v in verdicts(1, 10, dtype="fp32")
+    ]
+    now = verdicts(0, 10) + refused
+    found = baselines.compare(section, iter(now))
+    assert not found.passed
+    assert found.gone == (Key("fp32", "all", "out"), Key("fp32", "plain", "out"))
+    assert not cli_baseline.report(section, now, file=tmp_path / "b", folder=tmp_path, passed=False)
+    out = capsys.readouterr().out
+    assert "in the baseline, but not judged now: 2" in out
+    assert "  fp32 all out" in out
+    # Laws that were tried in fp32 alone ask for no comparison there.
+    laws = [replace(v, law="a law") for v in refused]
+    assert baselines.compare(section, verdicts(0, 10) + laws).passed
+
+
 def test_a_case_whose_roundings_are_known_has_a_bound_all_the_same() -> None:
     known = [replace(v, quantities=(replace(v.quantities[0], z_rms=None),)) for v in verdicts(1, 40)]
     section = record(known).sections[0]

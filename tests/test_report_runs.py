@@ -221,6 +221,90 @@ def test_a_commit_is_not_bad_by_changes_that_are_not_in_it() -> None:
     assert [moment.first_bad for moment in found] == [False, True, False]
 
 
+ALARM = {
+    "sentence": "fp16: errors of dV are 1.2 times as large, over 20 cases together",
+    "replay": "effattn replay x",
+}
+UNSTEADY = "fp16: a case passed and, judged again, is crashed: no more workspace"
+
+
+@pytest.mark.parametrize(
+    "evidence", [{"alarms": [ALARM], "unsteady": []}, {"alarms": [], "unsteady": [UNSTEADY]}]
+)
+def test_a_commit_is_bad_by_all_of_its_cases_together(evidence: dict[str, Any]) -> None:
+    runs = history(*((commit, True, 0.5) for commit in "abcd"))
+    for number in (1, 2):
+        say(runs / f"r{number}", method={"name": "mine"}, evidence=evidence)
+        other = [replace(v, case=replace(v.case, dtype="fp32")) for v in verdicts(cases=1)]
+        shutil.copy(
+            write(Path(f"fp32-{number}"), other) / "verdicts.jsonl", runs / f"r{number}" / "verdicts-2.jsonl"
+        )
+    found = [moment for moment in gather.moments(runs) if moment.dtype == "fp16"]
+    assert [moment.commit[0] for moment in found if moment.bad] == ["b", "c"]
+    assert [moment.state for moment in found] == [
+        "passed",
+        "first bad, by its cases together",
+        "failed, by its cases together",
+        "passed",
+    ]
+    assert [moment.state for moment in gather.moments(runs) if moment.dtype == "fp32"] == ["passed"] * 2
+    page = html.render(gather.gather([runs / "r0"], history=runs))
+    assert page.count('<tr class="failed"><td>203') == 2
+    assert "<td>first bad, by its cases together</td>" in page
+
+
+def test_a_run_of_laws_alone_is_in_the_history() -> None:
+    runs = history(("a", True, 0.5))
+    for number, outcomes in (
+        (1, ["pass", "pass"]),
+        (2, ["pass", "law broken"]),
+        (3, ["not judged", "not judged"]),
+    ):
+        laws = [
+            replace(v, law="a law", outcome=Outcome(outcome), quantities=())
+            for v, outcome in zip(verdicts(cases=2), outcomes, strict=True)
+        ]
+        facts = {"commit": "bcd"[number - 1] * 40, "clean": True}
+        write(runs / f"r{number}", laws, started=f"204{number}-01-01T00:00:00+00:00", working_directory=facts)
+    found = gather.moments(runs)
+    assert [(m.commit[0], m.judged, m.failed, m.first_bad) for m in found] == [
+        ("a", 1, 0, False),
+        ("b", 2, 0, False),
+        ("c", 2, 1, True),
+        ("d", 0, 0, False),
+    ]
+
+
+def test_what_cases_say_together_is_a_failure_in_every_form(effattn_command: Command) -> None:
+    two = [
+        replace(v, case=replace(v.case, dtype=dtype)) for dtype in ("fp32", "fp16") for v in verdicts(cases=2)
+    ]
+    write(Path("run"), two, method={"name": "mine"}, evidence={"alarms": [ALARM], "unsteady": [UNSTEADY]})
+    code, out, err = effattn_command("report", "run", "--junit", "j.xml", "--github")
+    assert (code, err) == (0, "")
+    suites = list(ElementTree.parse("j.xml").getroot())
+    assert [(s.get("name"), s.get("tests"), s.get("failures")) for s in suites] == [
+        ("mine fp32", "2", "0"),
+        ("mine fp16", "3", "1"),
+    ]
+    ((_, failure),) = [(test, test.find("failure")) for test in suites[1] if test.find("failure") is not None]
+    assert failure is not None
+    assert failure.get("message") == ALARM["sentence"]
+    assert failure.text == "\n".join([ALARM["sentence"], ALARM["replay"], UNSTEADY])
+    assert [len(list(suite)) for suite in suites] == [2, 3]
+    errors = [line for line in out.splitlines() if line.startswith("::error")]
+    assert errors == [
+        f"::error title=evidence over cases::{ALARM['sentence']}%0A{ALARM['replay']}",
+        f"::error title=evidence over cases::{UNSTEADY}",
+    ]
+    # Two runs of a method, and evidence that doesn't say of which dtype.
+    write(Path("more"), verdicts(cases=2), started="x", evidence={"alarms": [], "unsteady": ["odd"]})
+    assert effattn_command("report", "run", "more", "--junit", "j.xml")[0] == 0
+    (_, suite) = ElementTree.parse("j.xml").getroot()
+    names = [test.get("name") for test in suite if test.find("failure") is not None]
+    assert names == ["evidence over cases in run", "evidence over cases in more"]
+
+
 def test_history_counts_a_run_once_and_says_its_order() -> None:
     runs = history(("a", True, 0.5), ("b", True, 0.5), ("c", False, 2.0))
     (runs / "again").symlink_to(runs.absolute() / "r0")
@@ -297,6 +381,49 @@ def test_long_names_break_between_words_and_are_text() -> None:
     assert '<th scope="row">a_<wbr>&lt;b&gt;.<wbr>py:<wbr>attention__<wbr>x</th>' in page
 
 
+def test_pairs_are_of_all_methods_and_the_largest_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gather, "MOST_POINTS", 60)
+    items = {
+        name: verdicts(name, cases=100, factor=factor)
+        for name, factor in (("torch", 1), ("a", 0.5), ("b", 1.5))
+    }
+    nan = replace(items["b"][7], quantities=(Quantity(name="out", count=64, fraction=float("nan")),))
+    items["b"] = [nan if v is items["b"][7] else v for v in items["b"]]
+    items["a"][90] = replace(items["a"][90], quantities=(Quantity(name="out", count=64, fraction=50.0),))
+    material = gather.gather([write(Path(name), each) for name, each in items.items()])
+    reference, pairs = gather.pairs(material)
+    assert (reference, len(pairs)) == ("torch", 200)
+    (chart,) = [chart for chart in charts.charts(material) if chart.name == "pairs"]
+    assert chart.rows is not None
+    assert [pair["ratio"] for pair in chart.rows[:3]] == [2e4, 100.0, 1.5]
+    assert [sum(pair["method"] == name for pair in chart.rows) for name in "ab"] == [23, 37]
+    words = "60 of 200 pairs are drawn: the largest ratios, and an even choice of the rest."
+    assert words in chart.words
+    monkeypatch.undo()
+    (chart,) = [chart for chart in charts.charts(material) if chart.name == "pairs"]
+    assert len(chart.rows or []) == 200
+    assert "are drawn" not in chart.words
+
+
+def test_nan_is_the_worst_wherever_rows_are_sorted() -> None:
+    fractions = {"a": 5.0, "b": float("nan"), "c": 100.0, "d": float("inf"), "e": 50.0}
+    made = []
+    for name, fraction in fractions.items():
+        (item,) = verdicts(name, cases=1)
+        case = replace(
+            item.case,
+            values={"a": "constant", "b": "normal", "c": "outliers", "d": "uniform"}.get(name, "low-rank"),
+        )
+        quantity = replace(item.quantities[0], fraction=fraction)
+        item = replace(item, case=case, outcome=Outcome.INACCURATE, quantities=(quantity,))
+        made.append(write(Path(name), [item]))
+    material = gather.gather(made)
+    assert [row.label[0] for row in material.rows] == ["b", "d", "c", "e", "a"]
+    values = [row.value for row in material.options if row.name == "values"]
+    assert values == ["normal", "uniform", "outliers", "low-rank", "constant"]
+    assert [v.method for v in material.worst] == ["b", "d", "c", "e", "a"]
+
+
 # Damage
 
 
@@ -353,4 +480,4 @@ def test_reference_is_that_of_the_same_run_where_that_has_one(tmp_path: Path) ->
     runs.append(write(tmp_path / "alone", verdicts(factor=0.2)))
     reference, pairs = gather.pairs(gather.gather(runs))
     assert reference == "torch"
-    assert [pair["ratio"] for pair in pairs] == [2.0] * 6 + [0.5] * 6 + [1.0] * 6
+    assert [pair["ratio"] for pair in pairs] == [2.0] * 6 + [1.0] * 6 + [0.5] * 6

@@ -191,12 +191,14 @@ def summarise(values: Mapping[Key, Mapping[str, Sequence[float]]]) -> dict[Key, 
 
 
 def compare(section: Section, verdicts: Iterable[Verdict], *, alarm: float = ALARM) -> Comparison:
-    """A run's verdicts beside the rows of the same kind. Dtypes that the run does not have are left alone.
+    """A run's verdicts beside the rows of the same kind. Dtypes that the run did not ask for are left alone.
 
-    `alarm` is the probability that something is called worse or better where nothing has changed.
+    A dtype of which nothing is judged any more, since the method refuses it, has all its rows gone. `alarm` is the
+    probability that something is called worse or better where nothing has changed.
     """
+    verdicts = list(verdicts)
     values = collect(verdicts)
-    dtypes = {key.dtype for key in values}
+    dtypes = {verdict.case.dtype for verdict in verdicts if verdict.law is None}
     before = {key: row for key, row in section.rows.items() if key.dtype in dtypes}
     both = [key for key in before if key in values]
     # Two sides, each quantile but the largest value, which only a bound can hold.

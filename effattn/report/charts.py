@@ -24,6 +24,10 @@ CASES = "cases"
 DTYPE_COLOURS = {"fp16": "#0072b2", "bf16": "#d55e00", "fp32": "#009e73"}
 
 
+#: Cases of each kind of change that are drawn.
+MOST_CHANGES = gather.MOST_POINTS // 4
+
+
 @dataclass(frozen=True)
 class Chart:
     """One chart of a page."""
@@ -260,11 +264,14 @@ def _places(alt: Any, material: Material) -> Chart:
     )
 
 
-def _pairs(alt: Any, colour: Any, reference: str, pairs: list[dict[str, Any]]) -> Chart:
+def _pairs(alt: Any, colour: Any, reference: str, every: list[dict[str, Any]]) -> Chart:
+    pairs = list(gather.drawn(every))
     words = (
         f"The same cases by both: the error of a method against the exact value, over that of {reference!r}. Above the "
         "diagonal the method is less accurate; the tooltip has the ratio."
     )
+    if len(pairs) < len(every):
+        words += f" {len(pairs)} of {len(every)} pairs are drawn: the largest ratios, and an even choice of the rest."
     low = min(min(p["fraction"], p["reference"]) for p in pairs)
     high = max(max(p["fraction"], p["reference"]) for p in pairs)
     scale = alt.Scale(type="log", domain=[low, max(high, low * 10)])
@@ -291,7 +298,7 @@ def _pairs(alt: Any, colour: Any, reference: str, pairs: list[dict[str, Any]]) -
 def _changes(material: Material) -> list[dict[str, Any]]:
     rows = []
     for kind in ("broken", "worse", "better", "mended"):
-        for change in getattr(material.difference, kind)[: gather.MOST_POINTS // 4]:
+        for change in getattr(material.difference, kind)[:MOST_CHANGES]:
             before, after = (gather.point(v) for v in (change.before, change.after))
             if before["drawn"] is not None and after["drawn"] is not None:
                 told = {"case": after["case"], "kind": kind, "dtype": after["dtype"]}
@@ -301,6 +308,8 @@ def _changes(material: Material) -> list[dict[str, Any]]:
 
 def _difference(alt: Any, rows: list[dict[str, Any]]) -> Chart:
     words = "Cases that changed against the other run: error over bound before and now."
+    if max(Counter(row["kind"] for row in rows).values()) >= MOST_CHANGES:
+        words += f" Of each kind, at most {MOST_CHANGES} are drawn, the worst."
     scales = {
         name: alt.Scale(type="log", domain=_domain([row[name] for row in rows], around=1.0))
         for name in ("before", "after")
@@ -322,8 +331,8 @@ def _difference(alt: Any, rows: list[dict[str, Any]]) -> Chart:
 def _history(alt: Any, material: Material) -> Chart:
     words = (
         "The largest error over bound of each run, a line for each method and dtype, in the order in which the runs were "
-        "started, which need not be that of the commits. Red: the first bad one. A + marks uncommitted changes. What failed "
-        "without an error to show, by a crash for example, is at the upper edge."
+        "started, which need not be that of the commits. Red: the first bad one, by single cases or by all together. A + marks "
+        "uncommitted changes. What failed without an error to show, by a crash for example, is at the upper edge."
     )
     known = [m.fraction for m in material.history if m.fraction is not None and not math.isnan(m.fraction)]
     edge = 2 * max(min(x, 1e4) for x in [*known, 1.0])

@@ -11,8 +11,9 @@ from urllib.parse import quote
 from xml.sax.saxutils import escape, quoteattr
 
 from effattn.errors import RequestError
-from effattn.report import charts, gather, markdown, summary, text
+from effattn.report import charts, gather, markdown, summary, text, together
 from effattn.report.gather import Material
+from effattn.report.together import Statement
 from effattn.run import catalog
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ MOST_CHANGES = 5
 MOST_NAME = 200
 #: Charts that the Markdown shows.
 _SHOWN = ("overview", "z")
+#: What it is called that a run failed by its cases together.
+_TOGETHER = "evidence over cases"
 #: What XML 1.0 cannot hold.
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -154,18 +157,23 @@ def pictures(material: Material, folder: Path, *, format: str = "svg") -> tuple[
 
 
 def junit(material: Material) -> str:
-    """The verdicts as JUnit XML: a suite for each method and dtype, a test for each case."""
+    """The verdicts as JUnit XML: a suite for each method and dtype, a test for each case.
+
+    A suite whose cases fail together has a test for that too.
+    """
     suites: dict[tuple[str, str], list[Verdict]] = {}
     for verdict in material.verdicts:
         suites.setdefault((verdict.method, verdict.case.dtype), []).append(verdict)
+    joint = _joint(material, suites)
     names = _names(material)
     lines = ['<?xml version="1.0" encoding="UTF-8"?>', '<testsuites name="effattn">']
     for (method, dtype), verdicts in suites.items():
         row = summary.row((method, dtype), verdicts)
-        failed = sum(row.failed.values())
+        failed = sum(row.failed.values()) + len(joint[method, dtype])
+        tests = len(verdicts) + len(joint[method, dtype])
         skipped = row.not_supported + row.not_judged
         lines.append(
-            f'<testsuite name={_attribute(f"{method} {dtype}")} tests="{len(verdicts)}" failures="{failed}" errors="0"'
+            f'<testsuite name={_attribute(f"{method} {dtype}")} tests="{tests}" failures="{failed}" errors="0"'
             f' skipped="{skipped}" time="{row.seconds:.3f}">'
         )
         for verdict in verdicts:
@@ -185,8 +193,35 @@ def junit(material: Material) -> str:
                 lines.append(f"{start}><skipped message={_attribute(verdict.message)}/></testcase>")
             else:
                 lines.append(f"{start}/>")
+        for name, said in joint[method, dtype].items():
+            body = _text("\n".join(line for each in said for line in (each.sentence, each.replay) if line))
+            lines.append(
+                f'<testcase classname={_attribute(f"{method}.{dtype}")} name={_attribute(name)} time="0.000000">'
+                f'<failure type="{_TOGETHER}" message={_attribute(said[0].sentence)}>{body}</failure></testcase>'
+            )
         lines.append("</testsuite>")
     return "\n".join([*lines, "</testsuites>", ""])
+
+
+def _joint(
+    material: Material, suites: dict[tuple[str, str], list[Verdict]]
+) -> dict[tuple[str, str], dict[str, list[Statement]]]:
+    """For each suite, the name of each test of what cases say together -> what they say; one test for each run.
+
+    Adds a suite where a run has none of its verdicts left.
+    """
+    found: dict[tuple[str, str], dict[str, list[Statement]]] = {}
+    for number, (folder, facts) in enumerate(material.runs):
+        of = [v for v, run in zip(material.verdicts, material.origins, strict=True) if run == number]
+        blamed = together.method(facts, list(dict.fromkeys(v.method for v in of)))
+        dtypes = list(dict.fromkeys(v.case.dtype for v in of if v.method == blamed)) or [""]
+        name = _TOGETHER if len(material.evidence) == 1 else f"{_TOGETHER} in {folder}"
+        for statement in together.statements(facts):
+            dtype = next((dtype for dtype in dtypes if statement.concerns(dtype)), dtypes[0])
+            found.setdefault((blamed, dtype), {}).setdefault(name, []).append(statement)
+    for suite in found:
+        suites.setdefault(suite, [])
+    return {suite: found.get(suite, {}) for suite in suites}
 
 
 def _names(material: Material) -> dict[int, str]:
@@ -226,10 +261,10 @@ def workflow_commands(material: Material) -> list[str]:
         title = f"{method} {dtype}: {outcome} in {len(verdicts)} cases"
         body = f"{worst.case.describe()}\n{worst.message[:1000]}\n{worst.replay[:1000]}"
         lines.append(f"::error title={_command(title, of_property=True)}::{_command(body)}")
-    alarms = [
-        str(alarm.get("sentence", "")) for found in material.evidence for alarm in found.get("alarms", ())
-    ]
-    lines += [f"::error title=evidence over cases::{_command(sentence)}" for sentence in alarms]
+    for _, facts in material.runs:
+        for said in together.statements(facts):
+            body = "\n".join(filter(None, (said.sentence[:1000], said.replay[:1000])))
+            lines.append(f"::error title={_TOGETHER}::{_command(body)}")
     return lines[:MOST_ANNOTATIONS]
 
 

@@ -7,19 +7,20 @@ rest), what is added up counts everything.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from effattn.errors import RequestError
-from effattn.report import beside, origin, summary, text
+from effattn.report import beside, origin, summary, text, together
 from effattn.report.studies import Study
 from effattn.report.studies import read as read_study
 from effattn.run import catalog, store
 from effattn.run.records import Damage, Key
 from effattn.verdict import Quantity, Verdict
+
+_Item = TypeVar("_Item")
 
 #: Cases that are drawn as points and listed in the table of cases.
 MOST_POINTS = 3000
@@ -48,19 +49,29 @@ class Moment:
     commit: str
     method: str
     dtype: str
+    #: verdicts that passed or failed, and those that failed, with those under laws
     judged: int
     failed: int
     fraction: float | None
     z_rms: float | None
+    #: whether its cases speak against the method together
+    together: bool = False
     #: whether the tree was as committed; None where that is not known
     clean: bool | None = None
     #: the first of its line that fails after one that did not
     first_bad: bool = False
 
     @property
+    def bad(self) -> bool:
+        """Whether the method failed, by single cases or by all of them together."""
+        return bool(self.failed) or self.together
+
+    @property
     def state(self) -> str:
         """What to say of it, in words."""
-        words = "first bad" if self.first_bad else "failed" if self.failed else "passed"
+        words = "first bad" if self.first_bad else "failed" if self.bad else "passed"
+        if self.together and not self.failed:
+            words += ", by its cases together"
         return f"{words}, with uncommitted changes" if self.clean is False else words
 
 
@@ -153,7 +164,7 @@ class Material:
 
 def _speaks(facts: dict[str, Any]) -> bool:
     """Whether the cases of a run say together what none says alone."""
-    return any((facts.get("evidence") or {}).get(name) for name in ("alarms", "unsteady"))
+    return bool(together.statements(facts))
 
 
 def _subject(methods: Sequence[str]) -> str:
@@ -199,7 +210,7 @@ def gather(
     verdicts = [verdict for _, _, verdict in found]
     compared = [verdict for verdict in verdicts if verdict.law is None]
     rows = summary.rows(compared, by=lambda v: (v.method, v.case.dtype))
-    rows.sort(key=lambda row: (-sum(row.failed.values()), -(row.fraction or 0.0)))
+    rows.sort(key=lambda row: (-sum(row.failed.values()), -summary.size(row.fraction)))
     material = Material(
         runs=[(folder, origin.facts(folder, damaged)) for folder in folders],
         verdicts=verdicts,
@@ -301,7 +312,7 @@ def _groups(name: str, verdicts: Sequence[Verdict], of: Callable[[Verdict], str]
     rows.sort(
         key=lambda row: (
             -sum(sum(cell.failed.values()) for cell in row.cells.values()),
-            -max((cell.fraction or 0.0) for cell in row.cells.values()),
+            -max(summary.size(cell.fraction) for cell in row.cells.values()),
         )
     )
     return rows
@@ -349,13 +360,16 @@ def out_of(verdict: Verdict) -> Quantity | None:
 
 def points(material: Material) -> list[dict[str, Any]]:
     """The cases as plain rows for charts and for the table of cases: the worst, and an even choice of the rest."""
-    order = sorted(range(len(material.verdicts)), key=lambda i: _badness(material.verdicts[i]), reverse=True)
-    if len(order) > MOST_POINTS:
-        kept = order[: MOST_POINTS // 3]
-        rest = order[MOST_POINTS // 3 :]
-        step = len(rest) / (MOST_POINTS - len(kept))
-        order = kept + [rest[int(i * step)] for i in range(MOST_POINTS - len(kept))]
-    return [point(material.verdicts[i]) for i in order]
+    return [point(verdict) for verdict in drawn(sorted(material.verdicts, key=_badness, reverse=True))]
+
+
+def drawn(order: Sequence[_Item]) -> Sequence[_Item]:
+    """What is drawn of many, the worst first: the worst third of `MOST_POINTS`, and an even choice of the rest."""
+    if len(order) <= MOST_POINTS:
+        return order
+    worst, rest = order[: MOST_POINTS // 3], order[MOST_POINTS // 3 :]
+    step = len(rest) / (MOST_POINTS - len(worst))
+    return [*worst, *(rest[int(i * step)] for i in range(MOST_POINTS - len(worst)))]
 
 
 def point(verdict: Verdict) -> dict[str, Any]:
@@ -371,8 +385,7 @@ def point(verdict: Verdict) -> dict[str, Any]:
         "failed": summary.failed(verdict.outcome),
         "case": text.one_line(case.describe()),
         "fraction": _finite(fraction),
-        # A logarithm has no 0, and what is beyond everything is drawn at the edge.
-        "drawn": None if fraction is None else min(max(fraction, 1e-4), 1e4),
+        "drawn": None if fraction is None else _within(fraction),
         "z_rms": _finite(out.z_rms) if out else None,
         "z_max": _finite(out.z_max) if out else None,
         "ulp_p99": _finite(out.ulp_p99) if out else None,
@@ -410,7 +423,7 @@ def places(material: Material) -> list[dict[str, Any]]:
             "dimension": column / CELLS,
             "dimension_end": (column + 1) / CELLS,
             "cases": len(fractions),
-            "fraction": _finite(max(fractions)),
+            "fraction": _finite(max(map(summary.size, fractions))),
         }
         for (dtype, row, column), fractions in counts.items()
     ]
@@ -420,7 +433,8 @@ def pairs(material: Material) -> tuple[str, list[dict[str, Any]]]:
     """Each method beside the reference method on the same cases, and the ratio of their errors.
 
     The reference is `torch` where the runs have it, an implementation in the same dtype, else the first method; its verdict
-    is that of the same run, or else of the first run that has the case. Empty where there is one method alone.
+    is that of the same run, or else of the first run that has the case. The largest ratio first. Empty where there is one
+    method alone.
     """
     if len(material.methods) < 2:
         return "", []
@@ -436,19 +450,26 @@ def pairs(material: Material) -> tuple[str, list[dict[str, Any]]]:
         if verdict.method == reference or verdict.law is not None or other is None:
             continue
         a, b = catalog.fraction(verdict), catalog.fraction(other)
-        if a is None or b is None or not math.isfinite(a) or not math.isfinite(b):
+        if a is None or b is None:
             continue
+        a, b = _within(a), _within(b)
         found.append(
             {
                 "method": verdict.method,
                 "dtype": verdict.case.dtype,
                 "case": verdict.case.describe(),
-                "fraction": _finite(max(a, 1e-4)),
-                "reference": _finite(max(b, 1e-4)),
-                "ratio": _finite(max(a, 1e-4) / max(b, 1e-4)),
+                "fraction": _finite(a),
+                "reference": _finite(b),
+                "ratio": _finite(a / b),
             }
         )
-    return reference, found[:MOST_POINTS]
+    found.sort(key=lambda pair: -pair["ratio"])
+    return reference, found
+
+
+def _within(fraction: float) -> float:
+    """A fraction as it is drawn: a logarithm has no 0, and what is beyond everything is at the edge."""
+    return min(max(fraction, 1e-4), 1e4)
 
 
 def moments(
@@ -478,24 +499,29 @@ def moments(
         provenance = origin.provenance(run, [] if damaged is None else damaged)
         where = provenance.get("working_directory") or {}
         verdicts = list(store.read_verdicts(run, [] if damaged is None else damaged))
-        broken = Counter((v.method, v.case.dtype) for v in verdicts if v.law and summary.failed(v.outcome))
-        compared = [v for v in verdicts if v.law is None]
+        lines: dict[tuple[str, str], list[Verdict]] = {}
+        for verdict in verdicts:
+            lines.setdefault((verdict.method, verdict.case.dtype), []).append(verdict)
+        said = together.statements(provenance)
+        blamed = together.method(provenance, list(dict.fromkeys(method for method, _ in lines)))
         clean = where.get("clean")
-        found += [
-            Moment(
-                started=provenance.get("started") or "",
-                run=run.name,
-                commit=str(where.get("commit") or "")[:10],
-                method=row.label[0],
-                dtype=row.label[1],
-                judged=row.judged,
-                failed=sum(row.failed.values()) + broken[row.label[0], row.label[1]],
-                fraction=row.fraction,
-                z_rms=row.z_rms,
-                clean=clean if isinstance(clean, bool) else None,
+        for (method, dtype), members in lines.items():
+            row = summary.row((method, dtype), [v for v in members if v.law is None])
+            found.append(
+                Moment(
+                    started=provenance.get("started") or "",
+                    run=run.name,
+                    commit=str(where.get("commit") or "")[:10],
+                    method=method,
+                    dtype=dtype,
+                    judged=sum(str(v.outcome) not in summary.SET_ASIDE for v in members),
+                    failed=sum(summary.failed(v.outcome) for v in members),
+                    fraction=row.fraction,
+                    z_rms=row.z_rms,
+                    together=method == blamed and any(statement.concerns(dtype) for statement in said),
+                    clean=clean if isinstance(clean, bool) else None,
+                )
             )
-            for row in summary.rows(compared, by=lambda v: (v.method, v.case.dtype))
-        ]
     return _marked(found)
 
 
@@ -507,9 +533,7 @@ def _marked(found: Sequence[Moment]) -> list[Moment]:
     for moment in found:
         line = (moment.method, moment.dtype)
         changed = moment.clean is False and (*line, moment.commit) in known
-        marked.append(
-            replace(moment, first_bad=bool(moment.failed) and good.get(line, False) and not changed)
-        )
+        marked.append(replace(moment, first_bad=moment.bad and good.get(line, False) and not changed))
         if moment.judged and not changed:
-            good[line] = not moment.failed
+            good[line] = not moment.bad
     return marked

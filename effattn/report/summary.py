@@ -225,6 +225,13 @@ def row(label: tuple[str, ...], verdicts: Sequence[Verdict]) -> Row:
     )
 
 
+def size(fraction: float | None) -> float:
+    """error/bound as a number to sort by: NaN, which no bound holds, is as bad as infinity."""
+    if fraction is None:
+        return 0.0
+    return math.inf if math.isnan(fraction) else fraction
+
+
 def _accuracy(pairs: Sequence[tuple[float, float] | None]) -> tuple[float, float] | None:
     known = [pair for pair in pairs if pair is not None]
     return (statistics.median(p[0] for p in known), statistics.median(p[1] for p in known)) if known else None

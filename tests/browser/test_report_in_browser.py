@@ -218,6 +218,22 @@ def test_table_is_sorted_by_its_headings(opened: Any) -> None:
     assert opened.evaluate("document.querySelector('[aria-sort]').getAttribute('aria-sort')") == "ascending"
 
 
+def test_errors_without_a_number_are_the_largest(page: Any, tmp_path: Path) -> None:
+    fractions = [0.5, float("nan"), 100.0, float("inf"), 50.0]
+    run = write(
+        tmp_path / "run", [verdict(s, x, method="mine") for s, x in enumerate(fractions)], "mine", "2030"
+    )
+    file = tmp_path / "r.html"
+    file.write_text(html.render(gather.gather([run])), encoding="utf-8")
+    page.open(file)
+    for wanted in (["inf", "inf", "100", "50", "0.500"], ["0.500", "50", "100", "inf", "inf"]):
+        page.evaluate("document.querySelector('[data-sort=fraction]').click()")
+        assert wanted == page.evaluate(
+            "[...document.querySelectorAll('#table tbody tr')].map(r => r.cells[1].textContent)"
+        )
+    assert page.complaints() == []
+
+
 def test_tooltip_tells_the_case(opened: Any) -> None:
     x, y = opened.evaluate(
         "(() => { const m = document.querySelector('[data-chart=kv_len] svg .mark-symbol.role-mark path');"

@@ -53,8 +53,14 @@
     document.documentElement.dataset.ready = String(Number(document.documentElement.dataset.ready || 0) + 1);
   }
 
+  // JSON has no infinity: an error of NaN, or beyond every number, is drawn at the edge and has no fraction.
+  function valueOf(row, key) {
+    return key === "fraction" && row[key] === null && row.drawn !== null ? Infinity : row[key];
+  }
+
   function show(value) {
     if (value === null || value === undefined) return "-";
+    if (value === Infinity) return "inf";
     return typeof value === "number" && !Number.isInteger(value) ? value.toPrecision(3) : String(value);
   }
 
@@ -63,9 +69,8 @@
     if (sorting.key) {
       const sign = sorting.down ? -1 : 1;
       sorted.sort((a, b) => {
-        const x = a[sorting.key], y = b[sorting.key];
-        if (x === null) return 1;
-        if (y === null) return -1;
+        const x = valueOf(a, sorting.key), y = valueOf(b, sorting.key);
+        if (x === null || y === null) return (x === null) - (y === null);
         return (x < y ? -1 : x > y ? 1 : 0) * sign;
       });
     }
@@ -74,7 +79,7 @@
       if (row.failed) line.className = "failed";
       for (const key of data.columns) {
         const cell = document.createElement("td");
-        cell.textContent = show(row[key]);
+        cell.textContent = show(valueOf(row, key));
         line.append(cell);
       }
       return line;
