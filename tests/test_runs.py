@@ -797,6 +797,11 @@ def test_provenance_with_numbers_that_json_has_not_is_shown_as_json(
         (lambda text: b"", "it is empty"),
         (lambda text: text.replace(b'"kind"', b'"kin\xff"'), "it is no text"),
         (
+            lambda text: text.replace(b"{", b'{"far": ' + b"9" * 5000 + b",", 1),
+            "it has a number of too many digits",
+        ),
+        (lambda text: b"[]", "it is no JSON object"),
+        (
             lambda text: text.replace(b"{", b'{"x":' + b"[" * 5000 + b"]" * 5000 + b",", 1),
             "it is nested too deeply",
         ),

@@ -251,8 +251,10 @@ def _described(folder: Path) -> tuple[dict[str, Any] | None, str]:
         )
     except RecursionError:
         return None, "it is nested too deeply"
-    except ValueError:
+    except UnicodeDecodeError:
         return None, "it is no text, so it was changed"
+    except ValueError:
+        return None, "it has a number of too many digits"
     if records.is_deep(described):
         return None, "it is nested too deeply"
     return (described, "") if isinstance(described, dict) else (None, "it is no JSON object")
@@ -476,7 +478,7 @@ def find_case(name: str, folder: Path) -> Case:
     if len(found) == 1:
         case = next(iter(found.values()))
         if isinstance(case, Damage):
-            raise RequestError(f"{case}. It cannot be judged again")
+            raise RequestError(f"{str(case).removesuffix('.')}. It cannot be judged again")
         return case
     if found:
         raise RequestError(
