@@ -516,6 +516,35 @@ def test_folder_whose_name_is_no_utf8_is_compacted_and_asked(
     assert "no UTF-8" in err
 
 
+def test_temporary_files_in_a_folder_whose_name_is_no_utf8_are_refused(two_runs: tuple[Path, Path]) -> None:
+    place = Path(os.fsdecode(b"by\xffte")).absolute()
+    place.mkdir()
+    for arguments in (["compact", "first"], ["query", "SELECT 1", "first"]):
+        done = subprocess.run(
+            [sys.executable, "-c", "import sys; from effattn.cli import main; sys.exit(main())", "runs", *arguments],
+            capture_output=True, text=True, check=False, env={**os.environ, "TMPDIR": str(place)},
+        )  # fmt: skip
+        if arguments[0] == "compact":  # which needs no more of it than a place for links
+            assert (done.returncode, done.stderr) == (0, "")
+        else:
+            assert done.returncode == 2, done.stderr
+            assert done.stderr.startswith("effattn: the folder for temporary files")
+            assert "TMPDIR" in done.stderr
+
+
+def test_records_that_grow_are_read_once(two_runs: tuple[Path, Path], tmp_path: Path) -> None:
+    """DuckDB would read them again, with what was added since they were looked at, half a line perhaps."""
+    import fcntl
+
+    first = two_runs[0]
+    own, copied = [first / "verdicts.jsonl"], [tmp_path / "whole.jsonl"]
+    assert tables._whole(first, tmp_path, []) == (own, 6)
+    with (first / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert tables._whole(first, tmp_path, []) == (copied, 6)
+        assert tables.compact(first).rows == 6
+
+
 def test_name_of_a_folder_is_harmless_on_a_terminal(
     effattn_command: Command, two_runs: tuple[Path, Path]
 ) -> None:

@@ -218,7 +218,13 @@ def _whole(folder: Path, scratch: Path, damaged: list[Damage]) -> tuple[list[Pat
     found: list[Damage] = []
     schema = store.read_provenance(folder, found)["written_as"]
     files = store.verdict_files(folder)
-    if schema == store.migrate.SCHEMA and len(files) == 1 and _is_utf8(files[0]):
+    # What grows is copied: DuckDB reads the file after it was looked at, and more than that.
+    if (
+        schema == store.migrate.SCHEMA
+        and len(files) == 1
+        and _is_utf8(files[0])
+        and not store.is_locked(folder)
+    ):
         rows = _rows_if_good(files[0])
         if rows is not None:
             damaged += found + store.foreign_files(folder)
@@ -437,6 +443,11 @@ def _connect(scratch: Path) -> duckdb.DuckDBPyConnection:
         raise RequestError(
             "this needs DuckDB, which is not installed; install it with `pip install 'effattn[report]'`"
         ) from None
+    if not _is_utf8(scratch):
+        raise RequestError(
+            f"the folder for temporary files, {str(scratch.parent)!r}, has a name that is no UTF-8, which DuckDB does not take; "
+            "name another one in TMPDIR"
+        )
     return duckdb.connect(
         ":memory:",
         config={
