@@ -455,7 +455,8 @@ def test_every_kind_of_change_is_in_every_form(effattn_command: Command, tmp_pat
     for title in pairs:
         assert f"<h3>{title.capitalize()}: 1</h3>" in page
         assert f"\n{title.capitalize()}: 1\n" in summary
-    assert page.count("<td>pass</td>") == 3
+    assert page.count('<td class="whole">pass 0.05</td>') == 3
+    assert '<td class="whole">not supported -</td><td class="whole">crashed 0.05</td>' in page
     assert summary.count("| pass 0.05 |") == 3
     assert "| not supported - | crashed 0.05 |" in summary
     sentence = "5 cases compared: 1 broken, 1 failing and not judged before, 1 passed and judged no more,"

@@ -249,7 +249,7 @@ def test_a_commit_is_bad_by_all_of_its_cases_together(evidence: dict[str, Any]) 
     ]
     assert [moment.state for moment in gather.moments(runs) if moment.dtype == "fp32"] == ["passed"] * 2
     page = html.render(gather.gather([runs / "r0"], history=runs))
-    assert page.count('<tr class="failed"><td>203') == 2
+    assert page.count('<tr class="failed"><td class="whole">203') == 2
     assert "<td>first bad, by its cases together</td>" in page
 
 
@@ -321,6 +321,7 @@ def test_history_counts_a_run_once_and_says_its_order() -> None:
     assert "which need not be that of the commits" in page
     assert "<code>cccccccccc+</code>" in page
     assert "first bad, with uncommitted changes" in page
+    assert '<td class="whole">2032-01-01 00:00</td>' in page
 
 
 def test_a_crash_is_no_small_error_in_the_history() -> None:

@@ -112,19 +112,25 @@ def _domain(values: Sequence[float | None], *, around: float | None = None) -> l
 
 
 _FRACTION = "error / bound (over 1 fails)"
-#: A long label without its middle: the dtype stands at its end.
+#: A long label without its middle: the dtype stands at its end. Shorter where the window is narrow; a picture has none.
 _SHORT = (
-    "length(datum.label) > 34 ? substring(datum.label, 0, 14) + '…' + "
-    "substring(datum.label, length(datum.label) - 19) : datum.label"
+    "length(datum.label) <= {0} ? datum.label : "
+    "substring(datum.label, 0, {1}) + '…' + substring(datum.label, length(datum.label) - {2})"
 )
+_LABEL = f"(containerSize()[0] || 640) < 480 ? ({_SHORT.format(20, 6, 13)}) : ({_SHORT.format(34, 14, 19)})"
 _TOOLTIP = ("case:N", "method:N", "outcome:N", "fraction:Q", "z_rms:Q", "ulp_p99:Q", "id:N")
 
 
 def _colour(alt: Any, dtypes: Collection[str]) -> Any:
-    """Colours by dtype, with a legend of those that there are."""
+    """Colours by dtype, with a legend of those that there are, above the chart: beside it, it would narrow it."""
     colours = {dtype: colour for dtype, colour in DTYPE_COLOURS.items() if dtype in dtypes}
     scale = alt.Scale(domain=list(colours), range=list(colours.values()))
-    return alt.Color("dtype:N", scale=scale, title="dtype")
+    return alt.Color("dtype:N", scale=scale, title=None, legend=alt.Legend(orient="top"))
+
+
+def _log(alt: Any, domain: list[float], **more: Any) -> Any:
+    """A logarithmic scale of just this domain: left to itself, it goes on to powers of ten where nothing is."""
+    return alt.Scale(type="log", domain=domain, nice=False, **more)
 
 
 def _limit(alt: Any, channel: str = "x") -> Any:
@@ -155,8 +161,8 @@ def _overview(alt: Any, colour: Any, material: Material, domain: list[float]) ->
         .transform_calculate(line="datum.method + ' · ' + datum.dtype")
     )
     marks = base.mark_tick(thickness=1.5, size=16, opacity=0.6).encode(
-        x=alt.X("drawn:Q", scale=alt.Scale(type="log", domain=domain), title=_FRACTION),
-        y=alt.Y("line:N", sort=order, title=None, axis=alt.Axis(labelLimit=220, labelExpr=_SHORT)),
+        x=alt.X("drawn:Q", scale=_log(alt, domain), title=_FRACTION),
+        y=alt.Y("line:N", sort=order, title=None, axis=alt.Axis(labelLimit=220, labelExpr=_LABEL)),
         color=colour,
         tooltip=list(_TOOLTIP),
     )
@@ -225,7 +231,7 @@ def _against(
 ) -> Chart:
     """error/bound against a field of the case; on a logarithmic axis where a domain is given."""
     words = f"Each case by its {axis}. A slope says that the error grows with it faster than what is allowed does."
-    scale = alt.Scale(type="log", base=2, domain=domain) if domain else alt.Scale(zero=False)
+    scale = _log(alt, domain, base=2) if domain else alt.Scale(zero=False)
     ticks = alt.Axis() if domain else alt.Axis(format=".3~g", tickCount=6)
     chart = (
         alt.Chart(alt.NamedData(name=CASES))
@@ -233,7 +239,7 @@ def _against(
         .mark_point(filled=True, size=28, opacity=0.6)
         .encode(
             x=alt.X(f"{name}:Q", scale=scale, title=axis, axis=ticks),
-            y=alt.Y("drawn:Q", scale=alt.Scale(type="log", domain=drawn), title=_FRACTION),
+            y=alt.Y("drawn:Q", scale=_log(alt, drawn), title=_FRACTION),
             color=colour,
             tooltip=list(_TOOLTIP),
         )
@@ -274,7 +280,7 @@ def _pairs(alt: Any, colour: Any, reference: str, every: list[dict[str, Any]]) -
         words += f" {len(pairs)} of {len(every)} pairs are drawn: the largest ratios, and an even choice of the rest."
     low = min(min(p["fraction"], p["reference"]) for p in pairs)
     high = max(max(p["fraction"], p["reference"]) for p in pairs)
-    scale = alt.Scale(type="log", domain=[low, max(high, low * 10)])
+    scale = _log(alt, [low, max(high, low * 10)])
     dots = (
         alt.Chart(alt.NamedData(name="pairs"))
         .mark_circle(size=28, opacity=0.6)
@@ -311,8 +317,7 @@ def _difference(alt: Any, rows: list[dict[str, Any]]) -> Chart:
     if max(Counter(row["kind"] for row in rows).values()) >= MOST_CHANGES:
         words += f" Of each kind, at most {MOST_CHANGES} are drawn, the worst."
     scales = {
-        name: alt.Scale(type="log", domain=_domain([row[name] for row in rows], around=1.0))
-        for name in ("before", "after")
+        name: _log(alt, _domain([row[name] for row in rows], around=1.0)) for name in ("before", "after")
     }
     kinds = {"broken": "#cc3311", "worse": "#ee7733", "better": "#33bbee", "mended": "#009988"}
     chart = (
@@ -321,7 +326,12 @@ def _difference(alt: Any, rows: list[dict[str, Any]]) -> Chart:
         .encode(
             x=alt.X("before:Q", scale=scales["before"], title="error / bound before"),
             y=alt.Y("after:Q", scale=scales["after"], title="error / bound now"),
-            color=alt.Color("kind:N", scale=alt.Scale(domain=list(kinds), range=list(kinds.values()))),
+            color=alt.Color(
+                "kind:N",
+                scale=alt.Scale(domain=list(kinds), range=list(kinds.values())),
+                title=None,
+                legend=alt.Legend(orient="top"),
+            ),
             tooltip=["case:N", "kind:N", "before:Q", "after:Q"],
         )
     )
@@ -331,8 +341,9 @@ def _difference(alt: Any, rows: list[dict[str, Any]]) -> Chart:
 def _history(alt: Any, material: Material) -> Chart:
     words = (
         "The largest error over bound of each run, a line for each method and dtype, in the order in which the runs were "
-        "started, which need not be that of the commits. Red: the first bad one, by single cases or by all together. A + marks "
-        "uncommitted changes. What failed without an error to show, by a crash for example, is at the upper edge."
+        "started, which need not be that of the commits. A red diamond: the first bad one, by single cases or by all "
+        "together. A + marks uncommitted changes. What failed without an error to show, by a crash for example, is at the upper "
+        "edge."
     )
     known = [m.fraction for m in material.history if m.fraction is not None and not math.isnan(m.fraction)]
     edge = 2 * max(min(x, 1e4) for x in [*known, 1.0])
@@ -367,17 +378,25 @@ def _history(alt: Any, material: Material) -> Chart:
         ),
         y=alt.Y(
             "drawn:Q",
-            scale=alt.Scale(type="log", domain=_domain([row["drawn"] for row in rows], around=1.0)),
+            scale=_log(alt, _domain([row["drawn"] for row in rows], around=1.0)),
             title=_FRACTION,
         ),
         detail="line:N",
     )
     lines = base.mark_line(opacity=0.6).encode(color=colour)
-    dots = base.mark_point(filled=True, size=60).encode(
+    dots = base.mark_point(filled=True).encode(
         color=alt.condition("datum.first_bad", alt.value("#cc3311"), colour),
+        shape=alt.condition("datum.first_bad", alt.value("diamond"), alt.value("circle")),
+        size=alt.condition("datum.first_bad", alt.value(200), alt.value(60)),
         tooltip=["run:N", "commit:N", "line:N", "state:N", "failed:Q"],
     )
-    return Chart("history", "Accuracy per commit", words, _spec(lines + dots, 260, words), rows)
+    return Chart(
+        "history",
+        "Accuracy per commit",
+        words,
+        _spec(alt.layer(_limit(alt, "y"), lines, dots), 260, words),
+        rows,
+    )
 
 
 def _height(moment: gather.Moment, edge: float) -> float | None:
@@ -393,7 +412,7 @@ def _baseline(alt: Any, rows: list[dict[str, Any]]) -> Chart:
         "the diagonal errors have become larger; colours say what is more than chance."
     )
     low, high = _domain([row[name] for row in rows for name in ("before", "now")])
-    scale = alt.Scale(type="log", domain=[low, high])
+    scale = _log(alt, [low, high])
     states = {"worse": "#cc3311", "better": "#009988", "no significant change": "#888888"}
     dots = (
         alt.Chart(alt.NamedData(name="baseline"))
@@ -402,7 +421,10 @@ def _baseline(alt: Any, rows: list[dict[str, Any]]) -> Chart:
             x=alt.X("before:Q", scale=scale, title="median error / bound, baseline"),
             y=alt.Y("now:Q", scale=scale, title="median error / bound, now"),
             color=alt.Color(
-                "state:N", scale=alt.Scale(domain=list(states), range=list(states.values())), title=None
+                "state:N",
+                scale=alt.Scale(domain=list(states), range=list(states.values())),
+                title=None,
+                legend=alt.Legend(orient="top"),
             ),
             tooltip=["row:N", "state:N", "before:Q", "now:Q", "cases:Q"],
         )

@@ -79,6 +79,7 @@ def render(material: Material) -> str:
         number=text.number,
         plain=text.plain,
         one_line=text.one_line,
+        when=_when,
         fraction=catalog.fraction,
         failed=summary.failed,
         outcomes=sorted({str(verdict.outcome) for verdict in material.verdicts}),
@@ -94,6 +95,13 @@ def render(material: Material) -> str:
         javascript=markupsafe.Markup(charts.javascript().replace("</script", "<\\/script")),
         version=effattn.__version__,
     )
+
+
+def _when(started: str) -> str:
+    """A time in UTC to the minute; anything else as it is."""
+    if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", started):
+        return started
+    return started[:16].replace("T", " ")
 
 
 def title(material: Material) -> str:

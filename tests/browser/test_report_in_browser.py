@@ -262,6 +262,22 @@ def test_page_fits_its_window(opened: Any, screenshots: Path, width: int, height
     opened.screenshot(screenshots / f"report-{width}.png")
 
 
+def test_comparison_and_charts_have_room_on_a_phone(opened: Any) -> None:
+    opened.size(390, 844)
+    opened.open(Path(opened.evaluate("decodeURIComponent(location.pathname)")))
+    tables = opened.evaluate(
+        "[...document.querySelectorAll('section[aria-labelledby=against] .scroll')].map(e => e.scrollWidth - e.clientWidth)"
+    )
+    assert tables == [0] * len(tables) != []
+    for chart in ("overview", "kv_len", "pairs", "difference", "history"):
+        share = opened.evaluate(
+            f"(() => {{ const e = document.querySelector('[data-chart={chart}]');"
+            " const f = e.querySelector('svg .role-frame .background');"
+            " return f.getBoundingClientRect().width / e.getBoundingClientRect().width; })()"
+        )
+        assert share > 0.5, chart
+
+
 def contrast(page: Any, selector: str) -> float:
     """The contrast of text to what is behind it, as WCAG 2 defines it."""
     return page.evaluate(
