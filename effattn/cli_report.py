@@ -97,7 +97,7 @@ def report(
     problems: list[str] = []
     with _kept(problems):
         write(target, html.render(material))
-        click.echo(f"Report: {target}")
+        click.echo(f"Report: {text.plain(str(target))}")
     made: list[Path] = []
     if pictures is not None and markdown_file is not None:
         with _kept(problems):
@@ -109,11 +109,11 @@ def report(
     if markdown_file is not None:
         with _kept(problems):
             write(markdown_file, exports.pull_request(material, made, link=str(target)))
-            click.echo(f"Markdown: {markdown_file}")
+            click.echo(f"Markdown: {text.plain(str(markdown_file))}")
     if junit_file is not None:
         with _kept(problems):
             write(junit_file, exports.junit(material))
-            click.echo(f"JUnit: {junit_file}")
+            click.echo(f"JUnit: {text.plain(str(junit_file))}")
     if github if github is not None else os.environ.get("GITHUB_ACTIONS") == "true":
         for line in exports.workflow_commands(material):
             click.echo(line)

@@ -552,8 +552,13 @@ def test_name_of_a_folder_is_harmless_on_a_terminal(
         two_runs[0].parent / "a\x1b[31m\x07b"
     )  # click takes the former out, but for terminals
     flip_record(folder)
-    for arguments in (["compact"], ["show"], ["query", "SELECT DISTINCT run FROM verdicts"]):
-        code, out, err = effattn_command("runs", *arguments, folder)
+    for arguments in (
+        ["runs", "compact"],
+        ["runs", "show"],
+        ["runs", "query", "SELECT DISTINCT run FROM verdicts"],
+        ["report", "--markdown", folder / "a.md", "--junit", folder / "a.xml"],
+    ):
+        code, out, err = effattn_command(*arguments, folder)
         assert code == 0, err
         assert "is damaged" in err
         assert not {"\x1b", "\x07"} & set(out + err)
