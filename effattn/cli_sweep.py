@@ -186,7 +186,7 @@ def _print(result: Result, folder: Path) -> None:
                 text.counts(failed),
                 str(tally.outcomes["not supported"]),
                 str(tally.outcomes["not judged"]),
-                text.number(tally.fraction),
+                text.fraction(tally.fraction),
                 tally.failing[0] if tally.failing is not None else tally.worst,
             )
         )

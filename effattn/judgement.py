@@ -579,7 +579,10 @@ def _quantiles(nonzero: Floats, count: int) -> tuple[float, float, float]:
 def _times(fraction: float | None) -> str:
     if fraction is None or not math.isfinite(fraction):
         return "beyond"
-    return f"{fraction:.3g} times"
+    shown = f"{fraction:.3g}"
+    if fraction > 1 and float(shown) == 1:  # as many figures as it takes to tell it from 1
+        shown = next(more for n in range(4, 18) if float(more := f"{fraction:.{n}g}") > 1)
+    return f"{shown} times"
 
 
 def _show(x: float) -> str:

@@ -49,6 +49,9 @@ def pull_request(material: Material, pictures: Sequence[Path] = (), *, link: str
         f"**{text.markdown(material.sentence)}**",
         "",
     ]
+    for run in material.unfinished:
+        head += [f"{text.code(str(run.folder))} is not at its end: {run.share}.", ""]
+        head += [f"Go on with it: {text.code(run.command)}", ""] if run.command else []
     for note in material.notes:
         head += [text.markdown(note), ""]
     if link:
@@ -61,7 +64,7 @@ def pull_request(material: Material, pictures: Sequence[Path] = (), *, link: str
     pieces += ["\n".join([*markdown.weighed(found), ""]) for found in material.evidence]
     if material.difference is not None:
         pieces.append("\n".join(_difference(material)))
-    pieces.append("\n".join(_worst(material.worst)))
+    pieces.append("\n".join(_worst(material)))
     if material.damaged:
         pieces.append(
             "\n".join(
@@ -85,9 +88,11 @@ def _link(picture: Path) -> str:
     return quote(os.fsencode(f"{picture.parent.name}/{picture.name}"))
 
 
-def _worst(verdicts: Sequence[Verdict]) -> list[str]:
+def _worst(material: Material) -> list[str]:
+    verdicts = material.worst
+    kind = "worst cases" if material.failed else "cases closest to the limit"
     lines = [
-        f"## The {len(verdicts)} worst cases",
+        f"## The {len(verdicts)} {kind}" if len(verdicts) > 1 else f"## The {kind.replace('cases', 'case')}",
         "",
         "| outcome | error/bound | method | case |",
         "| --- | ---: | --- | --- |",
@@ -95,16 +100,16 @@ def _worst(verdicts: Sequence[Verdict]) -> list[str]:
     for verdict in verdicts:
         cells = (
             str(verdict.outcome),
-            text.number(catalog.fraction(verdict)),
+            text.fraction(catalog.fraction(verdict)),
             verdict.method[:MOST_NAME],
-            verdict.case.describe(),
+            summary.subject(verdict),
         )
         lines.append("| " + " | ".join(text.markdown(cell) for cell in cells) + " |")
     lines.append("")
     for verdict in verdicts:
         if summary.failed(verdict.outcome):
             lines += [
-                f"<details><summary>{verdict.outcome}: {escape(text.one_line(verdict.case.describe()))}</summary>",
+                f"<details><summary>{verdict.outcome}: {escape(text.one_line(summary.subject(verdict)))}</summary>",
                 "",
                 *(f"> {text.markdown(line)}  " for line in verdict.message[:1500].splitlines()),
                 "",
@@ -126,7 +131,7 @@ def _difference(material: Material) -> list[str]:
         lines += [f"{title}: {len(kind.changes)}", "", "| case | before | now |", "| --- | --- | --- |"]
         for change in kind.changes[:MOST_CHANGES]:
             was, now = (
-                f"{v.outcome} {text.number(catalog.fraction(v))}" for v in (change.before, change.after)
+                f"{v.outcome} {text.fraction(catalog.fraction(v))}" for v in (change.before, change.after)
             )
             lines.append(f"| {text.markdown(change.case[:MOST_NAME])} | {was} | {now} |")
         if len(kind.changes) > MOST_CHANGES:

@@ -7,6 +7,7 @@ rest), what is added up counts everything.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -123,13 +124,49 @@ class Material:
         return [facts["evidence"] for _, facts in self.runs if _speaks(facts)]
 
     @property
+    def unfinished(self) -> list[origin.Unfinished]:
+        """The runs that are not at their end."""
+        counts = Counter(self.origins)
+        every = (origin.unfinished(folder, facts, counts[i]) for i, (folder, facts) in enumerate(self.runs))
+        return [found for found in every if found is not None]
+
+    @property
     def passed(self) -> bool:
-        """Whether something was judged, and nothing speaks against any method."""
-        return bool(self.judged) and not self.failed and not self.evidence
+        """Whether something was judged, nothing speaks against any method, and every run is at its end."""
+        return bool(self.judged) and not self.failed and not self.evidence and not self.unfinished
+
+    @property
+    def state(self) -> str:
+        """Whether it is a pass ("good"), speaks against a method ("bad"), or says too little ("none")."""
+        return "good" if self.passed else "bad" if self.failed or self.evidence else "none"
+
+    @property
+    def broken_laws(self) -> list[str]:
+        """The laws that are broken, each with the number of its cases, the one with most broken cases first."""
+        rows = [
+            summary.row((row.value,), [v for v in self.verdicts if v.law == row.value]) for row in self.laws
+        ]
+        found = [(row, sum(row.failed.values())) for row in rows if row.failed]
+        found.sort(key=lambda pair: -pair[1])
+        return [f"{row.label[0].replace('_', ' ')} ({n} of {row.judged} cases)" for row, n in found]
 
     @property
     def sentence(self) -> str:
-        """The result in a sentence: how many methods failed, of how many, and in how many cases."""
+        """The result in words: how many methods failed, of how many, in how many cases, and which laws they break."""
+        said = self._result
+        if laws := self.broken_laws:
+            subject = "It breaks" if len(self.methods) == 1 else "Broken:"
+            said += f" {subject} {len(laws)} {'law' if len(laws) == 1 else 'laws'}: {text.some(laws)}."
+        if unfinished := self.unfinished:
+            n, of = len(unfinished), len(self.runs)
+            subject = "The run is" if of == 1 else f"{n} of {of} runs {'is' if n == 1 else 'are'}"
+            end = f"its end ({unfinished[0].share})" if n == 1 else "their end"
+            said += f" {subject} not at {end}: what passed so far is not a pass."
+        return said
+
+    @property
+    def _result(self) -> str:
+        """`sentence` without laws and what is to come."""
         if not self.judged:
             return f"Nothing was judged of {_subject(self.methods)}: that is not a pass."
         judged = {v.method for v in self.verdicts if str(v.outcome) not in summary.SET_ASIDE}
@@ -145,7 +182,8 @@ class Material:
             result = f"passed all {self.judged} judged cases, but not when some were judged again."
         else:
             subject = _subject([method for method in self.methods if method in judged])
-            return f"{subject} passed all {self.judged} judged cases.{self._unjudged(judged)}"
+            so_far = "cases judged so far" if self.unfinished else "judged cases"
+            return f"{subject} passed all {self.judged} {so_far}.{self._unjudged(judged)}"
         return f"{self._some_of(against, judged)} {result}{self._unjudged(judged)}"
 
     def _some_of(self, these: set[str], judged: set[str]) -> str:

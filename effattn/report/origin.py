@@ -2,12 +2,59 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from effattn.run import store
 from effattn.run.records import Damage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unfinished:
+    """A run that is not at its end: it was broken off, or it is still going on."""
+
+    folder: Path
+    #: verdicts that are recorded, and that it is to have where that is known
+    recorded: int
+    expected: int | None
+    #: the line that goes on with it, in the folder in which it was started; empty where that is not known
+    command: str
+
+    @property
+    def share(self) -> str:
+        """How far it is, in words."""
+        of = "" if self.expected is None else f" of {self.expected}"
+        return f"{self.recorded}{of} verdicts are recorded"
+
+
+def unfinished(folder: Path, facts: dict[str, Any], recorded: int) -> Unfinished | None:
+    """What there is to know of a run that is not at its end; None where it is, or where its provenance is damaged.
+
+    A gate leaves a folder only at its end. A sweep writes from the start, and goes on where the same command is given
+    again, unless that says to begin anew.
+
+    Args:
+        folder: the run.
+        facts: its provenance.
+        recorded: how many verdicts it has.
+    """
+    if "ended" in facts or not facts.get("kind_of_run"):
+        return None
+    command = facts.get("command") if facts["kind_of_run"] == "sweep" else None
+    try:
+        words = shlex.split(command or "")
+    except ValueError:
+        words = []
+    expected = facts.get("cases")
+    return Unfinished(
+        folder=folder,
+        recorded=recorded,
+        expected=expected if isinstance(expected, int) and expected >= recorded else None,
+        command=shlex.join(word for word in words if word != "--overwrite"),
+    )
 
 
 def facts(folder: Path, damaged: list[Damage]) -> dict[str, Any]:

@@ -183,6 +183,12 @@ def _rounds_less(row: Row) -> bool:
     return exact or row.z_rms < MUCH_SMALLER.get(row.label[0], 0.0)
 
 
+def subject(verdict: Verdict) -> str:
+    """The case in words, after the law that was tried on it."""
+    law = f"{verdict.law}: " if verdict.law else ""
+    return f"{law}{verdict.case.describe()}"
+
+
 def failed(outcome: Outcome | str) -> bool:
     """True where the outcome is the method's failure."""
     return str(outcome) != PASS and str(outcome) not in SET_ASIDE

@@ -219,7 +219,7 @@ def print_difference(out: Console, difference: Difference) -> None:
         out.print(Text(f"{kind.title}: {len(kind.changes)}", style=style))
         for change in kind.changes[:MOST_CHANGES]:
             was, now = (
-                f"{v.outcome} {text.number(catalog.fraction(v))}" for v in (change.before, change.after)
+                f"{v.outcome} {text.fraction(catalog.fraction(v))}" for v in (change.before, change.after)
             )
             out.print(Text(f"  {change.key.case_id}  {was} -> {now}  {text.one_line(change.case)}"))
         if len(kind.changes) > MOST_CHANGES:
@@ -313,7 +313,7 @@ def print_details(out: Console, verdict: Verdict, *, folder: Path | None = None)
 
 _QUANTITY_ROWS = (
     ("elements", lambda q: str(q.count)),
-    ("largest error/bound", lambda q: text.number(q.fraction, digits=3)),
+    ("largest error/bound", lambda q: text.fraction(q.fraction, digits=3)),
     ("  at", lambda q: text.MISSING if q.worst is None else str(q.worst)),
     ("  got", lambda q: _exactly(q.got)),
     ("  exact", lambda q: _exactly(q.exact)),
@@ -371,7 +371,7 @@ def cell(row: Row, column: str) -> str:
         case "time":
             return text.seconds(row.seconds)
         case "error/bound":
-            return text.number(row.fraction)
+            return text.fraction(row.fraction)
         case "z rms":
             return text.number(row.z_rms)
         case "z max":

@@ -35,6 +35,13 @@ def number(x: float | None, *, digits: int = 2) -> str:
     return f"{x:.1e}"
 
 
+def fraction(x: float | None, *, digits: int = 2) -> str:
+    """error/bound, with as many figures as it takes to tell which side of 1 it is on: 1.003, where `number` has 1.00."""
+    if x is not None and x != 1 and round(x, digits) == 1:
+        return next(shown for n in range(digits, 18) if float(shown := f"{x:.{n}f}") != 1)
+    return number(x, digits=digits)
+
+
 def ulps(x: float | None) -> str:
     """A distance in units of the last place: 0, 1.5, 85, 5e6."""
     if x is None:

@@ -131,8 +131,7 @@ class Change:
     @property
     def case(self) -> str:
         """The case in words, after the law that was tried on it."""
-        law = f"{self.after.law}: " if self.after.law else ""
-        return f"{law}{self.after.case.describe()}"
+        return summary.subject(self.after)
 
     @property
     def ratio(self) -> float | None:

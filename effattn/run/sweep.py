@@ -174,7 +174,7 @@ class Sweep:
             if found is not None:
                 self._provenance["resumed"] = [*found.get("resumed", []), self._provenance.get("started")]
                 self._provenance["started"] = found.get("started")
-            self._write_provenance(sources=self.sources)
+            self._write_provenance(sources=self.sources, cases=self.spec.count)
             self._settle_all()
 
     def _settle_all(self) -> None:

@@ -1,0 +1,110 @@
+"""What a report says first, and how: whether it is a pass, which laws broke, what its words and figures mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from effattn.case import Case
+from effattn.report import exports, gather, text
+from effattn.run import store
+from effattn.verdict import Outcome, Quantity, Verdict
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def verdicts(method: str = "mine", *, bad: int = 0, cases: int = 6, factor: float = 1.0) -> list[Verdict]:
+    """Verdicts of which the first `bad` fail."""
+    found = []
+    for seed in range(cases):
+        fraction = factor * (2.0 + seed if seed < bad else 0.5)
+        outcome = Outcome.INACCURATE if fraction > 1 else Outcome.PASS
+        quantity = Quantity(name="out", count=64, fraction=fraction, z_rms=0.5)
+        case = Case(q_len=8, kv_len=8, head_dim=8, dtype="fp16", seed=seed)
+        found.append(
+            Verdict(
+                case=case, method=method, outcome=outcome, message="m", quantities=(quantity,), replay="r"
+            )
+        )
+    return found
+
+
+def write(folder: Path, items: list[Verdict], **facts: Any) -> Path:
+    with store.RunWriter(folder, spec=f"{items[0].method}.py:f") as writer:
+        for item in items:
+            writer.add(item)
+        writer.commit({"started": "2030-01-01T00:00:00+00:00", "ended": "x", "kind_of_run": "gate", **facts})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_run_that_is_not_at_its_end_is_no_pass(effattn_command: Command) -> None:
+    """The sentence says so, and the line that goes on with it stands below, without what would begin it anew."""
+    command = "effattn sweep 'my spec.toml' --out now --overwrite"
+    found = {"kind_of_run": "sweep", "command": command, "cases": 2160, "started": "2030"}
+    sweep = write(Path("now"), verdicts("mine"))
+    facts = json.loads((sweep / store.PROVENANCE).read_text())
+    del facts["ended"]
+    (sweep / store.PROVENANCE).write_text(store.provenance_text({**facts, **found}))
+    material = gather.gather([sweep])
+    assert (material.passed, material.state) == (False, "none")
+    sentence = (
+        "mine passed all 6 cases judged so far. The run is not at its end (6 of 2160 verdicts are recorded): "
+        "what passed so far is not a pass."
+    )
+    assert material.sentence == sentence
+    code, _, _ = effattn_command("report", "now", "--markdown", "m.md")
+    assert code == 0
+    summary = Path("m.md").read_text()
+    assert sentence in summary.splitlines()[2]
+    assert "`effattn sweep 'my spec.toml' --out now`" in summary
+    both = gather.gather([sweep, write(Path("torch"), verdicts("torch", bad=1))])
+    assert both.state == "bad"
+    assert both.sentence.startswith(
+        "1 of 2 methods (torch) failed 1 of 12 judged cases. 1 of 2 runs is not at its end"
+    )
+    assert gather.gather([Path("torch")]).unfinished == []
+
+
+def test_broken_laws_are_named_with_their_cases() -> None:
+    law = [replace(v, law="padded_keys", quantities=()) for v in verdicts("mine", bad=2)]
+    law = [replace(v, outcome=Outcome.LAW_BROKEN) if str(v.outcome) != "pass" else v for v in law]
+    material = gather.gather([write(Path("now"), [*verdicts("mine", bad=1), *law])])
+    assert (
+        material.sentence == "mine failed 3 of 12 judged cases. It breaks 1 law: padded keys (2 of 6 cases)."
+    )
+    summary = exports.pull_request(material)
+    assert "| law broken | \\- | mine | padded\\_keys: " in summary
+    assert "law broken: padded_keys: " in summary
+
+
+def test_the_cases_of_a_pass_are_closest_to_the_limit() -> None:
+    good, bad = (
+        gather.gather([write(Path(name), verdicts(name, bad=n))]) for n, name in enumerate(("a", "b"))
+    )
+    assert "## The 6 cases closest to the limit" in exports.pull_request(good)
+    assert "## The 6 worst cases" in exports.pull_request(bad)
+
+
+def test_error_over_bound_is_never_rounded_to_1() -> None:
+    shown = {x: text.fraction(x) for x in (1.003, 1.00000004, 1 + 2**-52, 0.9996, 1.0, 1.006, 0.994)}
+    assert list(shown.values()) == [
+        "1.003",
+        "1.00000004",
+        "1.0000000000000002",
+        "0.9996",
+        "1.00",
+        "1.01",
+        "0.99",
+    ]
+    assert text.fraction(None) == "-"
+    assert text.fraction(float("nan")) == "nan"
