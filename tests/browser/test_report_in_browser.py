@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,20 @@ def test_page_fits_its_window(opened: Any, screenshots: Path, width: int, height
     assert wide == []
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
     opened.screenshot(screenshots / f"report-{width}.png")
+
+
+def test_many_kinds_of_failure_leave_room_for_the_other_columns(page: Any, tmp_path: Path) -> None:
+    outcomes = [Outcome.INACCURATE, Outcome.BIASED, Outcome.CRASHED, Outcome.NON_FINITE]
+    items = [
+        replace(verdict(3 * s, 0.5, method="experiments/my_attention.py:attention"), outcome=outcome)
+        for s, outcome in enumerate(outcomes)
+    ]
+    file = tmp_path / "r.html"
+    file.write_text(html.render(gather.gather([write(tmp_path / "run", items, "mine", "2030")])), "utf-8")
+    page.size(1280, 900)
+    page.open(file)
+    wide = "(e => e.scrollWidth - e.clientWidth)(document.querySelector('section[aria-labelledby=verdicts] .scroll'))"
+    assert page.evaluate(wide) == 0
 
 
 def test_comparison_and_charts_have_room_on_a_phone(opened: Any) -> None:
