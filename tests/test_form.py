@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from effattn.case import Case
 from effattn.errors import RequestError
-from effattn.run import form
+from effattn.run import form, records, store, tables
 from effattn.tolerances.evidence import Evidence
 from effattn.tolerances.statistics import Finding
 from effattn.verdict import Outcome, Quantity, Verdict
@@ -126,3 +128,29 @@ def test_names_of_fields_are_those_of_the_classes() -> None:
     assert {f.name for f in fields(Evidence)} == form._EVIDENCE
     assert {f.name for f in fields(Quantity)} == form._QUANTITY.keys()
     assert {f.name for f in fields(Verdict)} == form._REQUIRED | form._OPTIONAL
+
+
+def test_what_is_not_refused_goes_into_a_table(tmp_path: Path) -> None:
+    accepted = [
+        found for way in places(plain(VERDICT)) for found in changed(way) if form.fault(found) is None
+    ]
+    strange = ("\0", "\x1b[31m", "'; drop table verdicts; --", "\u2028\U0001f600", '"', "\\", "x" * 100_000)
+    accepted += [{**plain(VERDICT), "method": x, "message": x, "seconds": {x: 1e300}} for x in strange]
+    assert len(accepted) > 200
+    folder = tmp_path / "run"
+    with store.RunWriter(folder) as writer:
+        writer.commit({})
+    with (folder / "verdicts.jsonl").open("wb") as out:
+        for number, found in enumerate(accepted):
+            told = {"id": str(number), "spec": "mine", "device": "cpu", "verdict": found}
+            body = json.dumps(told, separators=(",", ":"), ensure_ascii=number % 2 == 0).encode()
+            out.write(b'{"crc32":"%08x","body":%s}\n' % (zlib.crc32(body), body))
+    made = tables.compact(folder)
+    assert (made.rows, made.damaged) == (len(accepted), [])
+    damaged: list[records.Damage] = []
+    sql = "SELECT case_id, method, outcome FROM verdicts ORDER BY case_id::INTEGER"
+    assert tables.query(sql, [folder], damaged=damaged)[1] == [
+        (str(number), found["method"], found["outcome"]) for number, found in enumerate(accepted)
+    ]
+    assert damaged == []
+    assert len(list(store.read_verdicts(folder))) == len(accepted)
