@@ -482,3 +482,17 @@ def test_reference_is_that_of_the_same_run_where_that_has_one(tmp_path: Path) ->
     reference, pairs = gather.pairs(gather.gather(runs))
     assert reference == "torch"
     assert [pair["ratio"] for pair in pairs] == [2.0] * 6 + [1.0] * 6 + [0.5] * 6
+
+
+def test_methods_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
+    runs = []
+    for name, bad in (("old", 0), ("new", 2)):
+        runs.append(tmp_path / name)
+        with store.RunWriter(runs[-1], spec=f"{name}/k.py:f") as writer:
+            for item in verdicts("k.py:f", bad=bad):
+                writer.add(item)
+            writer.commit({"started": "2030-01-01T00:00:00+00:00", "kind_of_run": "gate"})
+    material = gather.gather(runs)
+    assert material.methods == ["old/k.py:f", "new/k.py:f"]
+    assert material.sentence.startswith("1 of 2 methods (new/k.py:f) failed 2 of 12")
+    assert gather.gather(runs[:1]).methods == ["k.py:f"]

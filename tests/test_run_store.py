@@ -554,7 +554,12 @@ def test_commit_and_whether_the_tree_is_clean(tmp_path: Path) -> None:
     clean = provenance.commit(tmp_path)
     assert len(clean["commit"]) == 40
     assert clean["clean"] is True
+    (tmp_path / "report.html").write_text("")
+    (tmp_path / "inner").mkdir()
+    assert provenance.commit(tmp_path / "inner") == clean
     (tmp_path / "kernel.py").write_text("")
+    assert provenance.commit(tmp_path / "inner") == {**clean, "clean": False}
+    subprocess.run(["git", "-C", str(tmp_path), "add", "kernel.py"], check=True)
     assert provenance.commit(tmp_path) == {**clean, "clean": False}
 
 

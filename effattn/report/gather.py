@@ -239,6 +239,7 @@ def gather(
     if not found:
         names = ", ".join(str(folder) for folder in folders)
         raise RequestError(f"there is no verdict in {names}; a report needs at least one")
+    found = _apart(found)
     # The worse verdict on a case that several runs have stands for it where one verdict must.
     worse: dict[Key, tuple[int, Verdict]] = {}
     for number, key, verdict in found:
@@ -280,6 +281,17 @@ def gather(
     damaged += [damage for study in material.studies for damage in study.damaged]
     material.damaged = list(dict.fromkeys(damaged))  # a run may be reported on and part of the history
     return material
+
+
+def _apart(found: list[tuple[int, Key, Verdict]]) -> list[tuple[int, Key, Verdict]]:
+    """With methods of one name, from files of one name in two folders, named as the command line names them."""
+    specs: dict[str, set[str]] = {}
+    for _, key, verdict in found:
+        specs.setdefault(verdict.method, set()).add(key.spec)
+    return [
+        (number, key, verdict if len(specs[verdict.method]) == 1 else replace(verdict, method=key.spec))
+        for number, key, verdict in found
+    ]
 
 
 def _repeated(found: Sequence[tuple[int, Key, Verdict]]) -> list[str]:

@@ -25,6 +25,8 @@ VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "TRITON_INTERPRET",
 )
+#: Files whose content may be what a method runs.
+SOURCES = ("*.py", "*.pyx", "*.so", "*.c", "*.cc", "*.cpp", "*.cu", "*.cuh", "*.h", "*.hpp", "*.ptx")
 
 
 def now() -> str:
@@ -71,12 +73,19 @@ def package_version(name: str) -> str | None:
 
 
 def commit(folder: Path) -> dict[str, Any]:
-    """The commit that a folder stands on and whether its tree is clean; both None outside of git."""
+    """The commit that a folder stands on and whether its tree is clean; both None outside of git.
+
+    A file of source that git does not know may be what ran, so it is no clean tree; any other, a report say, is.
+    """
     head = _git(folder, "rev-parse", "HEAD")
     if head is None:
         return {"commit": None, "clean": None}
-    status = _git(folder, "status", "--porcelain")
-    return {"commit": head, "clean": None if status is None else status == ""}
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    top = _git(folder, "rev-parse", "--show-toplevel")
+    new = (
+        None if top is None else _git(Path(top), "ls-files", "--others", "--exclude-standard", "--", *SOURCES)
+    )
+    return {"commit": head, "clean": None if changed is None or new is None else not changed and not new}
 
 
 def cpu_name() -> str:

@@ -326,24 +326,28 @@ class Sweep:
         """Count what is recorded; `lost` are the keys that are to be found there."""
         from effattn.run import provenance
 
-        tallies: dict[tuple[str, str], Tally] = {}
+        by_spec: dict[tuple[str, str], Tally] = {}
+        names: dict[str, str] = {}
         recorded, expected = 0, len(lost)
         damaged: list[Damage] = []
         for record in store.read_records(self.folder, damaged):
-            label = (record.verdict["method"], record.verdict["case"]["dtype"])
-            tallies.setdefault(label, Tally()).add(record)
+            by_spec.setdefault((record.key.spec, record.verdict["case"]["dtype"]), Tally()).add(record)
+            names[record.key.spec] = record.verdict["method"]
             recorded += 1
             lost.discard(record.key)
         if lost:
             raise self._lost(
                 len(lost), expected, [damage for damage in damaged if damage not in self.damaged], state.files
             )
+        # Files of one name in two folders: what the command line calls them tells them apart.
+        often = Counter(names.values())
+        label = {spec: name if often[name] == 1 else spec for spec, name in names.items()}
         for file in store.verdict_files(self.folder):
             if not file.stat().st_size:
                 file.unlink()
         result = Result(
             folder=self.folder,
-            tallies=tallies,
+            tallies={(label[spec], dtype): tally for (spec, dtype), tally in by_spec.items()},
             resumed=resumed,
             added=recorded - resumed,
             same=max(0, self.spec.count - recorded),
