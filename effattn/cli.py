@@ -333,6 +333,9 @@ def gate(
                 "isolation": isolation,
                 "exit_code": result.exit_code,
             }
+            if result.failures:
+                small = [failure.shrunk.verdict for failure in result.failures]
+                origin["smallest"] = [{"case": v.case.id, "replay": v.replay} for v in small]
             if not result.weighed.passed:
                 origin["evidence"] = result.weighed.to_dict()
             writer.add_text(store.SUMMARY, markdown.summary(result, origin))

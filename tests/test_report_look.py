@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import escape
 
 from effattn.case import Case
-from effattn.report import exports, gather, text
+from effattn.report import exports, gather, html, legend, summary, terminal, text
 from effattn.run import store
 from effattn.verdict import Outcome, Quantity, Verdict
 
@@ -64,9 +66,9 @@ def test_a_run_that_is_not_at_its_end_is_no_pass(effattn_command: Command) -> No
     assert material.sentence == sentence
     code, _, _ = effattn_command("report", "now", "--markdown", "m.md")
     assert code == 0
-    summary = Path("m.md").read_text()
-    assert sentence in summary.splitlines()[2]
-    assert "`effattn sweep 'my spec.toml' --out now`" in summary
+    written = Path("m.md").read_text()
+    assert sentence in written.splitlines()[2]
+    assert "`effattn sweep 'my spec.toml' --out now`" in written
     both = gather.gather([sweep, write(Path("torch"), verdicts("torch", bad=1))])
     assert both.state == "bad"
     assert both.sentence.startswith(
@@ -82,9 +84,9 @@ def test_broken_laws_are_named_with_their_cases() -> None:
     assert (
         material.sentence == "mine failed 3 of 12 judged cases. It breaks 1 law: padded keys (2 of 6 cases)."
     )
-    summary = exports.pull_request(material)
-    assert "| law broken | \\- | mine | padded\\_keys: " in summary
-    assert "law broken: padded_keys: " in summary
+    shown = exports.pull_request(material)
+    assert "| law broken | \\- | mine | padded\\_keys: " in shown
+    assert "law broken: padded_keys: " in shown
 
 
 def test_the_cases_of_a_pass_are_closest_to_the_limit() -> None:
@@ -108,3 +110,49 @@ def test_error_over_bound_is_never_rounded_to_1() -> None:
     ]
     assert text.fraction(None) == "-"
     assert text.fraction(float("nan")) == "nan"
+
+
+def test_what_broke_comes_before_the_charts() -> None:
+    """Verdicts, the broken laws, what changed, and the three worst cases with their replay lines."""
+    before = write(Path("before"), verdicts("mine"))
+    law = [
+        replace(v, law="padded_keys", outcome=Outcome.LAW_BROKEN, quantities=())
+        for v in verdicts("mine", cases=1)
+    ]
+    page = html.render(gather.gather([write(Path("now"), [*verdicts("mine", bad=5), *law])], against=before))
+    order = [re.search(f'<h[23][^>]*>{words}', page) for words in (
+        "Verdicts", "Broken laws: 1", "Against before", "Broken: 5", "Worst cases", "Charts", "Options", "Laws", "Cases",
+        "Where this comes from",
+    )]  # fmt: skip
+    places = [found.start() if found else -1 for found in order]
+    assert -1 not in places
+    assert places == sorted(places)
+    worst = page[places[4] : places[5]]
+    assert worst.count("<details open>") == 3
+    assert "<summary>4 more</summary>" in worst
+    assert "padded_keys: fp16" in worst
+
+
+def test_every_column_and_outcome_is_explained_in_the_page() -> None:
+    assert set(legend.COLUMNS) == {*terminal.VERDICT_COLUMNS, *terminal.ACCURACY_COLUMNS}
+    assert set(legend.OUTCOMES) == {str(outcome) for outcome in Outcome if summary.failed(outcome)}
+    page = html.render(gather.gather([write(Path("now"), verdicts("mine", bad=1))]))
+    for column, words in legend.COLUMNS.items():
+        assert f"<dt>{column}</dt><dd>{words}.</dd>" in page
+    assert "<dt>inaccurate</dt>" in page
+    assert "<dt>crashed</dt>" not in page
+
+
+def test_the_smallest_failing_case_has_its_replay_line(effattn_command: Command) -> None:
+    Path("wrong.py").write_text(
+        "def f(q, k, v, *, causal, scale):\n    return v[..., :1, :].expand_as(q) * 2\n"
+    )
+    code, out, _ = effattn_command("gate", "wrong.py:f", "--dtype", "fp32", "--laws", "none", "--out", "run")
+    assert code == 1
+    lines = [line.strip() for line in out.splitlines() if line.strip().startswith("effattn replay")]
+    small = gather.gather([Path("run")]).smallest
+    assert small
+    assert {found.replay for found in small} <= set(lines)
+    page = html.render(gather.gather([Path("run")]))
+    section = page[page.index("Smallest cases found that fail") :]
+    assert str(escape(small[0].replay)) in section[: section.index("</details>")]

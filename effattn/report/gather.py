@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from effattn.case import Case
 from effattn.errors import RequestError
 from effattn.report import beside, origin, summary, text, together
 from effattn.report.studies import Study
@@ -27,6 +28,8 @@ _Item = TypeVar("_Item")
 MOST_POINTS = 3000
 #: Cases whose whole message and replay line are shown.
 MOST_WORST = 10
+#: What a provenance has that a report shows in a place of its own.
+APART = ("evidence", "smallest")
 #: Cells of the map of where errors sit, along each axis.
 CELLS = 12
 
@@ -74,6 +77,17 @@ class Moment:
         if self.together and not self.failed:
             words += ", by its cases together"
         return f"{words}, with uncommitted changes" if self.clean is False else words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smallest:
+    """What a failure was made small to."""
+
+    words: str
+    #: as JSON
+    recipe: str
+    #: the line that judges it again; empty where the run doesn't have it
+    replay: str
 
 
 @dataclass(kw_only=True)
@@ -129,6 +143,20 @@ class Material:
         counts = Counter(self.origins)
         every = (origin.unfinished(folder, facts, counts[i]) for i, (folder, facts) in enumerate(self.runs))
         return [found for found in every if found is not None]
+
+    @property
+    def smallest(self) -> list[Smallest]:
+        """The smallest cases that were found to fail, each with the line of its run that judges it again."""
+        lines: dict[str, list[str]] = {}
+        for _, facts in self.runs:
+            for small in facts.get("smallest") or ():
+                if isinstance(small, dict):
+                    lines.setdefault(str(small.get("case")), []).append(str(small.get("replay", "")))
+        return [
+            Smallest(words=Case.from_json(recipe).describe(), recipe=recipe, replay=line)
+            for name, recipe in self.shrunk.items()
+            for line in lines.get(name, [""])
+        ]
 
     @property
     def passed(self) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from effattn.errors import RequestError
-from effattn.report import charts, gather, summary, terminal, text
+from effattn.report import charts, gather, legend, summary, terminal, text
 from effattn.report.gather import Material
 from effattn.run import catalog
 
@@ -51,14 +51,20 @@ def render(material: Material) -> str:
         "columns": [key for key, _ in _TABLE],
         "charts": [{"name": chart.name, "spec": chart.spec, "rows": chart.rows} for chart in drawn],
     }
-    sections = [("verdicts", "Verdicts"), ("charts", "Charts"), ("options", "Options")]
-    sections += [("laws", "Laws")] if material.laws else []
+    # What a reviewer needs who has two minutes comes first.
+    sections = [("verdicts", "Verdicts")]
     sections += [("evidence", "Evidence")] if material.evidence else []
     sections += [("against", "Comparison")] if material.difference else []
+    sections += [
+        ("worst", "Worst cases" if material.failed else "Closest to the limit"),
+        ("charts", "Charts"),
+    ]
     sections += [("baseline", "Baseline")] if material.beside else []
     sections += [("approximations", "Approximations")] if material.studies else []
     sections += [("history", "History")] if material.history else []
-    sections += [("worst", "Worst cases"), ("cases", "Cases"), ("origin", "Provenance")]
+    sections += [("options", "Options")]
+    sections += [("laws", "Laws")] if material.laws else []
+    sections += [("cases", "Cases"), ("origin", "Provenance")]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -73,7 +79,10 @@ def render(material: Material) -> str:
     return environment.get_template("report.html.j2").render(
         title=title(material),
         material=material,
-        columns=(*terminal.VERDICT_COLUMNS[:-1], *terminal.ACCURACY_COLUMNS, terminal.VERDICT_COLUMNS[-1]),
+        columns=tuple(legend.COLUMNS),
+        legend=legend.COLUMNS,
+        kinds=legend.OUTCOMES,
+        by_laws=material.judged - sum(row.judged for row in material.rows),
         cell=terminal.cell,
         breakable=breakable,
         number=text.number,
@@ -81,6 +90,10 @@ def render(material: Material) -> str:
         one_line=text.one_line,
         when=_when,
         fraction=catalog.fraction,
+        ratio=text.fraction,
+        bound=lambda verdict: text.fraction(catalog.fraction(verdict)),
+        subject=summary.subject,
+        apart=gather.APART,
         failed=summary.failed,
         outcomes=sorted({str(verdict.outcome) for verdict in material.verdicts}),
         charts=[chart for chart in drawn if chart.section == "charts"],

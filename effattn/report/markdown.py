@@ -141,7 +141,7 @@ def provenance(origin: Mapping[str, Any]) -> list[str]:
     """Where a run comes from, as a list."""
     lines = []
     for name, value in origin.items():
-        if name == "evidence":  # it has a section of its own
+        if name in ("evidence", "smallest"):  # they stand elsewhere
             continue
         if isinstance(value, Mapping):
             value = ", ".join(f"{key} {inner}" for key, inner in value.items())
