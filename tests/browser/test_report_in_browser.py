@@ -277,6 +277,21 @@ def test_many_kinds_of_failure_leave_room_for_the_other_columns(page: Any, tmp_p
     assert page.evaluate(wide) == 0
 
 
+def test_verdicts_fit_a_wide_window_and_what_matters_fits_a_phone(opened: Any, report: Path) -> None:
+    """All columns at 1280 px; on a phone the failures, what they are of, and more by scrolling, which keys can do."""
+    table = "document.querySelector('section[aria-labelledby=verdicts] .scroll')"
+    assert opened.evaluate(f"{table}.scrollWidth - {table}.clientWidth") == 0
+    opened.size(390, 844)
+    opened.open(report)
+    right = f"[...{table}.querySelectorAll('thead th')].slice(0, 4).map(e => e.getBoundingClientRect().right)"
+    names = f"[...{table}.querySelectorAll('thead th')].slice(0, 4).map(e => e.textContent)"
+    assert opened.evaluate(names) == ["method", "dtype", "failed", "judged"]
+    assert max(opened.evaluate(right)) <= 390
+    assert opened.evaluate(f"{table}.scrollWidth > {table}.clientWidth && {table}.tabIndex === 0")
+    caption = f"{table}.querySelector('caption span').getBoundingClientRect().right"
+    assert opened.evaluate(caption) <= 390
+
+
 def test_comparison_and_charts_have_room_on_a_phone(opened: Any) -> None:
     opened.size(390, 844)
     opened.open(Path(opened.evaluate("decodeURIComponent(location.pathname)")))
