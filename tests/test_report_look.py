@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from markupsafe import escape
 
 from effattn.case import Case
-from effattn.report import exports, gather, html, legend, summary, terminal, text
+from effattn.report import charts, exports, gather, html, legend, summary, terminal, text
 from effattn.run import store
 from effattn.verdict import Outcome, Quantity, Verdict
 
@@ -156,3 +157,86 @@ def test_the_smallest_failing_case_has_its_replay_line(effattn_command: Command)
     page = html.render(gather.gather([Path("run")]))
     section = page[page.index("Smallest cases found that fail") :]
     assert str(escape(small[0].replay)) in section[: section.index("</details>")]
+
+
+# Charts
+
+
+def drawn(name: str, material: gather.Material) -> charts.Chart:
+    return next(chart for chart in charts.charts(material) if chart.name == name)
+
+
+def test_errors_of_nothing_are_near_the_others_and_what_has_no_error_is_counted() -> None:
+    items = verdicts("mine", bad=1, cases=4, factor=0.6)
+    items[2] = replace(items[2], quantities=(replace(items[2].quantities[0], fraction=0.0),))
+    crashed = [replace(v, outcome=Outcome.CRASHED, quantities=()) for v in verdicts("mine", cases=8)[4:]]
+    material = gather.gather([write(Path("now"), [*items, *crashed])])
+    assert sorted(p["drawn"] for p in gather.points(material) if p["drawn"]) == [0.15, 0.3, 0.3, 1.2]
+    words = drawn("overview", material).words
+    assert "with an error of 0 or next to nothing: 1." in words
+    assert "With no error to show: 4 of 8 (4 crashed)." in words
+    every = drawn("overview", gather.gather([write(Path("all"), verdicts("mine"))])).words
+    assert "next to nothing" not in every
+    assert "no error to show" not in every
+
+
+def test_captions_are_of_what_the_charts_show() -> None:
+    items = verdicts("mine", bad=1)
+    few = drawn("z", gather.gather([write(Path("few"), items)]))
+    items[0] = replace(items[0], quantities=(replace(items[0].quantities[0], z_rms=9.0),))
+    many = drawn("z", gather.gather([write(Path("many"), items)]))
+    assert "5 stands for more" not in json.dumps(few.spec)
+    assert "5 stands for more" in json.dumps(many.spec)
+
+
+def test_the_map_of_places_has_all_cells_and_the_lightest_is_that_of_none() -> None:
+    """More is farther from the page, whose theme has the colours; a case without any error has no place."""
+    items = [
+        replace(
+            v, quantities=(replace(v.quantities[0], worst=(0, 0, v.case.seed, 7), fraction=v.case.seed / 10),)
+        )
+        for v in verdicts("mine")
+    ]
+    chart = drawn("places", gather.gather([write(Path("now"), items)]))
+    assert chart.rows is not None
+    cells = {(row["query"], row["dimension"]) for row in chart.rows}
+    assert len(cells) == gather.CELLS**2
+    assert sum(row["cases"] for row in chart.rows) == 5
+    colour = chart.spec["encoding"]["color"]
+    assert (colour["aggregate"], colour["scale"]) == ("sum", {"range": "heatmap", "domainMin": 0})
+
+
+def test_a_comparison_has_the_diagonal_and_both_limits() -> None:
+    old, new = write(Path("old"), verdicts("mine", factor=0.8)), write(Path("new"), verdicts("mine", bad=3))
+    layers = drawn("difference", gather.gather([new], against=old)).spec["layer"]
+    marks = [(layer["mark"]["type"], *layer["encoding"]) for layer in layers]
+    assert marks[:3] == [("line", "x", "y"), ("rule", "x"), ("rule", "y")]
+
+
+def test_history_tells_methods_apart_and_what_is_bad_from_its_first_run() -> None:
+    """A line that is bad from the start is marked, once; a run without a commit goes by its name."""
+    for number, (method, bad) in enumerate([("a", 1), ("b", 0), ("a", 1), ("b", 2), ("b", 1)]):
+        write(
+            Path("runs") / f"run{number}",
+            verdicts(method, bad=bad),
+            started=f"203{number}-01-01T00:00:00+00:00",
+        )
+    material = gather.gather([Path("runs/run0")], history=Path("runs"))
+    states = [moment.state for moment in material.history]
+    assert states == ["bad from its first run", "passed", "failed", "first bad", "failed"]
+    page = html.render(material)
+    assert "<td>bad from its first run</td>" in page
+    assert "<code>run0</code>" in page
+    chart = drawn("history", material)
+    assert chart.rows is not None
+    assert [row["ring"] for row in chart.rows] == [True, False, False, True, False]
+    assert "Dashes and shapes tell the methods" in chart.words
+    encodings = [layer["encoding"] for layer in chart.spec["layer"]]
+    for channel in ("strokeDash", "shape"):
+        (scale,) = (e[channel]["scale"] for e in encodings if channel in e)
+        assert scale["domain"] == ["a", "b"]
+        assert scale["range"][0] != scale["range"][1]
+    for run in (1, 3, 4):
+        shutil.rmtree(Path("runs") / f"run{run}")
+    alone = drawn("history", gather.gather([Path("runs/run0")], history=Path("runs")))
+    assert not any("shape" in layer.get("encoding", {}) for layer in alone.spec["layer"])

@@ -30,6 +30,8 @@ MOST_POINTS = 3000
 MOST_WORST = 10
 #: What a provenance has that a report shows in a place of its own.
 APART = ("evidence", "smallest")
+#: error/bound below which it doesn't matter how small it is.
+SMALLEST = 1e-4
 #: Cells of the map of where errors sit, along each axis.
 CELLS = 12
 
@@ -64,6 +66,8 @@ class Moment:
     clean: bool | None = None
     #: the first of its line that fails after one that did not
     first_bad: bool = False
+    #: the first of its line, which fails
+    from_first: bool = False
 
     @property
     def bad(self) -> bool:
@@ -74,6 +78,7 @@ class Moment:
     def state(self) -> str:
         """What to say of it, in words."""
         words = "first bad" if self.first_bad else "failed" if self.bad else "passed"
+        words = "bad from its first run" if self.from_first else words
         if self.together and not self.failed:
             words += ", by its cases together"
         return f"{words}, with uncommitted changes" if self.clean is False else words
@@ -437,8 +442,14 @@ def out_of(verdict: Verdict) -> Quantity | None:
 
 
 def points(material: Material) -> list[dict[str, Any]]:
-    """The cases as plain rows for charts and for the table of cases: the worst, and an even choice of the rest."""
-    return [point(verdict) for verdict in drawn(sorted(material.verdicts, key=_badness, reverse=True))]
+    """The cases as plain rows for charts and for the table of cases: the worst, and an even choice of the rest.
+
+    An error of 0, which a logarithmic axis has no place for, or below `SMALLEST` is drawn at half of the smallest above.
+    """
+    found = [point(verdict) for verdict in drawn(sorted(material.verdicts, key=_badness, reverse=True))]
+    known = [row["drawn"] for row in found if row["drawn"] is not None and row["drawn"] > SMALLEST]
+    edge = max(SMALLEST, min(known, default=0.0) / 2)
+    return [row if row["drawn"] is None else {**row, "drawn": max(row["drawn"], edge)} for row in found]
 
 
 def drawn(order: Sequence[_Item]) -> Sequence[_Item]:
@@ -481,11 +492,11 @@ def _finite(x: float | None) -> float | None:
 
 
 def places(material: Material) -> list[dict[str, Any]]:
-    """Where in the output the largest error of each case sits, counted in cells of (query, dimension)."""
+    """Where in the output the largest error of each case that has one sits, counted in cells of (query, dimension)."""
     counts: dict[tuple[str, int, int], list[float]] = {}
     for verdict in material.verdicts:
         out = out_of(verdict)
-        if out is None or out.worst is None or len(out.worst) != 4 or out.fraction is None:
+        if out is None or out.worst is None or len(out.worst) != 4 or not out.fraction:
             continue
         _, _, query, dimension = out.worst
         cell = (
@@ -547,7 +558,7 @@ def pairs(material: Material) -> tuple[str, list[dict[str, Any]]]:
 
 def _within(fraction: float) -> float:
     """A fraction as it is drawn: a logarithm has no 0, and what is beyond everything is at the edge."""
-    return min(max(fraction, 1e-4), 1e4)
+    return min(max(fraction, SMALLEST), 1e4)
 
 
 def moments(
@@ -611,7 +622,10 @@ def _marked(found: Sequence[Moment]) -> list[Moment]:
     for moment in found:
         line = (moment.method, moment.dtype)
         changed = moment.clean is False and (*line, moment.commit) in known
-        marked.append(replace(moment, first_bad=moment.bad and good.get(line, False) and not changed))
+        said = moment.bad and not changed
+        marked.append(
+            replace(moment, first_bad=said and good.get(line, False), from_first=said and line not in good)
+        )
         if moment.judged and not changed:
             good[line] = not moment.bad
     return marked

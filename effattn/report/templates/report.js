@@ -22,7 +22,9 @@
     const front = style.getPropertyValue("--front").trim(), line = style.getPropertyValue("--line").trim();
     const text = { labelColor: front, titleColor: front };
     return { background: "transparent", view: { stroke: line }, font: "system-ui, sans-serif",
-      axis: { ...text, labelSeparation: 6, gridColor: line, domainColor: line, tickColor: line }, legend: text, title: { color: front } };
+      axis: { ...text, labelSeparation: 6, gridColor: line, domainColor: line, tickColor: line }, legend: text, title: { color: front },
+      // More is farther from the background, light or dark.
+      range: { heatmap: [style.getPropertyValue("--tint").trim(), ...(dark.matches ? ["#1f5f8b", "#e8f4ff"] : ["#6baed6", "#08306b"])] } };
   }
 
   async function draw() {
