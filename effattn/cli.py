@@ -336,6 +336,9 @@ def gate(
             if result.failures:
                 small = [failure.shrunk.verdict for failure in result.failures]
                 origin["smallest"] = [{"case": v.case.id, "replay": v.replay} for v in small]
+            compared = {"against": against, "baseline": None if baseline_file is None else str(baseline_file)}
+            if given := {name: told for name, told in compared.items() if told is not None}:
+                origin["compared"] = given
             if not result.weighed.passed:
                 origin["evidence"] = result.weighed.to_dict()
             writer.add_text(store.SUMMARY, markdown.summary(result, origin))

@@ -83,10 +83,19 @@ def report(section: Section, verdicts: Sequence[Verdict], *, file: Path, folder:
         _list(f"{title} than the baseline", [str(change) for change in changes])
     _list("in the baseline, but not judged now", [str(key) for key in found.gone])
     _list("judged now, but not in the baseline", [str(key) for key in found.new])
+    now = baselines.collect(verdicts)
+    for key, before in section.rows.items():
+        cases = len(now[key]["fraction"]) if key in now else before.cases
+        if (key.option, key.quantity) == (baselines.ALL, "out") and cases < before.cases:
+            click.echo(
+                f"{key.dtype}: {cases} of the {before.cases} cases in the baseline have an error to compare now"
+            )
     if not (found.worse or found.better or found.gone or found.new):
         dtypes = {verdict.case.dtype for verdict in verdicts if verdict.law is None}
         rows = sum(key.dtype in dtypes for key in section.rows)
-        click.echo(f"Baseline: as {file} has it, {rows} rows.")
+        click.echo(
+            f"Baseline: nothing is worse or better than {file} has it by more than chance, in {rows} rows."
+        )
         return True
     if not passed:
         return found.passed

@@ -82,13 +82,16 @@ def report(
     target = out if out is not None else folders[0] / "report.html"
     outputs = [("--out", target), ("--markdown", markdown_file), ("--junit", junit_file)]
     targets.check([(option, file) for option, file in outputs if file is not None], studies)
+    notes: list[str] = []
+    other = None if against is None else catalog.resolve(against)
+    named = other is not None
+    if len(folders) == 1:
+        then = _compared(folders[0], notes, against=not named, baseline=baseline_file is None)
+        other, baseline_file = other or then[0], baseline_file or then[1]
     material = gather.gather(
-        folders,
-        against=None if against is None else catalog.resolve(against),
-        history=history,
-        baseline=baseline_file,
-        studies=studies,
+        folders, against=other, history=history, baseline=baseline_file, studies=studies, in_common=named
     )
+    material.notes += notes
     for note in material.notes:
         click.echo(f"effattn: {text.plain(note)}", err=True)
     for damage in material.damaged:
@@ -123,6 +126,33 @@ def report(
     if problems:
         raise RequestError("; ".join(problems))
     return 0
+
+
+def _compared(
+    folder: Path, notes: list[str], *, against: bool, baseline: bool
+) -> tuple[Path | None, Path | None]:
+    """The run and the baseline that a gate was compared with, as far as they are wanted and still there; `notes` says so."""
+    from effattn.run import catalog, store
+
+    told = store.read_provenance(folder, []).get("compared")
+    told = told if isinstance(told, dict) else {}
+    run, file = (
+        told.get(name) if wanted else None for name, wanted in (("against", against), ("baseline", baseline))
+    )
+    other = found = None
+    if isinstance(run, str):
+        try:
+            other = catalog.resolve(run)
+            notes.append(f"Compared with the run {run}, as the gate was; name another with --against.")
+        except RequestError:
+            notes.append(f"The gate was compared with the run {run}, which is not there any more.")
+    if isinstance(file, str):
+        found = Path(file) if Path(file).is_file() else None
+        there = "as the gate was" if found is not None else "which is not there any more"
+        notes.append(
+            f"{'Beside' if found is not None else 'The gate was beside'} the baseline {file}, {there}."
+        )
+    return other, found
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -121,7 +123,7 @@ def test_a_failed_run_is_not_offered_as_a_record_and_rows_are_those_of_its_dtype
 ) -> None:
     both = record(verdicts(1, 40) + verdicts(1, 40, dtype="bf16")).sections[0]
     assert cli_baseline.report(both, verdicts(1, 40), file=tmp_path / "b", folder=tmp_path, passed=True)
-    assert ", 2 rows." in capsys.readouterr().out, "all, and those without an option"
+    assert ", in 2 rows." in capsys.readouterr().out, "all, and those without an option"
     for passed in (True, False):
         worse = verdicts(2, 40, factor=2.0)
         assert not cli_baseline.report(both, worse, file=tmp_path / "b", folder=tmp_path, passed=passed)
@@ -213,7 +215,8 @@ def test_the_gate_records_and_compares(effattn_command: Command, tmp_path: Path)
     assert (code, error) == (0, "")
     code, out, error = effattn_command(*gate, str(tmp_path / "second"), "--baseline", str(file))
     assert code == 0, error
-    assert f"Baseline: as {file} has it" in out
+    assert f"Baseline: nothing is worse or better than {file} has it by more than chance" in out
+    assert "have an error to compare now" not in out
     # As if it had been better before: every error of now is larger.
     text = file.read_text()
     lines = [
@@ -227,6 +230,32 @@ def test_the_gate_records_and_compares(effattn_command: Command, tmp_path: Path)
     code, _, error = effattn_command("baseline", str(tmp_path / "third"), "--file", str(file))
     assert code == 2
     assert "give --reason" in error
+    # As if some of its cases had no error any more.
+    rows = [x.replace("cases = ", "cases = 1") if x.startswith("cases") else x for x in text.splitlines()]
+    file.write_text("\n".join(rows))
+    _, out, _ = effattn_command(
+        *gate, str(tmp_path / "fourth"), "--baseline", str(file), "--against", str(tmp_path / "first")
+    )
+    assert re.search(r"fp32: (\d\d) of the 1\1 cases in the baseline have an error to compare now", out)
+    file.write_text(text)
+    # What is reported on the run later has the same comparisons, as long as there is something to compare with.
+    page = tmp_path / "page.html"
+    code, _, error = effattn_command("report", str(tmp_path / "fourth"), "--out", str(page))
+    assert code == 0, error
+    for told in (
+        f"Compared with the run {tmp_path / 'first'}, as the gate",
+        f"Beside the baseline {file}, as the gate",
+    ):
+        assert told in error
+    assert "Against" in page.read_text()
+    assert str(file) in page.read_text()
+    shutil.rmtree(tmp_path / "first")
+    file.rename(tmp_path / "elsewhere.toml")
+    code, _, error = effattn_command("report", str(tmp_path / "fourth"), "--out", str(page))
+    assert code == 0
+    assert f"compared with the run {tmp_path / 'first'}, which is not there any more" in error
+    assert f"beside the baseline {file}, which is not there any more" in error
+    (tmp_path / "elsewhere.toml").rename(file)
     for arguments, message in (
         (("gate", "torch", "--dtype", "fp32"), "it is of 'my_attention.py:attention', not of 'torch'"),
         ((*gate[:-1], "--profile", "ci"), "it has nothing for cpu, dot model ieee, profile ci"),
