@@ -563,6 +563,30 @@ def test_commit_and_whether_the_tree_is_clean(tmp_path: Path) -> None:
     assert provenance.commit(tmp_path) == {**clean, "clean": False}
 
 
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 2024\nGCC version: 13.2.0\n",
+            "550.54.15",
+        ),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.133.20  Release Build  (root@x)  Sun Mar 30 2025\n",
+            "570.133.20",
+        ),
+        ("something else 1.2.3\n", None),
+        (None, None),
+    ],
+)
+def test_version_of_the_driver_is_what_the_kernel_says(
+    tmp_path: Path, text: str | None, version: str | None
+) -> None:
+    file = tmp_path / "version"
+    if text is not None:
+        file.write_text(text)
+    assert provenance.driver_version(file) == version
+
+
 def test_command_can_be_pasted() -> None:
     line = provenance.command_line(["gate", "my file.py:f", "--out", "a'b"])
     import shlex

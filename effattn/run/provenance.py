@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -111,7 +112,20 @@ def torch_facts(device: str) -> dict[str, Any]:
     if device == "cuda" and torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
+        if (driver := driver_version()) is not None:
+            facts["driver"] = driver
     return facts
+
+
+def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """The version of NVIDIA's kernel driver, as `550.54.15`; None where there is none."""
+    try:
+        found = re.search(
+            r"NVRM version:.*?Kernel Module.*?\s(\d+(?:\.\d+)+)\s", file.read_text(encoding="utf-8")
+        )
+    except (OSError, UnicodeDecodeError):
+        return None
+    return None if found is None else found[1]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
