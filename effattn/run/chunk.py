@@ -6,16 +6,24 @@ was killed finds another session, and stops at the next case.
 
 While cases are judged, the file that their verdicts go to is locked, and whoever resumes a sweep waits for that. The lock
 is one of `lockf`, which is the process's own: a child that the method has forked neither has it nor keeps it.
+
+Where nobody watches how a process ends, as with Dask's workers, the file of the claim says it: `faulthandler` writes into it
+where the method is when the time limit's signal or that of a crash comes, before the process ends by it (`death`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import fcntl
 import os
+import re
+import signal
 import socket
+import threading
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +32,7 @@ from effattn.run.records import Appender, encode
 
 if TYPE_CHECKING:
     from effattn.case import Case
+    from effattn.run.isolation import WorkerDied
     from effattn.verdict import Verdict
 
 #: Inside the run folder, while the sweep runs.
@@ -32,6 +41,18 @@ SESSION = "session"
 
 #: Seconds after which a worker looks again whether the sweep is still on.
 LOOK_AGAIN = 1.0
+
+#: How faulthandler begins the text of each signal that it looks out for, besides the one that it is registered for.
+_FATAL = "Fatal Python error: "
+_SIGNALS = {
+    "Aborted": signal.SIGABRT,
+    "Bus error": signal.SIGBUS,
+    "Floating": signal.SIGFPE,
+    "Illegal instruction": signal.SIGILL,
+    "Segmentation fault": signal.SIGSEGV,
+}
+#: The head of a thread's frames in faulthandler's text, in which the thread's identity is.
+_THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+)\b.*$", re.MULTILINE)
 
 #: run folder -> process, session, the file that is theirs, and what tells it from others
 _appenders: dict[str, tuple[int, str, Appender, os.stat_result]] = {}
@@ -47,6 +68,7 @@ def run(
     limit: float,
     items: list[tuple[str, dict[str, Any]]],
     sources: dict[str, str],
+    alone: bool = False,
 ) -> dict[str, Any]:
     """Judge cases and append the verdicts.
 
@@ -58,6 +80,7 @@ def run(
         limit: seconds for one case; beyond, the process ends.
         items: method and case, as plain data.
         sources: method -> digest of the source that the sweep began with.
+        alone: nobody watches how this process ends, so the file of the claim is to say it.
 
     Returns:
         `{"cases": n, "seconds": s, "judging": s, "file": name}`; `{"claimed": claim}` where another has begun it, who has
@@ -67,6 +90,21 @@ def run(
         RequestError: the file cannot be written, or was removed or closed; the machine cannot run the method, or has
             another version of it.
     """
+    with contextlib.ExitStack() as stack:
+        return _run(stack, folder, session, claim, device, limit, items, sources, alone)
+
+
+def _run(
+    stack: contextlib.ExitStack,
+    folder: str,
+    session: str,
+    claim: str,
+    device: str,
+    limit: float,
+    items: list[tuple[str, dict[str, Any]]],
+    sources: dict[str, str],
+    alone: bool,
+) -> dict[str, Any]:
     from effattn.case import Case
 
     started = time.perf_counter()
@@ -74,13 +112,15 @@ def run(
     try:
         if (refused := _refused(folder, session)) is not None:
             return {"refused": refused}
-        os.close(os.open(place / claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        claimed = os.open(place / claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND)
+        stack.callback(_close, claimed, os.fstat(claimed))
+        forget = stack.enter_context(_telling_how_it_ends(claimed)) if alone else _nothing
     except FileExistsError:
         return {"claimed": claim}
     except OSError as error:
         raise _unwritable(folder, error) from error
-    out = _appender(folder, session)
     judging, looked = 0.0, time.monotonic()
+    out = _appender(folder, session)
     try:
         fcntl.lockf(out.descriptor, fcntl.LOCK_EX)
         _check_current(folder, session, {spec: sources[spec] for spec, _ in items})
@@ -89,6 +129,7 @@ def run(
                 if (refused := _refused(folder, session)) is not None:
                     return {"refused": refused}
                 looked = time.monotonic()
+            forget()
             before = time.perf_counter()
             verdict = _judged(Case.from_dict(data), spec, device, limit)
             judging += time.perf_counter() - before
@@ -107,6 +148,76 @@ def run(
         "judging": judging,
         "file": out.file.name,
     }
+
+
+def _is(descriptor: int, opened: os.stat_result) -> bool:
+    """Whether the descriptor is still that of the file; a method may have closed it, and opened another with its number."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), opened)
+    except OSError:
+        return False
+
+
+def _close(descriptor: int, opened: os.stat_result) -> None:
+    if _is(descriptor, opened):
+        os.close(descriptor)
+
+
+def _nothing() -> None:
+    """There is nothing to forget."""
+
+
+@contextlib.contextmanager
+def _telling_how_it_ends(descriptor: int) -> Iterator[Callable[[], None]]:
+    """Have faulthandler write to the descriptor when a signal ends this process; what is yielded forgets what it wrote.
+
+    It is forgotten before each case: a child that a method forked writes there, too, and may have died in another one.
+    """
+    head = b"%x\n" % threading.get_ident()  # of several threads this is the one that judges
+    os.write(descriptor, head)
+    opened = os.fstat(descriptor)
+
+    def forget() -> None:
+        if _is(descriptor, opened) and os.fstat(descriptor).st_size > len(head):
+            os.ftruncate(descriptor, len(head))
+
+    ours = not faulthandler.is_enabled()  # else somebody wants to have crashes told elsewhere
+    if ours:
+        faulthandler.enable(descriptor)
+    faulthandler.register(signal.SIGALRM, descriptor, chain=True)
+    try:
+        yield forget
+    finally:
+        faulthandler.unregister(signal.SIGALRM)
+        if ours:
+            faulthandler.disable()
+
+
+def death(folder: Path, claim: str) -> WorkerDied | None:
+    """How the process that had claimed the chunk ended, as far as it could tell; None where nobody has claimed it.
+
+    Args:
+        folder: the run folder.
+        claim: the name of the chunk.
+    """
+    from effattn.run import isolation
+
+    try:
+        head, _, told = (folder / WORK / claim).read_text(errors="replace").partition("\n")
+    except FileNotFoundError:
+        return None
+    told = told.lstrip()
+    if not told:
+        return isolation.WorkerDied(None)
+    code = -signal.SIGALRM
+    if told.startswith(_FATAL):
+        words = told.removeprefix(_FATAL)
+        code = next((-number for name, number in _SIGNALS.items() if words.startswith(name)), None)
+    parts = _THREAD.split(told)[1:]  # thread, its frames, thread, its frames, ...
+    frames = next(
+        (its for thread, its in zip(parts[::2], parts[1::2], strict=True) if thread.lstrip("0") == head), ""
+    )
+    return isolation.WorkerDied(code, isolation.innermost(frames))
 
 
 def _refused(folder: str, session: str) -> str | None:
@@ -174,11 +285,7 @@ def _appender(folder: str, session: str) -> Appender:
 
 
 def _is_open(folder: str, out: Appender) -> bool:
-    """Whether the descriptor is still that of the file; a method may have closed it, and opened another with its number."""
-    try:
-        return os.path.samestat(os.fstat(out.descriptor), _appenders[folder][3])
-    except OSError:
-        return False
+    return _is(out.descriptor, _appenders[folder][3])
 
 
 def _is_in_place(out: Appender) -> bool:

@@ -84,7 +84,7 @@ class WorkerFault(EffattnError):
 def how_it_ended(code: int | None) -> str:
     """An exit code in words."""
     if code is None:
-        return "ended, and nobody tells how: it crashed, came to the time limit, or the machine was out of memory"
+        return "ended, and nobody tells how: it exited, was killed, or the machine was out of memory"
     if code >= 0:
         return f"exited with code {code}"
     try:
@@ -357,7 +357,7 @@ class Worker:
         place = said = ""
         if self._faults is not None:
             with contextlib.suppress(OSError):
-                place = _innermost(self._faults.read_text(errors="replace"))
+                place = innermost(self._faults.read_text(errors="replace"))
         if self._said is not None:
             with contextlib.suppress(OSError):
                 said = "\n".join(self._said.read_text(errors="replace").strip().splitlines()[-MOST_SAID:])
@@ -386,7 +386,7 @@ def _readable(connection: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-def _innermost(dump: str) -> str:
+def innermost(dump: str) -> str:
     """The innermost frames of faulthandler's text, as one line."""
     frames = [line.strip() for line in dump.splitlines() if line.lstrip().startswith('File "')]
     short = []

@@ -30,7 +30,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from effattn.errors import RequestError
 from effattn.run import chunk, isolation, migrate, records, store, work
@@ -51,6 +51,8 @@ AHEAD = 2
 MOST_DEATHS = 3
 #: Seconds to wait for a worker that a sweep before has left behind: it stops at its next case.
 SETTLING = 30.0
+#: Deaths of workers after which a chunk that none of them has begun stops the sweep.
+MOST_UNBEGUN = 10
 #: Damages that a message names.
 MOST_NAMED = 3
 LOCK = store.LOCK
@@ -260,11 +262,12 @@ class Sweep:
         state = _State(self, executor, names, done)
         begun: set[Key] = set()
         items = self._missing(done, begun)
-        waiting: dict[concurrent.futures.Future[Any], list[Item]] = {}
+        waiting: dict[concurrent.futures.Future[Any], _Chunk] = {}
         try:
             while True:
                 while len(waiting) < AHEAD * parallel and (next_items := state.next_chunk(items)):
-                    waiting[state.submit(next_items)] = next_items
+                    future, handed_out = state.submit(next_items)
+                    waiting[future] = handed_out
                 if not waiting:
                     break
                 finished, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
@@ -424,6 +427,13 @@ def _locked(file: Path) -> int:
         os.close(descriptor)
 
 
+class _Chunk(NamedTuple):
+    """What was handed out, and the name under which a worker claims it."""
+
+    claim: str
+    items: list[Item]
+
+
 class _State:
     """What is going on: chunks that are out, cases that killed, how long cases take."""
 
@@ -437,6 +447,8 @@ class _State:
         self._sweep, self._executor, self._names, self._done = sweep, executor, names, done
         self._again: deque[list[Item]] = deque()
         self._deaths: Counter[Key] = Counter()
+        #: deaths of workers before they had begun a chunk that begins with the case
+        self._unbegun: Counter[Key] = Counter()
         self._tail = _Tail(sweep.folder)
         self._claims = 0
         #: names of the files that workers have written into
@@ -452,30 +464,30 @@ class _State:
         size = max(1, min(MOST_IN_CHUNK, int(CHUNK_SECONDS / self._seconds_per_case)))
         return list(itertools.islice(items, size))
 
-    def submit(self, items: list[Item]) -> concurrent.futures.Future[Any]:
+    def submit(self, items: list[Item]) -> tuple[concurrent.futures.Future[Any], _Chunk]:
         self._claims += 1
+        chunked = _Chunk(f"{self._sweep.session[:8]}-{self._claims}", items)
         limit = self._sweep.time_limit
         arguments = (
             self._folder,
             self._sweep.session,
-            f"{self._sweep.session[:8]}-{self._claims}",
+            chunked.claim,
             self._sweep.device,
             limit,
             [(spec, case.to_dict()) for spec, case in items],
             {spec: self._sweep.sources[spec] for spec, _ in items},
         )
         if isinstance(self._executor, isolation.IsolatedExecutor):
-            return self._executor.submit(
-                chunk.run, *arguments, backstop=(limit + isolation.GRACE) * len(items)
-            )
+            backstop = (limit + isolation.GRACE) * len(items)
+            return self._executor.submit(chunk.run, *arguments, backstop=backstop), chunked
         try:
-            return self._executor.submit(chunk.run, *arguments)
+            return self._executor.submit(chunk.run, *arguments, True), chunked
         except concurrent.futures.BrokenExecutor as error:
             raise _broken(error) from error
 
-    def take(self, future: concurrent.futures.Future[Any], items: list[Item]) -> None:
+    def take(self, future: concurrent.futures.Future[Any], handed_out: _Chunk) -> None:
         """Account for a chunk that came back, one way or the other."""
-        died = isolation.WorkerDied(None)
+        died: isolation.WorkerDied | None = None
         try:
             told = future.result()
         except RequestError:
@@ -505,9 +517,12 @@ class _State:
             return
         # Its worker has died, or another did that had claimed it, after which the executor gave it out again.
         with self._sweep._writing():
-            self._recover(items, died)
+            self._recover(handed_out, died)
 
-    def _recover(self, items: list[Item], died: isolation.WorkerDied) -> None:
+    def _recover(self, handed_out: _Chunk, died: isolation.WorkerDied | None) -> None:
+        """Account for a chunk whose worker has died: `died` says how, where the executor knows."""
+        items = handed_out.items
+        told = chunk.death(self._sweep.folder, handed_out.claim)
         self._done.update(dict.fromkeys(self._tail.read()))
         device = self._sweep.device
         left = [item for item in items if Key(item[1].id, item[0], device) not in self._done]
@@ -516,6 +531,17 @@ class _State:
             return
         spec, case = left[0]
         key = Key(case.id, spec, device)
+        if told is None:
+            # It waited at a worker that died over something else.
+            self._unbegun[key] += 1
+            if self._unbegun[key] >= MOST_UNBEGUN:
+                raise RequestError(
+                    f"{MOST_UNBEGUN} workers died before they had begun what they were given, so no method is to blame; see what "
+                    "they say, and start them again. What is recorded is kept, and the same command goes on from there"
+                )
+            self._again.append(left)
+            return
+        died = died or told
         self._deaths[key] += 1
         if self._is_to_blame(key, died.code):
             verdict = isolation.verdict_of_death(
