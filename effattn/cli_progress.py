@@ -1,11 +1,11 @@
-"""How far a gate is, on the standard error: a bar on a terminal, now and then a line elsewhere."""
+"""How far a gate or a sweep is, on the standard error: a bar on a terminal, now and then a line elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,6 +31,44 @@ def shown() -> Iterator[Lines | Bar]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=terminal.console(stderr=True), transient=True) as bar:
         yield Bar(bar)
+
+
+@contextlib.contextmanager
+def counted(total: int) -> Iterator[Callable[[int, int], None]]:
+    """What a sweep of so many cases tells how far it is: called with the number that are done, and of all, at first, too."""
+    if not sys.stderr.isatty():
+        yield Count().done
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from effattn.report import terminal
+
+    columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=terminal.console(stderr=True), transient=True) as bar:
+        task = bar.add_task("judging", total=total)
+        yield lambda done, _total: bar.update(task, completed=done)
+
+
+class Count:
+    """A line at the begin, and one where `every` seconds have passed since the last, and something may be left."""
+
+    def __init__(self, every: float = EVERY) -> None:
+        self._every = every
+        self._last: float | None = None
+
+    def done(self, done: int, total: int) -> None:
+        """So many cases are done; combinations that are the same case as another count in the total alone."""
+        now = time.monotonic()
+        if done >= total or (self._last is not None and now - self._last < self._every):
+            return
+        if self._last is not None:
+            words = f"{done:,} of {_counted(total, 'case')} judged"
+        elif done:
+            words = f"judging {_counted(total, 'case')}, of which {done:,} are recorded"
+        else:
+            words = f"judging {_counted(total, 'case')}"
+        self._last = now
+        click.echo(f"effattn: {words}", err=True)
 
 
 class Bar:

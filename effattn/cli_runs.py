@@ -90,9 +90,12 @@ def show(run: str, as_json: bool) -> int:
     if not verdicts:
         console.print("no verdicts", markup=False)
     else:
-        rows = summary.rows(verdicts, by=lambda v: (v.method, v.case.dtype))
-        terminal.print_rows(console, rows, ("method", "dtype"))
-        terminal.print_set_aside(console, verdicts)
+        compared = [verdict for verdict in verdicts if verdict.law is None]
+        if compared:
+            rows = summary.rows(compared, by=lambda v: (v.method, v.case.dtype))
+            terminal.print_rows(console, rows, ("method", "dtype"))
+            terminal.print_set_aside(console, compared)
+        terminal.print_laws(console, summary.law_rows(verdicts), summary.unjudged_laws(verdicts))
     _name(damaged)
     return 0
 

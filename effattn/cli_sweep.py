@@ -8,7 +8,7 @@ import os
 import shlex
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ import click
 from effattn.errors import RequestError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from effattn.run.tally import Result
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -71,6 +73,7 @@ def sweep(
     memory_limit: float | None,
 ) -> int:
     """Judge what SPEC, a TOML file, asks for: methods x dtypes x shapes x values x options x seeds."""
+    from effattn import cli_progress
     from effattn.report import text
     from effattn.run import isolation, provenance, records, store
     from effattn.run import spec as specs
@@ -101,7 +104,7 @@ def sweep(
             ) as taken:
                 if out is None:
                     store.ignore_in_git(store.DEFAULT_FOLDER)
-                with _progress(wanted.count) as progress:
+                with cli_progress.counted(wanted.count) as progress:
                     result = taken.run(pool, parallel=parallel, progress=progress)
     except KeyboardInterrupt as end:
         terminated = isinstance(end, _Terminated)
@@ -204,13 +207,17 @@ def _print(result: Result, folder: Path) -> None:
     terminal.print_plain(console, names, rows)
     for damage in result.damaged:
         click.echo(f"effattn: {text.plain(str(damage))}", err=True)
-    before = f", {result.resumed} were recorded before" if result.resumed else ""
-    console.print(f"{result.added} cases{before}.", markup=False)
+    count = result.resumed + result.added
+    parts = f": {result.resumed} recorded before, {result.added} now" if result.resumed else ""
+    console.print(f"{count} {'case' if count == 1 else 'cases'}{parts}.", markup=False)
     if result.same:
         console.print(
-            f"{result.same} more combinations of the specification are the same case as another, and were not run again.",
+            f"{result.same} more {'combination' if result.same == 1 else 'combinations'} of the specification"
+            f" {'is' if result.same == 1 else 'are'} the same case as another, and {'was' if result.same == 1 else 'were'}"
+            " not run again.",
             markup=False,
         )
+    _print_reasons(console, result)
     if result.busy:
         console.print(
             f"Workers spent {result.judging / result.busy:.1%} of their time in the cases.", markup=False
@@ -220,27 +227,25 @@ def _print(result: Result, folder: Path) -> None:
     if failing is not None:
         line = shlex.join(["effattn", "replay", *failing, "--run", str(folder)])
         console.print(f"To see a failed case again: {line}", markup=False, soft_wrap=True)
+    if result.exit_code == 2:
+        console.print("Nothing was judged: that is not a pass.", markup=False, style="bold yellow")
+
+
+def _print_reasons(console: Console, result: Result) -> None:
+    """How many cases were not supported or not judged, and why: the reason of the first, of each method."""
+    from effattn.report import summary, text
+
+    for outcome in summary.SET_ASIDE:
+        counted: dict[str, int] = {}  # a method has the same reason in each dtype, as a rule
+        for tally in result.tallies.values():
+            if (reason := tally.reasons.get(outcome)) is not None:
+                counted[reason] = counted.get(reason, 0) + tally.outcomes[outcome]
+        for reason, n in counted.items():
+            first = "" if n == 1 else ", the first"
+            console.print(f"{outcome}, {n}{first}: {text.one_line(reason)}", markup=False, soft_wrap=True)
 
 
 def _failed(outcome: str) -> bool:
     from effattn.report import summary
 
     return summary.failed(outcome)
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on stderr where that is a terminal, nothing elsewhere."""
-    import sys
-
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from effattn.report import terminal
-
-    columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=terminal.console(stderr=True), transient=True) as bar:
-        task = bar.add_task("judging", total=total)
-        yield lambda done, _total: bar.update(task, completed=done)

@@ -957,7 +957,7 @@ def test_command_runs_and_resumes(effattn_command: Command, folder: Path) -> Non
     assert made.name.startswith("small-")
     code, out, _ = effattn_command("sweep", "small.toml", "--jobs", "1")
     assert code == 0
-    assert "0 cases, 6 were recorded before." in out
+    assert "6 cases: 6 recorded before, 0 now." in out
     provenance = store.read_provenance(made)
     assert provenance["command"] == "effattn sweep small.toml --jobs 1"
     assert "mine.py:right" in provenance["specification"]

@@ -5,6 +5,7 @@ Nothing here uses rich's markup on text that comes from users: names and message
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -197,14 +198,19 @@ def print_table(out: Console, table: Table) -> None:
 
 
 def print_plain(out: Console, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Any texts as a table."""
+    """Any texts as a table. What is wrapped where it is too wide for the terminal are not the identities, which are copied."""
     table = plain_table(*map(text.one_line, names), wrap=True)
-    for column in table.columns:
+    for place, column in enumerate(table.columns):
         column.justify = "left"
+        cells = [row[place] for row in rows if row[place]]
+        column.no_wrap = bool(cells) and all(map(_IDENTITY.fullmatch, cells))
     for row in rows:
         table.add_row(*(Text(text.one_line(cell)) for cell in row))
     print_table(out, table)
 
+
+#: What the identity of a case or of a run looks like.
+_IDENTITY = re.compile("[0-9a-f]{12}")
 
 #: Changes of each kind that are shown; the rest is counted.
 MOST_CHANGES = 10

@@ -28,7 +28,7 @@ import signal
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -53,6 +53,8 @@ MOST_DEATHS = 3
 SETTLING = 30.0
 #: Deaths of workers after which a chunk that none of them has begun stops the sweep.
 MOST_UNBEGUN = 10
+#: Seconds after which progress is told even if nothing was done.
+TELL_AGAIN = 5.0
 #: Damages that a message names.
 MOST_NAMED = 3
 LOCK = store.LOCK
@@ -249,7 +251,7 @@ class Sweep:
         Args:
             executor: runs `effattn.run.chunk.run`; its workers see the run folder.
             parallel: how many workers it has.
-            progress: called with the number of cases that are done, and of all.
+            progress: called with the number of cases that are done, and of all: before the first, and every few seconds.
 
         Raises:
             RequestError: the machine cannot run a method, a method whose verdicts are recorded was edited since, or the
@@ -263,6 +265,8 @@ class Sweep:
         begun: set[Key] = set()
         items = self._missing(done, begun)
         waiting: dict[concurrent.futures.Future[Any], _Chunk] = {}
+        if progress is not None:
+            progress(resumed, self.spec.count)
         try:
             while True:
                 while len(waiting) < AHEAD * parallel and (next_items := state.next_chunk(items)):
@@ -270,7 +274,9 @@ class Sweep:
                     waiting[future] = handed_out
                 if not waiting:
                     break
-                finished, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+                finished, _ = concurrent.futures.wait(
+                    waiting, timeout=TELL_AGAIN, return_when=concurrent.futures.FIRST_COMPLETED
+                )
                 for future in finished:
                     state.take(future, waiting.pop(future))
                 if progress is not None:
@@ -304,7 +310,7 @@ class Sweep:
             edited &= {record.key.spec for record in store.read_records(self.folder, [])}
         if edited:
             raise RequestError(
-                f"{' and '.join(map(repr, sorted(edited)))} was edited since its verdicts in {str(self.folder)!r} were recorded;"
+                f"{_edited(sorted(edited))} verdicts in {str(self.folder)!r} were recorded;"
                 " verdicts of two versions are never mixed. Name another folder with --out, begin anew with --overwrite, or"
                 " undo the edit"
             )
@@ -410,6 +416,11 @@ class Sweep:
     def session(self) -> str:
         """What tells this supervisor's chunks from those of another."""
         return self._session
+
+
+def _edited(specs: Sequence[str]) -> str:
+    named = " and ".join(map(repr, specs))
+    return f"{named} was edited since its" if len(specs) == 1 else f"{named} were edited since their"
 
 
 def _locked(file: Path) -> int:

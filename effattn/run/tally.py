@@ -23,11 +23,16 @@ class Tally:
     worst: str = ""
     #: a failed case, as the command line names it, and its method: that of the largest error/bound, if one has any
     failing: tuple[str, str] | None = None
+    #: outcome -> why the first case with it was set aside
+    reasons: dict[str, str] = field(default_factory=dict)
     _failing_fraction: float = -1.0
 
     def add(self, record: Record) -> None:
         """Add one record."""
-        self.outcomes[record.verdict["outcome"]] += 1
+        outcome = record.verdict["outcome"]
+        self.outcomes[outcome] += 1
+        if outcome in summary.SET_ASIDE:
+            self.reasons.setdefault(outcome, record.verdict["message"].removeprefix(f"{outcome}: "))
         largest = -1.0
         for quantity in record.verdict["quantities"]:
             given = quantity.get("fraction")
