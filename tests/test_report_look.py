@@ -86,8 +86,8 @@ def test_broken_laws_are_named_with_their_cases() -> None:
         material.sentence == "mine failed 3 of 12 judged cases. It breaks 1 law: padded keys (2 of 6 cases)."
     )
     shown = exports.pull_request(material)
-    assert "| law broken | \\- | mine | padded\\_keys: " in shown
-    assert "law broken: padded_keys: " in shown
+    assert "| law broken | \\- | mine | padded keys: " in shown
+    assert "law broken: padded keys: " in shown
 
 
 def test_the_cases_of_a_pass_are_closest_to_the_limit() -> None:
@@ -131,7 +131,17 @@ def test_what_broke_comes_before_the_charts() -> None:
     worst = page[places[4] : places[5]]
     assert worst.count("<details open>") == 3
     assert "<summary>4 more</summary>" in worst
-    assert "padded_keys: fp16" in worst
+    assert "padded keys: fp16" in worst
+
+
+def test_the_three_worst_are_of_as_many_kinds_as_there_are() -> None:
+    items = [replace(v, law="a law", outcome=Outcome.LAW_BROKEN, quantities=()) for v in verdicts(cases=4)]
+    items += [replace(v, outcome=Outcome.BIASED) for v in verdicts(cases=2)] + verdicts(cases=5, bad=5)[2:]
+    material = gather.gather([write(Path("now"), items)])
+    assert [str(v.outcome) for v in material.foremost] == ["law broken", "inaccurate", "biased"]
+    page = html.render(material)
+    assert page.count("effattn replay") == 0
+    assert page.count('<summary><span class="outcome bad">') == len(material.worst) == 9
 
 
 def test_every_column_and_outcome_is_explained_in_the_page() -> None:

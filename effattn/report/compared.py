@@ -9,6 +9,7 @@ from typing import Any
 from effattn.report import axes, gather
 from effattn.report.axes import Chart
 from effattn.report.gather import Material
+from effattn.report.history import Moment
 
 #: Cases of each kind of change that are drawn.
 MOST_CHANGES = gather.MOST_POINTS // 4
@@ -160,7 +161,7 @@ def history(alt: Any, material: Material) -> Chart:
     )
 
 
-def _height(moment: gather.Moment, edge: float) -> float | None:
+def _height(moment: Moment, edge: float) -> float | None:
     """Where a moment is drawn; None where nothing was judged."""
     if moment.fraction is None:
         return edge if moment.failed else None

@@ -50,8 +50,8 @@ def pull_request(material: Material, pictures: Sequence[Path] = (), *, link: str
         "",
     ]
     for run in material.unfinished:
-        head += [f"{text.code(str(run.folder))} is not at its end: {run.share}.", ""]
-        head += [f"Go on with it: {text.code(run.command)}", ""] if run.command else []
+        more = f" Go on with it by {text.code(run.command)}" if run.command else ""
+        head += [f"{text.code(str(run.folder))}: {run.share}.{more}", ""]
     for note in material.notes:
         head += [text.markdown(note), ""]
     if link:
@@ -60,11 +60,11 @@ def pull_request(material: Material, pictures: Sequence[Path] = (), *, link: str
     if len(material.rows) > 40:
         table += ["", f"and {len(material.rows) - 40} more rows in the report"]
     pieces = ["\n".join([*head, *table, ""])]
-    pieces += [f"![{picture.stem}]({_link(picture)})\n" for picture in pictures]
     pieces += ["\n".join([*markdown.weighed(found), ""]) for found in material.evidence]
     if material.difference is not None:
         pieces.append("\n".join(_difference(material)))
     pieces.append("\n".join(_worst(material)))
+    pieces += [f"![{picture.stem}]({_link(picture)})\n" for picture in pictures]
     if material.damaged:
         pieces.append(
             "\n".join(

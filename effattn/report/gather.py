@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from effattn.case import Case
 from effattn.errors import RequestError
 from effattn.report import beside, origin, summary, text, together
+from effattn.report.history import Moment, moments
 from effattn.report.studies import Study
 from effattn.report.studies import read as read_study
 from effattn.run import catalog, store
@@ -28,6 +29,8 @@ _Item = TypeVar("_Item")
 MOST_POINTS = 3000
 #: Cases whose whole message and replay line are shown.
 MOST_WORST = 10
+#: Of these, cases that a page has open at its top.
+FOREMOST = 3
 #: What a provenance has that a report shows in a place of its own.
 APART = ("evidence", "smallest")
 #: error/bound below which it doesn't matter how small it is.
@@ -44,44 +47,6 @@ class OptionRow:
     value: str
     #: dtype -> the sum of its verdicts
     cells: dict[str, summary.Row]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Moment:
-    """One method in one dtype at one commit."""
-
-    started: str
-    run: str
-    commit: str
-    method: str
-    dtype: str
-    #: verdicts that passed or failed, and those that failed, with those under laws
-    judged: int
-    failed: int
-    fraction: float | None
-    z_rms: float | None
-    #: whether its cases speak against the method together
-    together: bool = False
-    #: whether the tree was as committed; None where that is not known
-    clean: bool | None = None
-    #: the first of its line that fails after one that did not
-    first_bad: bool = False
-    #: the first of its line, which fails
-    from_first: bool = False
-
-    @property
-    def bad(self) -> bool:
-        """Whether the method failed, by single cases or by all of them together."""
-        return bool(self.failed) or self.together
-
-    @property
-    def state(self) -> str:
-        """What to say of it, in words."""
-        words = "first bad" if self.first_bad else "failed" if self.bad else "passed"
-        words = "bad from its first run" if self.from_first else words
-        if self.together and not self.failed:
-            words += ", by its cases together"
-        return f"{words}, with uncommitted changes" if self.clean is False else words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +113,20 @@ class Material:
         counts = Counter(self.origins)
         every = (origin.unfinished(folder, facts, counts[i]) for i, (folder, facts) in enumerate(self.runs))
         return [found for found in every if found is not None]
+
+    @property
+    def foremost(self) -> list[Verdict]:
+        """Three of the worst, with as many outcomes and laws among them as there are."""
+        kinds: dict[tuple[str, str | None], Verdict] = {}
+        for verdict in self.worst:
+            kinds.setdefault((str(verdict.outcome), verdict.law), verdict)
+        first = list(kinds.values())
+        return [*first, *_without(self.worst, first)][:FOREMOST]
+
+    @property
+    def others(self) -> list[Verdict]:
+        """The worst but the `foremost`."""
+        return _without(self.worst, self.foremost)
 
     @property
     def smallest(self) -> list[Smallest]:
@@ -236,6 +215,11 @@ class Material:
 def _speaks(facts: dict[str, Any]) -> bool:
     """Whether the cases of a run say together what none says alone."""
     return bool(together.statements(facts))
+
+
+def _without(verdicts: Sequence[Verdict], some: Sequence[Verdict]) -> list[Verdict]:
+    """The verdicts but some of them; another that says the same stays."""
+    return [verdict for verdict in verdicts if not any(verdict is other for other in some)]
 
 
 def _subject(methods: Sequence[str]) -> str:
@@ -559,73 +543,3 @@ def pairs(material: Material) -> tuple[str, list[dict[str, Any]]]:
 def _within(fraction: float) -> float:
     """A fraction as it is drawn: a logarithm has no 0, and what is beyond everything is at the edge."""
     return min(max(fraction, SMALLEST), 1e4)
-
-
-def moments(
-    folder: Path, damaged: list[Damage] | None = None, notes: list[str] | None = None
-) -> list[Moment]:
-    """Each method and dtype of each run in a folder, in the order in which the runs were started.
-
-    The first bad one of each line is marked: it fails after one that did not. A run with uncommitted changes says nothing
-    of a commit that a run without them judged. A run that is there twice, as a link or a copy, is read once.
-
-    Args:
-        folder: has the run folders.
-        damaged: takes what cannot be read, runs and lines, which is left out; without it, a run that cannot be read is an
-            error.
-        notes: takes a sentence for each run that is there twice.
-
-    Raises:
-        RequestError: there is no such folder, or no run in it.
-    """
-    runs, same = origin.distinct(catalog.runs_in(folder, damaged))
-    if notes is not None:
-        notes += same
-    if not runs:
-        raise RequestError(f"there is no run in {str(folder)!r}; --history takes a folder of run folders")
-    found: list[Moment] = []
-    for run in runs:
-        provenance = origin.provenance(run, [] if damaged is None else damaged)
-        where = provenance.get("working_directory") or {}
-        verdicts = list(store.read_verdicts(run, [] if damaged is None else damaged))
-        lines: dict[tuple[str, str], list[Verdict]] = {}
-        for verdict in verdicts:
-            lines.setdefault((verdict.method, verdict.case.dtype), []).append(verdict)
-        said = together.statements(provenance)
-        blamed = together.method(provenance, list(dict.fromkeys(method for method, _ in lines)))
-        clean = where.get("clean")
-        for (method, dtype), members in lines.items():
-            row = summary.row((method, dtype), [v for v in members if v.law is None])
-            found.append(
-                Moment(
-                    started=provenance.get("started") or "",
-                    run=run.name,
-                    commit=str(where.get("commit") or "")[:10],
-                    method=method,
-                    dtype=dtype,
-                    judged=sum(str(v.outcome) not in summary.SET_ASIDE for v in members),
-                    failed=sum(summary.failed(v.outcome) for v in members),
-                    fraction=row.fraction,
-                    z_rms=row.z_rms,
-                    together=method == blamed and any(statement.concerns(dtype) for statement in said),
-                    clean=clean if isinstance(clean, bool) else None,
-                )
-            )
-    return _marked(found)
-
-
-def _marked(found: Sequence[Moment]) -> list[Moment]:
-    """The moments with the first bad one of each line marked."""
-    known = {(m.method, m.dtype, m.commit) for m in found if m.judged and m.commit and m.clean is not False}
-    good: dict[tuple[str, str], bool] = {}
-    marked: list[Moment] = []
-    for moment in found:
-        line = (moment.method, moment.dtype)
-        changed = moment.clean is False and (*line, moment.commit) in known
-        said = moment.bad and not changed
-        marked.append(
-            replace(moment, first_bad=said and good.get(line, False), from_first=said and line not in good)
-        )
-        if moment.judged and not changed:
-            good[line] = not moment.bad
-    return marked

@@ -185,7 +185,7 @@ def _rounds_less(row: Row) -> bool:
 
 def subject(verdict: Verdict) -> str:
     """The case in words, after the law that was tried on it."""
-    law = f"{verdict.law}: " if verdict.law else ""
+    law = f"{verdict.law.replace('_', ' ')}: " if verdict.law else ""
     return f"{law}{verdict.case.describe()}"
 
 
