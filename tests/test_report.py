@@ -93,8 +93,8 @@ def test_worst_cases_have_one_of_each_kind_first(tmp_path: Path) -> None:
     others = [verdict(1, 3.0), verdict(2, 2.0), verdict(4, 2.5)]
     worst = gather.gather([write(tmp_path / "run", [*crashes, *others])]).worst
     assert len(worst) == gather.MOST_WORST
-    assert [(v.case.seed, str(v.outcome)) for v in worst[-2:]] == [(1, "inaccurate"), (2, "inaccurate")]
-    assert {str(v.outcome) for v in worst[:-2]} == {"crashed"}
+    assert [(v.case.seed, str(v.outcome)) for v in worst[1:3]] == [(1, "inaccurate"), (2, "inaccurate")]
+    assert {str(v.outcome) for v in [worst[0], *worst[3:]]} == {"crashed"}
 
 
 def test_options_are_counted_by_dtype(tmp_path: Path) -> None:

@@ -496,3 +496,30 @@ def test_methods_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
     assert material.methods == ["old/k.py:f", "new/k.py:f"]
     assert material.sentence.startswith("1 of 2 methods (new/k.py:f) failed 2 of 12")
     assert gather.gather(runs[:1]).methods == ["k.py:f"]
+
+
+def test_the_first_of_the_worst_cases_are_of_different_kinds(tmp_path: Path) -> None:
+    def failing(
+        seed: int, dtype: str, outcome: Outcome, fraction: float | None, law: str | None = None
+    ) -> Verdict:
+        (made,) = verdicts(cases=1)
+        quantities = (
+            () if fraction is None else (Quantity(name="out", count=64, fraction=fraction, z_rms=0.5),)
+        )
+        case = replace(made.case, seed=seed, dtype=dtype)
+        return replace(made, case=case, outcome=outcome, quantities=quantities, law=law)
+
+    broken = [failing(seed, "bf16", Outcome.LAW_BROKEN, None, "first_law") for seed in range(5)]
+    others = [
+        failing(5, "fp16", Outcome.LAW_BROKEN, None, "first_law"),
+        failing(6, "fp16", Outcome.INACCURATE, 2.0),
+        failing(7, "bf16", Outcome.INACCURATE, 3.0),
+        failing(8, "bf16", Outcome.INACCURATE, 2.5),
+        failing(9, "fp16", Outcome.BIASED, 0.5),
+    ]
+    worst = gather.gather([write(tmp_path / "run", [*verdicts(), *broken, *others])]).worst
+    kinds = [(str(v.outcome), v.case.dtype) for v in worst]
+    assert kinds[:3] == [("law broken", "bf16"), ("inaccurate", "bf16"), ("biased", "fp16")]
+    assert kinds[3:5] == [("law broken", "fp16"), ("inaccurate", "fp16")]
+    assert len({v.case.id for v in worst}) == len(worst) == 10
+    assert all(v.outcome != Outcome.PASS for v in worst)

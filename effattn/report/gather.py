@@ -324,18 +324,23 @@ def _repeated(found: Sequence[tuple[int, Key, Verdict]]) -> list[str]:
 
 
 def _worst(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """The worst of each method, dtype and kind first, so that one crash of many doesn't hide the rest; then others."""
+    """The worst of each method and kind first, then those of each dtype too, then others.
+
+    So one crash of many doesn't hide the rest.
+    """
     order = sorted(verdicts, key=_badness, reverse=True)
+    failed = [verdict for verdict in order if summary.failed(verdict.outcome)]
     first: dict[tuple[str, ...], Verdict] = {}
-    for verdict in order:
-        if summary.failed(verdict.outcome):
-            first.setdefault(
-                (verdict.method, verdict.case.dtype, str(verdict.outcome), verdict.law or ""), verdict
-            )
+    for verdict in failed:
+        first.setdefault((verdict.method, str(verdict.outcome), verdict.law or ""), verdict)
+    for verdict in failed:
+        kind = (verdict.method, str(verdict.outcome), verdict.law or "", verdict.case.dtype)
+        if first[kind[:3]].case.dtype != verdict.case.dtype:
+            first.setdefault(kind, verdict)
     chosen = list(first.values())
     taken = {id(verdict) for verdict in chosen}
     chosen += [verdict for verdict in order if id(verdict) not in taken]
-    return sorted(chosen[:MOST_WORST], key=_badness, reverse=True)
+    return chosen[:MOST_WORST]
 
 
 def _badness(verdict: Verdict) -> tuple[bool, float]:
