@@ -529,12 +529,13 @@ def test_run_is_replaced_only_when_asked_to_and_when_the_methods_load(
     assert "recorded before" not in out
 
 
-def test_methods_of_one_name_in_two_folders_are_two(folder: Path, executor: IsolatedExecutor) -> None:
+def test_methods_of_one_name_in_two_folders_are_two(folder: Path) -> None:
     for name, source in (("old", METHODS), ("new", METHODS.replace("(q.dtype)", "(q.dtype) * 2"))):
         (folder / name).mkdir()
         (folder / name / "k.py").write_text(source)
     methods = ["old/k.py:right", "new/k.py:right", "mine.py:right"]
-    result = run(folder / "run", small(methods=methods), executor)
+    with IsolatedExecutor(2) as executor:  # of its own, since workers look for files where they were started
+        result = run(folder / "run", small(methods=methods), executor)
     failed = {name: tally.failed > 0 for (name, _), tally in result.tallies.items()}
     assert failed == {"old/k.py:right": False, "new/k.py:right": True, "mine.py:right": False}
 
