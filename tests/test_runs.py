@@ -12,7 +12,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +278,44 @@ def test_nan_is_worse_than_any_number() -> None:
 # compact and query
 
 
+def test_table_has_every_field_of_a_case_and_what_it_is(tmp_path: Path) -> None:
+    """Of a case that says as little as it can, and of one in which each field is another than usual."""
+    least = Case(q_len=3, kv_len=7, head_dim=8, dtype="fp16")
+    given: dict[str, Any] = {
+        "batch": 2, "heads": 4, "kv_heads": 2, "q_len": 4, "kv_len": 6, "head_dim": 16, "v_dim": 32, "dtype": "bf16",
+        "causal": "top-left", "scale": 0.3, "window": (2, -1), "softcap": 30.1, "alibi": "geometric", "bias": "bhqk:fp32",
+        "mask": "qk", "sinks": True, "lengths": "kv", "dropout": 0.1, "backward": True, "layout": "bshd",
+        "values": "outliers", "seed": 2**63 - 1,
+    }  # fmt: skip
+    most = Case(**given)
+    assert given.keys() == {field.name for field in fields(Case)}, (
+        "a new field is to have a column, and a value here"
+    )
+    assert all(getattr(most, name) != getattr(least, name) for name in given)
+    run = write(tmp_path / "run", [replace(verdict(0, 0.5), case=case) for case in (least, most)])
+    names, rows = tables.query("SELECT * FROM verdicts ORDER BY q_len", [run])
+    assert set(given) <= set(names)
+    for case, row in zip((least, most), rows, strict=True):
+        found = dict(zip(names, row, strict=True))
+        for name in given:
+            value = getattr(case, name)
+            value = list(value) if isinstance(value, tuple) else value
+            assert (found[name], type(found[name])) == (value, type(value)), name
+    asked = """SELECT q_len FROM verdicts WHERE "window"[1] = 2 AND sinks AND "values" = 'outliers'"""
+    assert tables.query(asked, [run])[1] == [(4,)]
+
+
+def test_table_of_other_columns_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an older effattn made it, which had fewer."""
+    run = write(tmp_path / "run", [verdict(0, 0.5)])
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "_CASE", tuple(field for field in tables._CASE if field[0] != "softcap"))
+        assert "softcap" not in tables.query("SELECT * FROM verdicts", [run])[0]
+        older = (run / tables.PARQUET).read_bytes()
+    assert "softcap" in tables.query("SELECT * FROM verdicts", [run])[0]
+    assert (run / tables.PARQUET).read_bytes() != older
+
+
 def test_table_has_what_the_records_have(two_runs: tuple[Path, Path]) -> None:
     first = two_runs[0]
     made = tables.compact(first)
@@ -285,9 +323,8 @@ def test_table_has_what_the_records_have(two_runs: tuple[Path, Path]) -> None:
     names, rows = tables.query("SELECT * FROM verdicts ORDER BY seed", [first])
     for row, item in zip(rows, store.read_verdicts(first), strict=True):
         found = dict(zip(names, row, strict=True))
-        for field in ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "v_dim", "dtype", "causal",
-                      "scale", "layout", "values", "seed"):  # fmt: skip
-            assert found[field] == getattr(item.case, field), field
+        for field in fields(Case):
+            assert found[field.name] == getattr(item.case, field.name), field.name
         out, lse = item.quantities
         assert found["run"] == str(first)
         assert found["case_id"] == item.case.id

@@ -59,7 +59,7 @@ _BODY = f"""STRUCT(id VARCHAR, spec VARCHAR, device VARCHAR, verdict STRUCT(
     "case" JSON, "method" VARCHAR, law VARCHAR, outcome VARCHAR, message VARCHAR, quantities {_QUANTITY}[],
     findings STRUCT(name VARCHAR)[], seconds MAP(VARCHAR, VARCHAR)))"""
 
-#: Fields of a case that have a column of their own, with type and what they are where a case does not say.
+#: The fields of a case, each a column, with type and what they are where a case does not say.
 _CASE = (
     ("batch", "UINTEGER", "1"),
     ("heads", "UINTEGER", "1"),
@@ -71,6 +71,15 @@ _CASE = (
     ("dtype", "VARCHAR", "NULL"),
     ("causal", "VARCHAR", "'none'"),
     ("scale", "DOUBLE", "NULL"),
+    ("window", "INTEGER[]", "NULL"),
+    ("softcap", "DOUBLE", "NULL"),
+    ("alibi", "VARCHAR", "'none'"),
+    ("bias", "VARCHAR", "'none'"),
+    ("mask", "VARCHAR", "'none'"),
+    ("sinks", "BOOLEAN", "false"),
+    ("lengths", "VARCHAR", "'none'"),
+    ("dropout", "DOUBLE", "0"),
+    ("backward", "BOOLEAN", "false"),
     ("layout", "VARCHAR", "'bhsd'"),
     ("values", "VARCHAR", "'normal'"),
     ("seed", "UBIGINT", "0"),
