@@ -5,6 +5,7 @@ python docs/update_pictures.py
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 import tempfile
@@ -23,8 +24,11 @@ def main() -> None:
     spec.loader.exec_module(browser)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        method = f"{ROOT / 'docs/examples/my_attention_rounded.py'}:attention"
-        if effattn(["gate", method, "--out", str(folder / "run"), "--report"]) != 1:
+        # From there, so that the picture has the method's name alone.
+        command = ["gate", "my_attention_rounded.py:attention", "--out", str(folder / "run"), "--report"]
+        with contextlib.chdir(ROOT / "docs" / "examples"):
+            code = effattn(command)
+        if code != 1:
             sys.exit("the example was expected to fail")
         with browser.Page(folder / "profile", width=1200, height=1500) as page:
             page.size(1200, 1500)

@@ -23,6 +23,7 @@ import pytest
 
 from effattn.case import Case
 from effattn.errors import RequestError
+from effattn.report import gather
 from effattn.run import chunk, isolation, records, spec, store, sweep, work
 from effattn.run.isolation import IsolatedExecutor
 
@@ -853,6 +854,9 @@ def test_interrupted_sweep_says_what_is_recorded_and_how_to_go_on(folder: Path) 
     assert process.returncode == 130
     assert f"{recorded} of 6000 verdicts are recorded in run/, and the same command goes on" in complaint
     assert 4 <= recorded < 6000
+    said = gather.gather([folder / "run"])
+    assert f"The run is not at its end ({recorded} of 6000 verdicts are recorded)" in said.sentence
+    assert [run.command for run in said.unfinished] == ["effattn sweep s.toml --out run --jobs 1"]
 
 
 def test_sweep_that_is_terminated_says_what_is_recorded(folder: Path) -> None:

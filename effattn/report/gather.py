@@ -116,10 +116,13 @@ class Material:
 
     @property
     def foremost(self) -> list[Verdict]:
-        """Three of the worst, with as many outcomes and laws among them as there are."""
-        kinds: dict[tuple[str, str | None], Verdict] = {}
+        """Three of the worst, with as many outcomes among them as there are, and then as many laws."""
+        kinds: dict[tuple[str, ...], Verdict] = {}
         for verdict in self.worst:
-            kinds.setdefault((str(verdict.outcome), verdict.law), verdict)
+            kinds.setdefault((str(verdict.outcome),), verdict)
+        for verdict in self.worst:
+            if not any(verdict is other for other in kinds.values()):
+                kinds.setdefault((str(verdict.outcome), verdict.law or ""), verdict)
         first = list(kinds.values())
         return [*first, *_without(self.worst, first)][:FOREMOST]
 
