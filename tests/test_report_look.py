@@ -14,6 +14,7 @@ import pytest
 from markupsafe import escape
 
 from effattn.case import Case
+from effattn.judgement import _times
 from effattn.report import charts, exports, gather, html, legend, summary, terminal, text
 from effattn.run import store
 from effattn.verdict import Outcome, Quantity, Verdict
@@ -70,6 +71,10 @@ def test_a_run_that_is_not_at_its_end_is_no_pass(effattn_command: Command) -> No
     written = Path("m.md").read_text()
     assert sentence in written.splitlines()[2]
     assert "`effattn sweep 'my spec.toml' --out now`" in written
+    (warning,) = exports.workflow_commands(material)
+    assert warning == (
+        "::warning title=not at its end::now: 6 of 2160 verdicts are recorded. effattn sweep 'my spec.toml' --out now"
+    )
     both = gather.gather([sweep, write(Path("torch"), verdicts("torch", bad=1))])
     assert both.state == "bad"
     assert both.sentence.startswith(
@@ -110,6 +115,12 @@ def test_error_over_bound_is_never_rounded_to_1() -> None:
         "0.99",
     ]
     assert text.fraction(None) == "-"
+    assert [_times(x) for x in (1.003, 1.0000004, 1.25, 0.9999)] == [
+        "1.003 times",
+        "1.0000004 times",
+        "1.25 times",
+        "1 times",
+    ]
     assert text.fraction(float("nan")) == "nan"
 
 

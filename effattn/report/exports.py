@@ -252,7 +252,7 @@ def _attribute(given: str) -> str:
 
 
 def workflow_commands(material: Material) -> list[str]:
-    """GitHub's workflow commands for the failures, at most ten: one for each method, dtype and outcome, worst first."""
+    """GitHub's workflow commands, at most ten: for each method, dtype and outcome that fails, and a run not at its end."""
     groups: dict[tuple[str, str, str], list[Verdict]] = {}
     for verdict in material.verdicts:
         if summary.failed(verdict.outcome):
@@ -270,7 +270,11 @@ def workflow_commands(material: Material) -> list[str]:
         for said in together.statements(facts):
             body = "\n".join(filter(None, (said.sentence[:1000], said.replay[:1000])))
             lines.append(f"::error title={_TOGETHER}::{_command(body)}")
-    return lines[:MOST_ANNOTATIONS]
+    warnings = [
+        f"::warning title=not at its end::{_command(f'{run.folder}: {run.share}. {run.command}'.rstrip())}"
+        for run in material.unfinished[:MOST_ANNOTATIONS]
+    ]
+    return [*lines[: MOST_ANNOTATIONS - len(warnings)], *warnings]
 
 
 def _command(given: str, *, of_property: bool = False) -> str:

@@ -480,7 +480,10 @@ def point(verdict: Verdict) -> dict[str, Any]:
 
 
 def _finite(x: float | None) -> float | None:
-    return None if x is None or not math.isfinite(x) else float(f"{x:.6g}")
+    if x is None or not math.isfinite(x):
+        return None
+    short = float(f"{x:.6g}")
+    return x if short == 1 else short  # on its side of 1, where an error is allowed or not
 
 
 def places(material: Material) -> list[dict[str, Any]]:

@@ -219,20 +219,44 @@ def test_table_is_sorted_by_its_headings(opened: Any) -> None:
     assert opened.evaluate("document.querySelector('[aria-sort]').getAttribute('aria-sort')") == "ascending"
 
 
-def test_errors_without_a_number_are_the_largest(page: Any, tmp_path: Path) -> None:
-    fractions = [0.5, float("nan"), 100.0, float("inf"), 50.0]
+def test_errors_without_a_number_are_the_largest_and_none_is_rounded_to_1(page: Any, tmp_path: Path) -> None:
+    fractions = [0.5, float("nan"), 100.0, float("inf"), 1.00000004]
     run = write(
         tmp_path / "run", [verdict(s, x, method="mine") for s, x in enumerate(fractions)], "mine", "2030"
     )
     file = tmp_path / "r.html"
     file.write_text(html.render(gather.gather([run])), encoding="utf-8")
     page.open(file)
-    for wanted in (["inf", "inf", "100", "50", "0.500"], ["0.500", "50", "100", "inf", "inf"]):
+    for wanted in (
+        ["inf", "inf", "100", "1.00000004", "0.500"],
+        ["0.500", "1.00000004", "100", "inf", "inf"],
+    ):
         page.evaluate("document.querySelector('[data-sort=fraction]').click()")
         assert wanted == page.evaluate(
             "[...document.querySelectorAll('#table tbody tr')].map(r => r.cells[1].textContent)"
         )
     assert page.complaints() == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_more_cases_are_farther_from_the_page(opened: Any, scheme: str) -> None:
+    """In the map of places: the cell with most cases has the most contrast to the page, one without cases the least."""
+    opened.media(scheme=scheme)
+    opened.open(Path(opened.evaluate("decodeURIComponent(location.pathname)")))
+    lights = opened.evaluate(
+        """(() => { const light = c => c.match(/\\d+/g).slice(0, 3).map(Number).reduce((a, b) => a + b) / 3;
+            const page = light(getComputedStyle(document.body).backgroundColor);
+            return [...document.querySelectorAll('[data-chart=places] svg .mark-rect.role-mark path')].map(p =>
+                [Number(p.getAttribute('aria-label').match(/cases: (\\d+)/)[1]),
+                 Math.abs(light(getComputedStyle(p).fill) - page)]);
+        })()"""
+    )
+    assert len(lights) == gather.CELLS**2
+    lights.sort()
+    assert lights[0][0] == 0 < lights[-1][0]
+    assert lights[0][1] == min(far for _, far in lights) < 30
+    assert lights[-1][1] == max(far for _, far in lights) > 120
+    opened.media(scheme="light")
 
 
 def test_tooltip_tells_the_case(opened: Any) -> None:

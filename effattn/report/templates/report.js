@@ -63,7 +63,11 @@
   function show(value) {
     if (value === null || value === undefined) return "-";
     if (value === Infinity) return "inf";
-    return typeof value === "number" && !Number.isInteger(value) ? value.toPrecision(3) : String(value);
+    if (typeof value !== "number" || Number.isInteger(value)) return String(value);
+    // As many figures as it takes to tell it from 1, where an error is allowed or not.
+    let figures = 3;
+    while (Number(value.toPrecision(figures)) === 1) figures += 1;
+    return value.toPrecision(figures);
   }
 
   function list(rows) {
