@@ -90,7 +90,12 @@ def test_broken_laws_are_named_with_their_cases() -> None:
     assert (
         material.sentence == "mine failed 3 of 12 judged cases. It breaks 1 law: padded keys (2 of 6 cases)."
     )
+    assert (
+        "6 judged cases are compared with exact attention, and stand here. The other 6 are tries of 1 law,"
+        in html.render(material)
+    )
     shown = exports.pull_request(material)
+    assert "The other 6 judged cases are tries of laws." in shown
     assert "| law broken | \\- | mine | padded keys: " in shown
     assert "law broken: padded keys: " in shown
 

@@ -59,6 +59,8 @@ def pull_request(material: Material, pictures: Sequence[Path] = (), *, link: str
     table = markdown.table(material.rows[:40], ("method", "dtype"))
     if len(material.rows) > 40:
         table += ["", f"and {len(material.rows) - 40} more rows in the report"]
+    if material.by_laws:
+        table += ["", f"The other {material.by_laws} judged cases are tries of laws."]
     pieces = ["\n".join([*head, *table, ""])]
     pieces += ["\n".join([*markdown.weighed(found), ""]) for found in material.evidence]
     if material.difference is not None:

@@ -98,6 +98,11 @@ class Material:
         return sum(1 for v in self.verdicts if str(v.outcome) not in summary.SET_ASIDE)
 
     @property
+    def by_laws(self) -> int:
+        """Of these, tries of laws, which `rows` does not count."""
+        return self.judged - sum(row.judged for row in self.rows)
+
+    @property
     def failed(self) -> int:
         """Verdicts against the methods."""
         return sum(1 for v in self.verdicts if summary.failed(v.outcome))

@@ -82,7 +82,6 @@ def render(material: Material) -> str:
         columns=tuple(legend.COLUMNS),
         legend=legend.COLUMNS,
         kinds=legend.OUTCOMES,
-        by_laws=material.judged - sum(row.judged for row in material.rows),
         cell=terminal.cell,
         breakable=breakable,
         number=text.number,
