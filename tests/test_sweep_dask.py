@@ -1,11 +1,15 @@
 """Sweeps over a Dask cluster: what kills its workers there is recorded as it is locally, and costs few of them.
 
-One cluster of one worker on loopback; its nanny starts another process where one has ended.
+One cluster of one worker on loopback. A loop starts another process where one has ended: Dask's nanny does so only if it has
+seen the process start, and here some end at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import warnings
@@ -57,15 +61,42 @@ def asked(folder: Path) -> spec.Spec:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Dask's own: ports that are taken, slow event loops
-        from distributed import LocalCluster
+        from distributed import Client, LocalCluster
 
-        with LocalCluster(
-            n_workers=1, threads_per_worker=1, dashboard_address=None, host="127.0.0.1", silence_logs=50
-        ) as made:
-            yield made.scheduler_address.removeprefix("tcp://")
+        with LocalCluster(n_workers=0, dashboard_address=None, host="127.0.0.1", silence_logs=50) as made:
+            place = tmp_path_factory.mktemp("workers")
+            with _workers(made.scheduler_address, place), Client(made.scheduler_address) as client:
+                client.wait_for_workers(1)
+                yield made.scheduler_address.removeprefix("tcp://")
+
+
+@contextlib.contextmanager
+def _workers(scheduler: str, place: Path) -> Iterator[None]:
+    """One worker at a time, as long as the shell that starts them lives."""
+    worker = [
+        sys.executable,
+        "-m",
+        "dask",
+        "worker",
+        scheduler,
+        "--nthreads",
+        "1",
+        "--no-nanny",
+        "--no-dashboard",
+    ]
+    loop = f"while :; do {shlex.join([*worker, '--local-directory', str(place)])}; done"
+    with (
+        (place / "log").open("wb") as log,
+        subprocess.Popen(["bash", "-c", loop], stdout=log, stderr=log, start_new_session=True) as shell,
+    ):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGKILL)
 
 
 def recorded(out: Path) -> dict[int, tuple[str, str]]:
@@ -167,3 +198,40 @@ def test_chunk_that_no_worker_has_begun_is_no_verdict(folder: Path) -> None:
         taken.run(Dying(sweep.MOST_UNBEGUN), parallel=1)
     assert not recorded(folder / "other")
     assert os.path.exists(folder / "other" / store.LOCK)
+
+
+def test_cluster_whose_workers_are_all_gone_is_not_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from effattn.run import dask
+
+    monkeypatch.setattr(sweep, "NO_WORKERS", 0.5)
+    monkeypatch.setattr(sweep, "TELL_AGAIN", 0.2)
+    # Two signals end the shell that starts workers, and the worker.
+    (folder / "mine.py").write_text(
+        "import os\n\ndef ends(q, k, v):\n    os.kill(os.getppid(), 9)\n    os.kill(os.getpid(), 9)\n"
+    )
+    shapes = [{"q_len": 4, "kv_len": 5, "head_dim": 4}]
+    wanted = spec.parse({"methods": [f"{folder}/mine.py:ends"], "dtypes": ["fp32"], "shapes": shapes})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from distributed import Client, LocalCluster
+
+        with (
+            LocalCluster(n_workers=0, dashboard_address=None, host="127.0.0.1", silence_logs=50) as made,
+            _workers(made.scheduler_address, folder),
+        ):
+            with Client(made.scheduler_address) as client:
+                client.wait_for_workers(1)
+            with (
+                dask.executor(made.scheduler_address.removeprefix("tcp://"), device="cpu") as (
+                    pool,
+                    parallel,
+                ),
+                sweep.Sweep(folder / "run", wanted) as taken,
+                pytest.raises(
+                    sweep.RequestError, match=r"no worker for 0\.5 s: all have ended.*same command again"
+                ),
+            ):
+                taken.run(pool, parallel=parallel)
+    assert not recorded(folder / "run")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from effattn.errors import RequestError
 
@@ -12,8 +13,28 @@ from effattn.errors import RequestError
 CONNECTING = 10
 
 
+class Cluster(concurrent.futures.Executor):
+    """The cluster's executor, which also tells how many workers there are: none is started again for certain.
+
+    Dask's nanny gives up on a worker that ends before the nanny has seen it start (`distributed.nanny`, `_on_worker_exit`).
+    """
+
+    def __init__(self, client: Any, pool: concurrent.futures.Executor) -> None:
+        self._client, self._pool = client, pool
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        return self._pool.submit(fn, *args, **kwargs)
+
+    def workers(self) -> int:
+        """How many there are now; one where the scheduler is gone, of which the futures tell."""
+        try:
+            return len(self._client.nthreads())
+        except OSError:
+            return 1
+
+
 @contextlib.contextmanager
-def executor(address: str, *, device: str) -> Iterator[tuple[concurrent.futures.Executor, int]]:
+def executor(address: str, *, device: str) -> Iterator[tuple[Cluster, int]]:
     """The cluster at `address`, host:port of its scheduler, and how many workers it has.
 
     Workers must have one thread each, since the time limit of a case ends the process. For `device` "cuda" they must
@@ -54,4 +75,4 @@ def executor(address: str, *, device: str) -> Iterator[tuple[concurrent.futures.
                 )
             resources = {"GPU": 1}
         with client.get_executor(pure=False, retries=0, resources=resources) as pool:
-            yield pool, len(workers)
+            yield Cluster(client, pool), len(workers)

@@ -55,12 +55,20 @@ SETTLING = 30.0
 MOST_UNBEGUN = 10
 #: Seconds after which progress is told even if nothing was done.
 TELL_AGAIN = 5.0
+#: Seconds without any worker after which a sweep over a cluster stops; one that ended is started again in a few.
+NO_WORKERS = 60.0
 #: Damages that a message names.
 MOST_NAMED = 3
 LOCK = store.LOCK
 PROVENANCE = store.PROVENANCE
 
 Item = tuple[str, "Case"]
+
+
+def _has_workers(executor: concurrent.futures.Executor) -> bool:
+    """Whether somebody works; an executor that cannot tell has workers of its own."""
+    count: Callable[[], int] | None = getattr(executor, "workers", None)
+    return count is None or count() > 0
 
 
 class Sweep:
@@ -267,6 +275,7 @@ class Sweep:
         waiting: dict[concurrent.futures.Future[Any], _Chunk] = {}
         if progress is not None:
             progress(resumed, self.spec.count)
+        manned = time.monotonic()
         try:
             while True:
                 while len(waiting) < AHEAD * parallel and (next_items := state.next_chunk(items)):
@@ -279,6 +288,13 @@ class Sweep:
                 )
                 for future in finished:
                     state.take(future, waiting.pop(future))
+                if finished or _has_workers(executor):
+                    manned = time.monotonic()
+                elif time.monotonic() > manned + NO_WORKERS:
+                    raise RequestError(
+                        f"there has been no worker for {NO_WORKERS:g} s: all have ended, and none was started again; what Dask "
+                        "logged says why. What is recorded is kept. Start some with `dask worker` and give the same command again"
+                    )
                 if progress is not None:
                     progress(resumed + state.added, self.spec.count)
         except BaseException:
