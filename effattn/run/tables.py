@@ -113,7 +113,12 @@ def _select(source: str) -> str:
     def case(name: str, kind: str, default: str) -> str:
         default = {"heads": "COALESCE((v.\"case\"->>'heads')::UINTEGER, 1)",
                    "head_dim": "(v.\"case\"->>'head_dim')::UINTEGER"}.get(default, default)  # fmt: skip
-        return f'COALESCE((v."case"->>\'{name}\')::{kind}, {default}) AS "{name}"'
+        told = f"v.\"case\"->>'{name}'"
+        if kind.endswith("[]"):  # a window may be one number, which stands for both of its sides
+            told = (
+                f"CASE WHEN ({told}) LIKE '[%' THEN {told} ELSE '[' || ({told}) || ',' || ({told}) || ']' END"
+            )
+        return f'COALESCE(({told})::{kind}, {default}) AS "{name}"'
 
     def of(quantity: str, name: str) -> str:
         return f"list_filter(v.quantities, lambda q: q.name = '{quantity}')[1].{name}"
