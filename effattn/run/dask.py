@@ -25,7 +25,7 @@ class Cluster(concurrent.futures.Executor):
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
         return self._pool.submit(fn, *args, **kwargs)
 
-    def workers(self) -> int:
+    def count_workers(self) -> int:
         """How many there are now; one where the scheduler is gone, of which the futures tell."""
         try:
             return len(self._client.nthreads())

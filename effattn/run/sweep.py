@@ -67,7 +67,7 @@ Item = tuple[str, "Case"]
 
 def _has_workers(executor: concurrent.futures.Executor) -> bool:
     """Whether somebody works; an executor that cannot tell has workers of its own."""
-    count: Callable[[], int] | None = getattr(executor, "workers", None)
+    count: Callable[[], int] | None = getattr(executor, "count_workers", None)
     return count is None or count() > 0
 
 
