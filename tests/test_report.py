@@ -260,7 +260,8 @@ def test_pictures_are_pictures(run: Path, tmp_path: Path) -> None:
 
 
 def test_pictures_of_hostile_names_are_drawn_and_shown(effattn_command: Command, tmp_path: Path) -> None:
-    markdown_it = pytest.importorskip("markdown_it")
+    import markdown_it  # rich, which the package needs, brings it
+
     name = "e\x1b\x00\x7f\ufffe\u2028\n.py:f"
     folder = write(tmp_path / "run", [verdict(s, 0.5 + s, method=name, message=name) for s in range(9)])
     for kind, begin in (("svg", b"<svg"), ("png", b"\x89PNG")):
@@ -312,7 +313,8 @@ def test_markdown_is_small_whatever_the_run_holds(tmp_path: Path, count: int) ->
 
 
 def test_names_of_users_are_text_in_markdown(tmp_path: Path) -> None:
-    markdown_it = pytest.importorskip("markdown_it")
+    import markdown_it  # rich, which the package needs, brings it
+
     items = [verdict(s, 2.0, method=HOSTILE, message=HOSTILE, replay=HOSTILE) for s in range(3)]
     folder = write(tmp_path / "run", items, HOSTILE, command=HOSTILE)
     shown = (
@@ -328,7 +330,8 @@ def test_names_of_users_are_text_in_markdown(tmp_path: Path) -> None:
 
 
 def test_a_line_of_a_message_is_no_heading_and_no_list(tmp_path: Path) -> None:
-    markdown_it = pytest.importorskip("markdown_it")
+    import markdown_it  # rich, which the package needs, brings it
+
     message = "above\n=====\nbetween\n-----\n# below\n1. one\n2) two\n12 three\n3.5 four\n* five\n+ six"
     written = exports.pull_request(
         gather.gather([write(tmp_path / "run", [verdict(0, 2.0, message=message)])])

@@ -1,4 +1,7 @@
-"""Run folders: complete or not there, never over somebody else's files; and how counterexamples get small."""
+"""Run folders: complete or not there, never over somebody else's files; and how counterexamples get small.
+
+One file, longer than others: most tests damage the same small run, each in its own way.
+"""
 
 from __future__ import annotations
 

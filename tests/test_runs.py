@@ -226,7 +226,7 @@ def test_changes_to_and_from_what_is_set_aside_are_kinds_of_their_own(
         ("", unsupported, unsupported),
     ]
     for name, of in (("before", 1), ("after", 2)):
-        write(tmp_path / name, [verdict(s, 0.05, each[of]) for s, each in enumerate(outcomes)])  # type: ignore[arg-type]
+        write(tmp_path / name, [verdict(s, 0.05, each[of]) for s, each in enumerate(outcomes)])
     found = catalog.compare(*(catalog.verdicts_by_case(tmp_path / name) for name in ("before", "after")))
     kinds = ("broken", "failing", "unjudged", "mended", "worse", "better", "other")
     seeds = {name: [change.after.case.seed for change in getattr(found, name)] for name in kinds}
@@ -247,7 +247,7 @@ def test_changes_to_and_from_what_is_set_aside_are_kinds_of_their_own(
     for seed, exit_code in ((2, 1), (0, 0), (4, 0)):
         _, was, now = outcomes[seed]
         for name, outcome in (("one", was), ("other", now)):
-            write(tmp_path / f"{name}{seed}", [verdict(seed, 0.05, outcome)])  # type: ignore[arg-type]
+            write(tmp_path / f"{name}{seed}", [verdict(seed, 0.05, outcome)])
         assert effattn_command("runs", "diff", f"one{seed}", f"other{seed}")[0] == exit_code
 
 

@@ -121,20 +121,13 @@ class Material:
 
     @property
     def foremost(self) -> list[Verdict]:
-        """Three of the worst, with as many outcomes among them as there are, and then as many laws."""
-        kinds: dict[tuple[str, ...], Verdict] = {}
-        for verdict in self.worst:
-            kinds.setdefault((str(verdict.outcome),), verdict)
-        for verdict in self.worst:
-            if not any(verdict is other for other in kinds.values()):
-                kinds.setdefault((str(verdict.outcome), verdict.law or ""), verdict)
-        first = list(kinds.values())
-        return [*first, *_without(self.worst, first)][:FOREMOST]
+        """The first of the worst, which are of as many kinds as there are."""
+        return self.worst[:FOREMOST]
 
     @property
     def others(self) -> list[Verdict]:
         """The worst but the `foremost`."""
-        return _without(self.worst, self.foremost)
+        return self.worst[FOREMOST:]
 
     @property
     def smallest(self) -> list[Smallest]:
@@ -223,11 +216,6 @@ class Material:
 def _speaks(facts: dict[str, Any]) -> bool:
     """Whether the cases of a run say together what none says alone."""
     return bool(together.statements(facts))
-
-
-def _without(verdicts: Sequence[Verdict], some: Sequence[Verdict]) -> list[Verdict]:
-    """The verdicts but some of them; another that says the same stays."""
-    return [verdict for verdict in verdicts if not any(verdict is other for other in some)]
 
 
 def _subject(methods: Sequence[str]) -> str:
@@ -331,24 +319,27 @@ def _repeated(found: Sequence[tuple[int, Key, Verdict]]) -> list[str]:
     return [f"{several} {cases} of a method {are} in more than one run; the verdict of each run counts."]
 
 
-def _worst(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """The worst of each method and kind first, then those of each dtype too, then others.
+#: What tells kinds of failures apart, the coarsest first.
+_KINDS: tuple[Callable[[Verdict], tuple[str, ...]], ...] = (
+    lambda v: (str(v.outcome),),
+    lambda v: (str(v.outcome), v.law or ""),
+    lambda v: (v.method, str(v.outcome), v.law or ""),
+    lambda v: (v.method, str(v.outcome), v.law or "", v.case.dtype),
+)
 
-    So one crash of many doesn't hide the rest.
-    """
+
+def _worst(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """The worst of each kind first, then others: so one crash of many doesn't hide the rest."""
     order = sorted(verdicts, key=_badness, reverse=True)
-    failed = [verdict for verdict in order if summary.failed(verdict.outcome)]
-    first: dict[tuple[str, ...], Verdict] = {}
-    for verdict in failed:
-        first.setdefault((verdict.method, str(verdict.outcome), verdict.law or ""), verdict)
-    for verdict in failed:
-        kind = (verdict.method, str(verdict.outcome), verdict.law or "", verdict.case.dtype)
-        if first[kind[:3]].case.dtype != verdict.case.dtype:
-            first.setdefault(kind, verdict)
-    chosen = list(first.values())
-    taken = {id(verdict) for verdict in chosen}
-    chosen += [verdict for verdict in order if id(verdict) not in taken]
-    return chosen[:MOST_WORST]
+    chosen: dict[int, Verdict] = {}
+    for kind in _KINDS:
+        seen = {kind(verdict) for verdict in chosen.values()}
+        for verdict in order:
+            if summary.failed(verdict.outcome) and kind(verdict) not in seen:
+                seen.add(kind(verdict))
+                chosen[id(verdict)] = verdict
+    rest = (verdict for verdict in order if id(verdict) not in chosen)
+    return [*chosen.values(), *rest][:MOST_WORST]
 
 
 def _badness(verdict: Verdict) -> tuple[bool, float]:

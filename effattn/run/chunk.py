@@ -90,21 +90,6 @@ def run(
         RequestError: the file cannot be written, or was removed or closed; the machine cannot run the method, or has
             another version of it.
     """
-    with contextlib.ExitStack() as stack:
-        return _run(stack, folder, session, claim, device, limit, items, sources, alone)
-
-
-def _run(
-    stack: contextlib.ExitStack,
-    folder: str,
-    session: str,
-    claim: str,
-    device: str,
-    limit: float,
-    items: list[tuple[str, dict[str, Any]]],
-    sources: dict[str, str],
-    alone: bool,
-) -> dict[str, Any]:
     from effattn.case import Case
 
     started = time.perf_counter()
@@ -113,41 +98,45 @@ def _run(
         if (refused := _refused(folder, session)) is not None:
             return {"refused": refused}
         claimed = os.open(place / claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND)
-        stack.callback(_close, claimed, os.fstat(claimed))
-        forget = stack.enter_context(_telling_how_it_ends(claimed)) if alone else _nothing
     except FileExistsError:
         return {"claimed": claim}
     except OSError as error:
         raise _unwritable(folder, error) from error
-    judging, looked = 0.0, time.monotonic()
-    out = _appender(folder, session)
-    try:
-        fcntl.lockf(out.descriptor, fcntl.LOCK_EX)
-        _check_current(folder, session, {spec: sources[spec] for spec, _ in items})
-        for spec, data in items:
-            if time.monotonic() > looked + LOOK_AGAIN:
-                if (refused := _refused(folder, session)) is not None:
-                    return {"refused": refused}
-                looked = time.monotonic()
-            forget()
-            before = time.perf_counter()
-            verdict = _judged(Case.from_dict(data), spec, device, limit)
-            judging += time.perf_counter() - before
-            if not _is_open(folder, out):  # its number may be that of another file by now
-                raise _gone(folder, out, f"was closed, as {spec!r} was judged")
-            try:
-                out.append(encode(verdict, spec=spec, device=device))
-            except OSError as error:
-                raise _unwritable(folder, error) from error
-    finally:
-        with contextlib.suppress(OSError):  # closed: then the lock went with it
-            fcntl.lockf(out.descriptor, fcntl.LOCK_UN)
-    return {
-        "cases": len(items),
-        "seconds": time.perf_counter() - started,
-        "judging": judging,
-        "file": out.file.name,
-    }
+    with contextlib.ExitStack() as stack:
+        stack.callback(_close, claimed, os.fstat(claimed))
+        try:
+            forget = stack.enter_context(_telling_how_it_ends(claimed)) if alone else _nothing
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        judging, looked = 0.0, time.monotonic()
+        out = _appender(folder, session)
+        try:
+            fcntl.lockf(out.descriptor, fcntl.LOCK_EX)
+            _check_current(folder, session, {spec: sources[spec] for spec, _ in items})
+            for spec, data in items:
+                if time.monotonic() > looked + LOOK_AGAIN:
+                    if (refused := _refused(folder, session)) is not None:
+                        return {"refused": refused}
+                    looked = time.monotonic()
+                forget()
+                before = time.perf_counter()
+                verdict = _judged(Case.from_dict(data), spec, device, limit)
+                judging += time.perf_counter() - before
+                if not _is_open(folder, out):  # its number may be that of another file by now
+                    raise _gone(folder, out, f"was closed, as {spec!r} was judged")
+                try:
+                    out.append(encode(verdict, spec=spec, device=device))
+                except OSError as error:
+                    raise _unwritable(folder, error) from error
+        finally:
+            with contextlib.suppress(OSError):  # closed: then the lock went with it
+                fcntl.lockf(out.descriptor, fcntl.LOCK_UN)
+        return {
+            "cases": len(items),
+            "seconds": time.perf_counter() - started,
+            "judging": judging,
+            "file": out.file.name,
+        }
 
 
 def _is(descriptor: int, opened: os.stat_result) -> bool:

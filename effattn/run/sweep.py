@@ -13,6 +13,8 @@ Nothing of it is written before the methods have loaded: a sweep that does not b
 Chunks run in order, so the first case of a chunk that has no verdict when its worker has died is the one it died over.
 It is tried again alone; where that kills again, the case gets the verdict. Only the death of a worker counts against a
 method: whatever else goes wrong with a chunk stops the sweep.
+
+The file is long: taking a folder, handing out and taking back are of one state, and what one does the others rely on.
 """
 
 from __future__ import annotations
